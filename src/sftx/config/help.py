@@ -1,0 +1,82 @@
+"""`python train.py --help`: every key with its default and meaning, in English or, by LANG, in Chinese."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+
+import yaml
+
+from sftx import PROJECT_ROOT, __version__
+from sftx.config.compose import options
+from sftx.config.schema import GROUPS, KNOBS, OVERLAYS
+from sftx.config.spellings import show
+from sftx.config.types import options_of
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """True when the user asks for sftx's own help (`--hydra-help` is Hydra's)."""
+    return any(a in ("--help", "-h") for a in argv)
+
+
+def chinese() -> bool:
+    """True when the user's language is Chinese."""
+    return any(os.environ.get(v, "").lower().startswith("zh") for v in ("LC_ALL", "LC_MESSAGES", "LANG"))
+
+
+def defaults() -> tuple[dict[str, object], dict[str, object]]:
+    """Return the knobs' values and the groups' choices as `conf/train.yaml` has them."""
+    tree = yaml.safe_load((PROJECT_ROOT / "conf" / "train.yaml").read_text(encoding="utf-8"))
+    choices: dict[str, object] = {}
+    for entry in tree["defaults"]:
+        if isinstance(entry, dict):
+            choices |= entry
+    return tree, choices
+
+
+def help_text() -> str:
+    """Return the whole help."""
+    zh = chinese()
+    tree, choices = defaults()
+    mirrored = {"train_mode": "mode", "optim": "optimizer", "lr_scheduler_type": "scheduler", "report_to": "tracker"}
+    precision = str(choices["precision"])
+    lines = [
+        f"sftx {__version__} - " + ("有监督微调" if zh else "supervised fine-tuning"),
+        "",
+        "  python train.py mode=qlora lora_rank=32",
+        "  python train.py -m learning_rate=1e-4,2e-4 lora_rank=8,16        "
+        + ("多组试验" if zh else "a sweep: comma lists and -m"),
+        "  python train.py args_file=my.json                                "
+        + ("手册的 JSON 参数文件" if zh else "the manual's JSON argument file"),
+        "  python train.py --cfg job                                        "
+        + ("只打印配置" if zh else "print the configuration, run nothing"),
+        "",
+        "参数（键=默认值）" if zh else "Keys (key=default)",
+    ]
+    for name, knob in KNOBS.items():
+        default = choices[mirrored[name]] if name in mirrored else tree.get(name)
+        if name in ("fp16", "bf16"):
+            default = precision == name
+        allowed = options_of(str(knob.type))
+        meaning = knob.metadata["zh" if zh else "en"]
+        if allowed:
+            meaning += f" [{' | '.join(allowed)}]"
+        head = f"  {name}={show(default)}"
+        lines += _entry(head, meaning)
+    lines += ["", "配置组（组=选项）" if zh else "Groups (group=option; the first is the default)"]
+    for name, group in GROUPS.items():
+        chosen = choices.get(name)
+        first = chosen if isinstance(chosen, list) else [chosen]
+        rest = [o for o in options(name) if o not in first]
+        lines += _entry(f"  {name}", f"{group.metadata['zh' if zh else 'en']}: {', '.join(map(str, [*first, *rest]))}")
+    for name, (en, chinese_text) in OVERLAYS.items():
+        lines += _entry(f"  {name}", f"{chinese_text if zh else en}: {', '.join(options(name))}")
+    lines += ["", "--hydra-help: Hydra's own flags" if not zh else "--hydra-help：Hydra 自带的选项"]
+    return "\n".join(lines)
+
+
+def _entry(head: str, meaning: str) -> list[str]:
+    wrapped = textwrap.wrap(meaning, 76) or [""]
+    first = f"{head:<40}  {wrapped[0]}" if len(head) <= 40 else f"{head}\n{' ' * 42}{wrapped[0]}"
+    return [first, *(" " * 42 + line for line in wrapped[1:])]

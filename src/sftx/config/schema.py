@@ -1,0 +1,191 @@
+"""The schema: every key's type, bounds and meaning. Values live in `conf/`, never here.
+
+Each field is a top-level key that a user can type as `name=value`. `python train.py --help` and
+`docs/parameters.md` are made from this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
+
+Node = dict[str, Any]
+"""A component's settings: `_target_` names its class, the other keys are the class's arguments."""
+
+
+def knob(
+    en: str, zh: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
+) -> Any:
+    """Declare a key: its meaning in English and Chinese, and its bounds."""
+    return field(metadata={"en": en, "zh": zh, "at_least": at_least, "above": above, "at_most": at_most})
+
+
+def group(en: str, zh: str) -> Any:
+    """Declare a config group: `name=option` chooses `conf/name/option.yaml`."""
+    return field(metadata={"en": en, "zh": zh, "group": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run, resolved: what `config.yaml` in the run folder holds."""
+
+    # The manual's knobs, in the manual's order.
+    output_dir: str | None = knob(
+        "folder of the run: logs, checkpoints, the final parameters; default outputs/runs/<date>/<time>-<mode>-<hash>",
+        "存放运行日志、检查点以及最终微调参数的目录；默认 outputs/runs/<日期>/<时间>-<模式>-<哈希>",
+    )
+    model_name_or_path: str = knob(
+        "the model to fine-tune: a local folder, a hub id, or `qwen-tiny`, the embedded model for trying things out",
+        "要微调的模型：本地目录、模型库 id，或内置的试用小模型 qwen-tiny",
+    )
+    train_file_path: str = knob(
+        "the folder that holds the corpus, directly or in its csv/ subfolder",
+        "训练语料所在的目录，文件可直接放在其中或其 csv/ 子目录中",
+    )
+    train_file_name: str = knob(
+        "the corpus in that folder: a CSV of category,human,assistant (or .tsv, .jsonl); "
+        "it is converted to JSONL automatically",
+        "该目录中的语料：列为 category,human,assistant 的 CSV（或 .tsv、.jsonl），会自动转换为 JSONL 再加载",
+    )
+    template_name: str | None = knob(
+        "the chat template; default: the model's own. Usually the model_type in its config.json (qwen2, llama, ...)",
+        "对话模板；默认使用模型自带的模板，通常为 config.json 中的 model_type（qwen2、llama 等）",
+    )
+    train_mode: Literal["lora", "qlora", "full"] = knob(
+        "training mode: lora, qlora or full; the same choice as mode=",
+        "训练模式：lora、qlora 或 full，与 mode= 等价",
+    )
+    num_train_epochs: int = knob(
+        "whole passes over the training data; more risks over-fitting, fewer under-fitting",
+        "训练轮数；过多容易过拟合，过少则欠拟合",
+        at_least=1,
+    )
+    per_device_train_batch_size: int = knob(
+        "sequences per device and micro-batch", "每个设备每个微批次的样本数", at_least=1
+    )
+    gradient_accumulation_steps: int = knob(
+        "micro-batches per optimizer step", "梯度累积步数，即每次参数更新所用的微批次数", at_least=1
+    )
+    learning_rate: float = knob(
+        "step length: too high oscillates or diverges, too low crawls; full mode's default is 1e-5",
+        "学习率：过大震荡或发散，过小收敛缓慢；full 模式默认 1e-5",
+        above=0,
+    )
+    max_seq_length: int = knob(
+        "the longest sequence in tokens; cost and memory grow with it, and it should cover most rows",
+        "最大序列长度（token 数）；越长开销越大，应覆盖大多数样本",
+        at_least=8,
+    )
+    logging_steps: int = knob(
+        "optimizer steps between two train-loss records", "每隔多少步记录一次训练损失", at_least=1
+    )
+    save_steps: int = knob("optimizer steps between two checkpoints", "每隔多少步保存一次检查点", at_least=1)
+    save_strategy: Literal["steps", "epoch", "no"] = knob(
+        "when checkpoints are saved: steps, epoch or no", "保存检查点的时机：steps、epoch 或 no"
+    )
+    save_total_limit: int | None = knob(
+        "how many checkpoints are kept; the oldest go first, never the last good one, never the best; null keeps all",
+        "最多保留多少个检查点，先删最旧的，但不删最后一个可用的，也不删最好的；null 表示全部保留",
+        at_least=1,
+    )
+    lr_scheduler_type: str = knob(
+        "the learning-rate schedule; the same choice as scheduler=", "学习率调度器，与 scheduler= 等价"
+    )
+    warmup_steps: int | float = knob(
+        "steps over which the rate rises to learning_rate; a fraction below 1 is a share of all steps; 5-10 % is usual",
+        "学习率从 0 升到设定值所用的步数；小于 1 的小数表示占总步数的比例，通常取 5-10%",
+        at_least=0,
+    )
+    lora_rank: int = knob("rank of the LoRA matrices: capacity and cost", "LoRA 矩阵的秩：容量与开销", at_least=1)
+    lora_alpha: int | float = knob(
+        "strength of the LoRA update: the scale is alpha / rank", "LoRA 更新的强度：缩放系数为 alpha / rank", above=0
+    )
+    lora_dropout: float = knob(
+        "dropout on the LoRA path; 0.1-0.2 against over-fitting",
+        "LoRA 的 dropout，防过拟合可取 0.1-0.2",
+        at_least=0,
+        at_most=0.99,
+    )
+    gradient_checkpointing: bool = knob(
+        "recompute activations in the backward pass: less memory, more time",
+        "反向传播时重新计算激活值：省显存，但更慢",
+    )
+    disable_tqdm: bool = knob("no progress bar", "不显示进度条")
+    optim: str = knob("the optimizer; the same choice as optimizer=", "优化器，与 optimizer= 等价")
+    seed: int = knob("all randomness; set before adapters are made", "随机种子，在创建适配器之前设定", at_least=0)
+    fp16: bool = knob(
+        "half-precision training; where the device has none (CPU) the run says so and trains in fp32",
+        "半精度（fp16）训练；设备不支持时（CPU）会说明并改用 fp32",
+    )
+    bf16: bool = knob("bfloat16 training, instead of fp16", "bfloat16 训练，与 fp16 二选一")
+    report_to: list[str] = knob(
+        "where metrics are shown: tensorboard, wandb, both ([tensorboard,wandb]) or none; the same choice as tracker=",
+        "指标上报到哪里：tensorboard、wandb、两者 ([tensorboard,wandb]) 或 none，与 tracker= 等价",
+    )
+    dataloader_num_workers: int = knob("loader processes", "数据加载进程数", at_least=0)
+    weight_decay: float = knob("weight decay, on matrices only", "权重衰减，仅作用于矩阵参数", at_least=0)
+    max_grad_norm: float = knob("gradient clipping by norm; 0 turns it off", "梯度裁剪的范数上限；0 为关闭", at_least=0)
+    remove_unused_columns: bool = knob(
+        "drop the columns other than category, human and assistant before training",
+        "训练前是否丢弃 category、human、assistant 之外的列",
+    )
+
+    # What sftx adds.
+    adapter: str | None = knob(
+        "folder of a LoRA adapter to start from, instead of a fresh one", "从已有的 LoRA 适配器目录继续微调"
+    )
+    resume: str = knob(
+        "auto goes on where this output_dir stopped; never refuses a used folder; or the path of a checkpoint",
+        "auto：在该 output_dir 中断处继续；never：不续训；或指定检查点路径",
+    )
+    max_steps: int | None = knob(
+        "stop after this many optimizer steps, whatever the epochs say", "最多训练多少步（优先于轮数）", at_least=1
+    )
+    max_train_rows: int | None = knob("use only the first rows of the corpus", "只使用语料的前多少行", at_least=1)
+    eval_file_name: str | None = knob(
+        "a held-out file in train_file_path; without one, eval_ratio of the corpus is held out",
+        "train_file_path 中的评估文件；不设则按 eval_ratio 从语料中划出",
+    )
+    eval_ratio: float = knob(
+        "share of the corpus held out for evaluation, stratified by category; 0 turns evaluation off",
+        "按 category 分层划出作为评估集的比例；0 为不评估",
+        at_least=0,
+        at_most=0.9,
+    )
+    eval_steps: int = knob("optimizer steps between two evaluations", "每隔多少步评估一次", at_least=1)
+    eval_max_rows: int = knob("the most rows an evaluation uses", "评估最多使用多少行", at_least=1)
+    keep_best: bool = knob(
+        "final/ holds the checkpoint with the lowest eval loss instead of the last state",
+        "final/ 保存评估损失最低的检查点，而不是最后的状态",
+    )
+    device: Literal["auto", "cpu", "cuda"] = knob(
+        "where to train; auto takes the GPU when there is one", "训练设备；auto 表示有 GPU 则用 GPU"
+    )
+    on_tracker_error: Literal["stop", "continue"] = knob(
+        "what to do when a tracker cannot start", "指标上报工具无法启动时：stop 停止，continue 继续"
+    )
+
+    # Config groups: each is built by Hydra from conf/<group>/<option>.yaml.
+    model: Node = group("the model family's facts: template, stop tokens", "模型系列的信息：模板、停止符")
+    mode: Node = group("what is trained: lora, qlora, full", "训练哪些参数：lora、qlora、full")
+    data: Node = group("how the corpus is read", "如何读取语料")
+    optimizer: Node = group("the optimizer", "优化器")
+    scheduler: Node = group("the learning-rate schedule", "学习率调度")
+    precision: Node = group("number formats of the computation", "计算精度")
+    parallel: Node = group("one process or several", "单进程或多进程")
+    tracker: dict[str, Node] = group("where metrics are shown", "指标上报")
+    callback: dict[str, Node] = group("what happens beside training", "训练过程中的附加动作")
+
+
+KNOBS = {f.name: f for f in fields(TrainConfig) if "group" not in f.metadata}
+GROUPS = {f.name: f for f in fields(TrainConfig) if "group" in f.metadata}
+LIST_GROUPS = frozenset({"tracker", "callback"})
+"""Groups of which several options can be chosen at once: `tracker=[tensorboard,wandb]`."""
+OVERLAYS = {
+    "experiment": ("a ready configuration", "现成的实验配置"),
+    "sweep": ("a ready sweep from sweeps/", "sweeps/ 中现成的超参搜索"),
+    "debug": ("a mode for finding mistakes", "调试模式"),
+}
+"""Groups that hold no component but set keys everywhere; `null` unless chosen."""
+
+assert all(f.default is MISSING for f in fields(TrainConfig)), "defaults belong in conf/train.yaml"

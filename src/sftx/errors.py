@@ -1,0 +1,92 @@
+"""The error tree: whose fault it is decides the message and the exit code.
+
+A `SftxError` is something the user can mend: one short message, no traceback, exit code 2.
+Anything else is a fault of sftx or of the machine: traceback, exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+EXIT_FAULT = 1
+EXIT_USER = 2
+
+
+class SftxError(Exception):
+    """A mistake the user can mend; its text names what was found, what was wanted and what to do."""
+
+    exit_code = EXIT_USER
+
+
+class ConfigError(SftxError):
+    """The configuration cannot be run; holds every problem found, not only the first."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(SftxError):
+    """A training or evaluation file cannot be read exactly."""
+
+
+class ModelError(SftxError):
+    """A model folder or hub id cannot be loaded or saved."""
+
+
+class CheckpointError(SftxError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+class RunFolderError(SftxError):
+    """The output folder cannot hold this run."""
+
+
+class TrainingError(SftxError):
+    """Training cannot go on (a loss that is not finite, a rank that failed)."""
+
+    exit_code = EXIT_FAULT
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that looks most like `name`, or None when none is near."""
+    lowered = {k.lower(): k for k in known}
+    found = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
+    return lowered[found[0]] if found else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean X?`, or an empty string when nothing is near."""
+    match = nearest(name, known)
+    return f" Did you mean `{match}`?" if match else ""
+
+
+def say(error: BaseException) -> int:
+    """Print an error as its kind demands and return the exit code."""
+    if isinstance(error, ConfigError):
+        count = len(error.problems)
+        print(f"sftx: {count} problem{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
+        for problem in error.problems:
+            print("  - " + problem.replace("\n", "\n    "), file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, SftxError):
+        print(f"sftx: {error}", file=sys.stderr)
+        return error.exit_code
+    traceback.print_exception(error)
+    return EXIT_FAULT
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn an error that leaves the block into its message and exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("sftx: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - the one place where every error ends
+        sys.exit(say(error))

@@ -1,0 +1,141 @@
+"""The one module that writes files: everything is written beside, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sftx.errors import RunFolderError
+
+CAUSES = {
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.EDQUOT: "the disk quota is used up",
+}
+
+
+def cache_root() -> Path:
+    """Return the folder of what can be rebuilt: `$SFTX_CACHE`, or `~/.cache/sftx`."""
+    return Path(os.environ.get("SFTX_CACHE") or Path.home() / ".cache" / "sftx")
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into one message with the path and the cure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(_existing(path)).free
+            raise RunFolderError(
+                f"{path}: the disk is full ({free:,} bytes free). Free some space, lower save_total_limit, "
+                f"or choose another output_dir; then run the same command again."
+            ) from error
+        cause = CAUSES.get(error.errno or 0)
+        if cause is None:
+            raise
+        raise RunFolderError(f"{path}: cannot be written: {cause}. Choose another output_dir.") from error
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raise if a folder could not be made and written, leaving nothing behind.
+
+    Errors:
+        RunFolderError: read-only, no permission, or a file in the way.
+    """
+    parent = _existing(folder)
+    with explained(folder):
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(parent))
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o666 & ~_umask())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n")
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = False) -> None:
+    """Let `fill` write a folder beside, then publish it under its name in one rename.
+
+    Of two processes that publish the same folder at once, one wins and the other's copy is dropped,
+    unless `replace`, which puts the new one in the old one's place.
+    """
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            fill(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            _sync(temporary)
+            temporary.chmod(0o777 & ~_umask())
+            if replace and folder.exists():
+                shutil.rmtree(folder)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in one write."""
+    with explained(path), path.open("ab") as file:
+        file.write(line.encode("utf-8") + b"\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,249 @@
+"""What of a model is trained: LoRA, QLoRA or all of it; group `mode`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sftx.errors import ModelError
+from sftx.model.dropout import Clock, KeyedDropout, key_of
+
+
+@dataclass(frozen=True)
+class Full:
+    """All parameters are trained, held in fp32."""
+
+    adapts = False
+
+    def quantization(self, compute_dtype: torch.dtype) -> Any:
+        """Return None: full mode trains unquantized weights."""
+        return None
+
+    def weights_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """Return fp32: an optimizer's small updates are lost in half precision."""
+        return torch.float32
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A frozen base with a low-rank update `alpha / rank * B A` on its linear layers (arXiv:2106.09685)."""
+
+    rank: int
+    alpha: int | float
+    dropout: float
+    use_rslora: bool = False
+
+    adapts = True
+
+    def quantization(self, compute_dtype: torch.dtype) -> Any:
+        """Return None: the base keeps its number format."""
+        return None
+
+    def weights_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """Return the base's number format."""
+        return compute_dtype
+
+    def peft_config(self, targets: list[str]) -> Any:
+        """Return PEFT's configuration of this adapter."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            use_rslora=self.use_rslora,
+            target_modules=targets,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
+
+@dataclass(frozen=True)
+class QLora(Lora):
+    """LoRA on a base held in 4 bits (arXiv:2305.14314)."""
+
+    quant_type: str = "nf4"
+    double_quant: bool = True
+
+    def quantization(self, compute_dtype: torch.dtype) -> Any:
+        """Return transformers' quantization of the base: 4 bits, computing in `compute_dtype`."""
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+
+
+@dataclass
+class Adapter:
+    """One trained set of parameters on a base, with the clock that its dropout reads."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    clock: Clock
+    is_lora: bool = True
+    config: Any = field(default=None, repr=False)
+
+
+class AdaptedModel:
+    """A base model and the adapters trained on it; full mode is one adapter that is the model itself."""
+
+    def __init__(self, base: Any, *, gradient_checkpointing: bool) -> None:
+        self.module = base
+        self.adapters: dict[str, Adapter] = {}
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @property
+    def device(self) -> torch.device:
+        """The device that inputs go to."""
+        return self.module.get_input_embeddings().weight.device
+
+    def add(self, name: str, mode: Lora | Full, seed: int, *, start: Path | None = None) -> Adapter:
+        """Add a trained set of parameters, initialised from its own generator or from a saved adapter.
+
+        Errors:
+            ModelError: `start` holds no adapter that fits this base.
+        """
+        clock = Clock(seed)
+        if isinstance(mode, Full):
+            for parameter in self.module.parameters():
+                parameter.requires_grad_(True)
+            adapter = Adapter(name, dict(self.module.named_parameters()), clock, is_lora=False)
+        else:
+            config = mode.peft_config(linear_targets(self.module)) if start is None else _saved_config(start, mode)
+            self._inject(name, config)
+            parameters = {n: p for n, p in self.module.named_parameters() if f".{name}." in n and ".lora_" in n}
+            adapter = Adapter(name, parameters, clock, config=config)
+            self._initialise(adapter, seed, config.lora_dropout)
+            if start is not None:
+                load_adapter_weights(self.module, name, start)
+            for parameter in parameters.values():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        self.adapters[name] = adapter
+        return adapter
+
+    def _inject(self, name: str, config: Any) -> None:
+        from peft import PeftModel, get_peft_model
+
+        with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are replaced below
+            if isinstance(self.module, PeftModel):
+                self.module.add_adapter(name, config)
+            else:
+                self.module = get_peft_model(self.module, config, adapter_name=name)
+
+    def _initialise(self, adapter: Adapter, seed: int, dropout: float) -> None:
+        """Draw A as PEFT does, from a generator of this adapter and layer; put in the keyed dropout."""
+        for number, layer in enumerate(lora_layers(self.module)):
+            if adapter.name not in layer.lora_A:
+                continue
+            weight = layer.lora_A[adapter.name].weight
+            generator = torch.Generator().manual_seed(key_of(seed, number))
+            drawn = torch.empty(weight.shape)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            weight.data.copy_(drawn)
+            nn.init.zeros_(layer.lora_B[adapter.name].weight)
+            layer.lora_dropout[adapter.name] = KeyedDropout(dropout, adapter.clock, number)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Adapter]:
+        """Let one adapter be the active one inside the block."""
+        adapter = self.adapters[name]
+        if adapter.is_lora and len(self.adapters) > 1:
+            for layer in lora_layers(self.module):
+                layer.set_adapter([name])
+            for other in self.adapters.values():
+                for parameter in other.parameters.values():
+                    parameter.requires_grad_(True)  # set_adapter freezes the others
+        yield adapter
+
+    def facts(self) -> dict[str, int]:
+        """Return the number of trained and of all parameters (a 4-bit weight counts as its values)."""
+        trained = sum(p.numel() for a in self.adapters.values() for p in a.parameters.values())
+        total = 0
+        for parameter in self.module.parameters():
+            state = getattr(parameter, "quant_state", None)
+            total += math.prod(state.shape) if state is not None else parameter.numel()
+        return {"trained_parameters": trained, "parameters": total}
+
+
+def lora_layers(module: nn.Module) -> list[Any]:
+    """Return a model's LoRA layers in the order of its modules."""
+    from peft.tuners.lora import LoraLayer
+
+    return [m for m in module.modules() if isinstance(m, LoraLayer)]
+
+
+def linear_targets(model: Any) -> list[str]:
+    """Return the linear layers of attention and MLP, found by inspection of the decoder's blocks.
+
+    Not the head (it is outside the blocks) and not a mixture's routers (as wide as its experts).
+    Short names (`q_proj`) are returned when they mean exactly those layers.
+
+    Errors:
+        ModelError: no repeated block with linear layers.
+    """
+    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=_parameter_count, default=None)
+    inside = {id(m) for m in blocks.modules()} if blocks is not None else set()
+    config = model.config
+    experts = {getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")} | {1}
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = [n for n, m in linear.items() if id(m) in inside and m.out_features not in experts]
+    if not names:
+        raise ModelError(
+            f"no linear layers were found in the blocks of {type(model).__name__}: LoRA has nothing to adapt."
+        )
+    short = sorted({n.rsplit(".", 1)[-1] for n in names})
+    meant = [n for n in linear if n.rsplit(".", 1)[-1] in short]
+    return short if sorted(meant) == sorted(names) else names
+
+
+def _parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _saved_config(folder: Path, mode: Lora) -> Any:
+    from peft import LoraConfig
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"adapter={folder}: holds no adapter_config.json, so it is not a LoRA adapter's folder.")
+    config = LoraConfig.from_pretrained(folder)
+    if config.r != mode.rank:
+        raise ModelError(
+            f"adapter={folder}: its rank is {config.r}, but lora_rank={mode.rank}. Type lora_rank={config.r} "
+            f"lora_alpha={config.lora_alpha:g} to go on with it."
+        )
+    config.lora_dropout = mode.dropout
+    config.lora_alpha = mode.alpha
+    config.inference_mode = False
+    return config
+
+
+def load_adapter_weights(module: Any, name: str, folder: Path) -> None:
+    """Put a saved adapter's weights into the model's adapter `name`.
+
+    Errors:
+        ModelError: a tensor is missing, unknown, or of another shape.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    try:
+        result = set_peft_model_state_dict(module, load_file(folder / "adapter_model.safetensors"), adapter_name=name)
+    except (RuntimeError, OSError) as error:
+        raise ModelError(f"{folder}: its adapter does not fit this model: {str(error).splitlines()[0]}") from error
+    missing = [k for k in result.missing_keys if f".{name}." in k and "lora_" in k]
+    if missing or result.unexpected_keys:
+        first = (missing or result.unexpected_keys)[0]
+        raise ModelError(f"{folder}: its adapter does not fit this model ({first}).")

@@ -1,0 +1,92 @@
+"""`qwen-tiny`: a real Qwen2 architecture of three million parameters, built in seconds on first use.
+
+It is for trying things out: it has seen no text. The byte-level BPE merges are in
+`qwen_tiny_merges.txt`, made once by `tokenizers`' BpeTrainer over the embedded corpus with Qwen2's
+pre-tokenizer; the weights come from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from sftx.data.template import template_source
+from sftx.files import cache_root, write_folder
+
+NAME = "qwen-tiny"
+VERSION = 1
+"""Part of the cache key: raise it when the built model changes."""
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Qwen2's pre-tokenization pattern (transformers, models/qwen2/tokenization_qwen2.py).
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ARCHITECTURE = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+}
+
+
+def ensure_builtin() -> Path:
+    """Return the folder of the embedded model, building it when it is not there yet."""
+    merges = (Path(__file__).parent / "qwen_tiny_merges.txt").read_text(encoding="utf-8")
+    recipe = json.dumps([VERSION, ARCHITECTURE, PATTERN, merges, template_source("chatml")])
+    folder = cache_root() / "models" / f"{NAME}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        write_folder(folder, lambda into: _build(into, merges))
+    return folder
+
+
+def _build(folder: Path, merges: str) -> None:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = _tokenizer(merges)
+    tokenizer.save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+        **ARCHITECTURE,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.save_pretrained(folder)
+
+
+def _tokenizer(merges: str):  # type: ignore[no-untyped-def]  # transformers carries no types
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = [(a, b) for a, b in (line.split(" ") for line in merges.splitlines())]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(p) for p in pairs)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+        clean_up_tokenization_spaces=False,
+        model_max_length=ARCHITECTURE["max_position_embeddings"],
+    )
+    tokenizer.chat_template = template_source("chatml")
+    return tokenizer

@@ -1,0 +1,184 @@
+"""The start of a trial: its folder is made, or an earlier attempt is gone on with, and all is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sftx.build import build
+from sftx.config.derive import identity
+from sftx.config.schema import TrainConfig
+from sftx.data.corpus import LoadedFile
+from sftx.data.read import sha256_file
+from sftx.data.template import Encoding
+from sftx.errors import ConfigError, ModelError
+from sftx.files import write_text
+from sftx.model.load import Source
+from sftx.runs import manifest
+from sftx.runs.effective import Effective
+from sftx.runs.folder import RunFolder, RunLog
+from sftx.runs.header import as_text, count, header, length_line
+from sftx.runs.metrics import Recorder, Tracker, drop_after
+from sftx.training import checkpoint
+from sftx.training.schedulers import warmup_length
+from sftx.training.trial import Session, Trial
+
+log = logging.getLogger("sftx")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, and the files they came from."""
+
+    files: list[LoadedFile]
+    train: Encoding
+    held_out: Encoding
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the manifests of all trials of a call say alike."""
+
+    data: Data
+    source: Source
+    effective: Effective
+    command: str
+    environment: dict[str, Any]
+    run_log: RunLog
+
+
+def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
+    """Make the run folder, or go on with the one that is there, and say what will happen."""
+    config, folder = trial.config, trial.folder
+    data, source, effective = setting.data, setting.source, setting.effective
+    content = [f.sha256 for f in data.files] + [str(config.max_train_rows)]
+    who = json.loads(json.dumps(identity(config, content, source.fingerprint(), _adapter_hash(config.adapter))))
+    earlier = folder.earlier(who)
+    resumed = _resume(trial, session, earlier)
+    if not session.engine.is_main:
+        return
+    attempt = {"from_step": trial.step, "command": setting.command, "started": setting.environment["started"]}
+    folder.open(
+        config,
+        {
+            "status": "running",
+            "command": setting.command,
+            "environment": setting.environment,
+            "identity": who,
+            "model": {"name": source.name, "folder": str(source.folder), "model_type": source.model_type}
+            | session.model.facts(),
+            "data": [f.facts() for f in data.files],
+            "rows": {"train": len(data.train.rows), "eval": len(data.held_out.rows)},
+            "attempts": [*(earlier or {}).get("attempts", []), attempt],
+        },
+    )
+    setting.run_log.to_file(folder.log)
+    _remark_on_rows(data, folder, config, effective)
+    if source.is_builtin:
+        effective.remark(
+            "qwen-tiny has seen no text: it is for trying sftx out. For a real model: make smollm2, then "
+            "model=smollm2; or model_name_or_path=<folder or hub id>."
+        )
+    folder.update(effective=effective.facts())
+    title = f"{config.train_mode} on {source.name}"
+    log.info("%s", as_text(header(title, _facts(trial, session, data, source), effective)))
+    if resumed:
+        log.info("%s", resumed)
+    drop_after(folder.metrics, trial.step)
+    trial.recorder = Recorder(folder.metrics, _trackers(trial))
+
+
+def _adapter_hash(folder: str | None) -> str | None:
+    """Return the hash of the adapter that a run starts from."""
+    if folder is None:
+        return None
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ModelError(f"adapter={folder}: holds no adapter_model.safetensors.")
+    return sha256_file(path)
+
+
+def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> str | None:
+    """Restore the newest whole checkpoint, if there is one; return what to say."""
+    asked = trial.config.resume
+    if asked not in ("auto", "never"):
+        chosen: Path | None = Path(asked)
+        problems: list[str] = []
+    elif earlier is None:
+        return None
+    else:
+        chosen, problems = checkpoint.newest_verified(trial.folder.checkpoints)
+    said = [f"damaged, not used: {p}" for p in problems]
+    if chosen is None:
+        return "\n".join([*said, f"resume: {trial.folder.path} holds no checkpoint: starting from step 0"])
+    with session.model.using(trial.adapter.name):
+        trial.restore(checkpoint.load(chosen, session.model, trial.adapter, trial.optimizer))
+    return "\n".join([*said, f"resumed from {chosen} (step {trial.step} of {trial.steps.total})"])
+
+
+def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effective: Effective) -> None:
+    """Say which rows could not be used, and which lost the end of their answer."""
+    skipped = data.train.skipped + data.held_out.skipped
+    if skipped:
+        write_text(folder.path / "skipped_rows.txt", "\n".join(skipped) + "\n")
+        effective.remark(f"{len(skipped)} rows cannot be learned from (all in skipped_rows.txt): {skipped[0]}")
+    cut = data.train.truncated + data.held_out.truncated
+    if cut:
+        longest = max(r.full_length for r in cut)
+        effective.remark(
+            f"{len(cut)} rows are longer than max_seq_length={config.max_seq_length} and lose the end of their answer "
+            f"(longest: {longest} tokens), first {cut[0].origin}"
+        )
+
+
+def _trackers(trial: Trial) -> list[Tracker]:
+    """Start the trackers.
+
+    Errors:
+        ConfigError: one cannot start and `on_tracker_error` is `stop`.
+    """
+    started: list[Tracker] = []
+    for name, node in trial.config.tracker.items():
+        try:
+            settings = manifest.scrub(asdict(trial.config))
+            started.append(build(node).start(trial.folder.path, settings, trial.step))
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if trial.config.on_tracker_error == "stop":
+                raise ConfigError(
+                    f"`tracker.{name}` cannot start: {reason}. Train without it: on_tracker_error=continue, "
+                    f"or report_to=none."
+                ) from error
+            log.warning("tracker %s cannot start and is left out: %s", name, reason)
+    return started
+
+
+def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[tuple[str, str]]:
+    config, model = trial.config, session.model.facts()
+    train_file = data.files[0]
+    how = f"{train_file.format}, {train_file.encoding}" + (
+        f", `{train_file.delimiter}`" if train_file.delimiter else ""
+    )
+    lengths = [r.full_length for r in data.train.rows]
+    held = f"{len(data.held_out.rows)} held out" + (f" in {data.files[1].path}" if len(data.files) > 1 else "")
+    share = model["trained_parameters"] / model["parameters"]
+    rate = f"{config.learning_rate:g}, {config.lr_scheduler_type}"
+    if config.lr_scheduler_type != "constant":
+        rate += f", {warmup_length(config.warmup_steps, trial.steps.total)} steps of warm-up"
+    ranks, dtype = session.engine.world_size, str(session.numerics.dtype).removeprefix("torch.")
+    compute = f"{session.numerics.device}, {dtype}, {torch.get_num_threads()} threads"
+    return [
+        ("model", f"{source.name} ({source.model_type}, {count(model['parameters'])} parameters)"),
+        ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%}), {config.train_mode}"),
+        ("data", f"{train_file.path} ({how}): {len(data.train.rows)} rows to train on, {held}"),
+        ("length", length_line(lengths, config.max_seq_length)),
+        ("steps", trial.steps.formula),
+        ("rate", rate),
+        ("compute", compute + (f", {ranks} processes" if ranks > 1 else "")),
+        ("folder", str(trial.folder.path)),
+    ]

@@ -1,0 +1,72 @@
+"""`README.md` of a run folder: the model card, with the command that made it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sftx.config.schema import TrainConfig
+
+
+def model_card(config: TrainConfig, manifest: dict[str, Any]) -> str:
+    """Return the card of a finished run as Markdown."""
+    result = manifest["result"]
+    kind = "model" if config.train_mode == "full" else "LoRA adapter"
+    rows = [
+        ("base model", manifest["model"]["name"]),
+        ("mode", config.train_mode),
+        ("data", ", ".join(f"{d['path']} ({d['rows']} rows, sha256 {d['sha256'][:12]})" for d in manifest["data"])),
+        ("steps", str(result["steps"])),
+        ("eval loss before", _number(result.get("eval_loss_before"))),
+        ("eval loss after", _number(result.get("eval_loss"))),
+        ("seed", str(config.seed)),
+        ("git commit", manifest["environment"]["git"].get("commit", "none")),
+    ]
+    lines = [
+        "---",
+        "library_name: " + ("transformers" if config.train_mode == "full" else "peft"),
+        f"base_model: {manifest['model']['name']}",
+        "tags: [sftx, sft]",
+        "---",
+        "",
+        f"# {kind} fine-tuned with sftx",
+        "",
+        "```",
+        manifest["command"],
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+        "## Use",
+        "",
+        "```python",
+        *_usage(config),
+        "```",
+        "",
+        "`config.yaml` holds every setting, `manifest.json` versions, code, data hashes, hardware and each fallback.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _usage(config: TrainConfig) -> list[str]:
+    package, loader = (
+        ("transformers", "AutoModelForCausalLM")
+        if config.train_mode == "full"
+        else ("peft", "AutoPeftModelForCausalLM")
+    )
+    return [
+        f"from {package} import {loader}",
+        "from transformers import AutoTokenizer",
+        f'model = {loader}.from_pretrained("final")',
+        'tokenizer = AutoTokenizer.from_pretrained("final")',
+        'messages = [{"role": "user", "content": "Who are you?"}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "not evaluated" if value is None else f"{value:.4f}"

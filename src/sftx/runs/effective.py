@@ -1,0 +1,47 @@
+"""What a run really does, beside what was asked: every fallback is printed once and stored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A setting that this machine cannot honour, what is done instead, and why."""
+
+    key: str
+    asked: str
+    effective: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.asked} -> {self.effective}: {self.reason}"
+
+
+@dataclass
+class Effective:
+    """The settings in force, the fallbacks, and remarks that a user should read before the first step."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def fall_back(self, key: str, asked: object, effective: str, reason: str) -> None:
+        """Record a fallback, once."""
+        new = Fallback(key, str(asked).lower() if isinstance(asked, bool) else str(asked), effective, reason)
+        if new not in self.fallbacks:
+            self.fallbacks.append(new)
+
+    def remark(self, text: str) -> None:
+        """Record a remark, once."""
+        if text not in self.remarks:
+            self.remarks.append(text)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the manifest says."""
+        return {
+            "settings": self.settings,
+            "fallbacks": [asdict(f) for f in self.fallbacks],
+            "remarks": self.remarks,
+        }

@@ -1,0 +1,93 @@
+"""The end of a trial: `final/`, the model card, the result, and what to type next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sftx.files import write_text
+from sftx.model.export import load_weights, save_final
+from sftx.parallel.engine import Engine
+from sftx.runs.card import model_card
+from sftx.training import checkpoint
+from sftx.training.trial import Session, Trial
+
+log = logging.getLogger("sftx")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial came to."""
+
+    output_dir: Path
+    steps: int
+    eval_loss_before: float | None
+    eval_loss: float | None
+    stop_reason: str | None
+
+    @property
+    def objective(self) -> float | None:
+        """What a sweep minimises."""
+        return self.eval_loss
+
+
+def finish_trial(trial: Trial, session: Session) -> Result:
+    """Publish `final/`, the model card and the result."""
+    config = trial.config
+    final_loss = trial.last_eval.loss if trial.last_eval else None
+    chosen = trial.step
+    with session.model.using(trial.adapter.name):
+        if config.keep_best and trial.best_step is not None:
+            load_weights(session.model, trial.adapter, checkpoint.folder_of(trial.folder.checkpoints, trial.best_step))
+            chosen, final_loss = trial.best_step, trial.best_loss
+        before = trial.first_eval.loss if trial.first_eval else None
+        result = Result(trial.folder.path, trial.step, before, final_loss, trial.stop_reason)
+        if session.engine.is_main:
+            save_final(session.model, trial.adapter, session.template, trial.folder.final, session.base_folder)
+            facts = {
+                "steps": result.steps,
+                "final_step": chosen,
+                "eval_loss_before": before,
+                "eval_loss": final_loss,
+                "stop_reason": trial.stop_reason,
+            }
+            trial.folder.update(status="completed", result=facts)
+            write_text(trial.folder.path / "README.md", model_card(config, trial.folder.manifest))
+            log.info("%s", _closing(trial, result, chosen))
+    session.engine.barrier()
+    return result
+
+
+def _closing(trial: Trial, result: Result, chosen: int) -> str:
+    """Say where everything is and what to type next."""
+    lines = ["", f"Done: {result.steps} steps."]
+    if result.eval_loss is not None and result.eval_loss_before is not None:
+        change = result.eval_loss / result.eval_loss_before - 1
+        lines[-1] += f" Eval loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f} ({change:+.1%})."
+    if chosen != result.steps:
+        lines.append(f"final/ holds the best state, step {chosen}.")
+    kind = "model" if trial.config.train_mode == "full" else "adapter"
+    lines += [
+        f"  {trial.folder.final}/  the {kind}, with its tokenizer",
+        f"  {trial.folder.path}/  README.md (how to use it), config.yaml, manifest.json, metrics.jsonl, train.log",
+    ]
+    if "tensorboard" in trial.config.tracker:
+        lines.append(f"See the curves:  tensorboard --logdir {trial.folder.path}")
+    if trial.config.model_name_or_path == "qwen-tiny":
+        lines += [
+            "Next:            make smollm2 && python train.py model=smollm2 mode=qlora lora_rank=32   (a real model)",
+            "                 python train.py train_file_path=<folder> train_file_name=<your.csv>     (your data)",
+        ]
+    return "\n".join(lines)
+
+
+def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException) -> None:
+    """Note in each manifest that the run did not end well."""
+    if not engine.is_main:
+        return
+    for trial in trials:
+        if trial.folder.manifest:
+            trial.folder.update(status="failed", error=f"{type(error).__name__}: {error}")
+            log.error("failed: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)

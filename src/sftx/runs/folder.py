@@ -1,0 +1,126 @@
+"""The run folder: `output_dir`, which explains how its contents came to be."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sftx.config.derive import differences
+from sftx.config.schema import TrainConfig
+from sftx.errors import RunFolderError
+from sftx.files import check_writable, explained, write_json, write_text
+from sftx.runs.manifest import scrub
+
+MANIFEST = "manifest.json"
+
+
+class RunFolder:
+    """Names and writes what is in a run folder; made only when the run is ready to start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "train.log"
+        self.manifest: dict[str, Any] = {}
+
+    def check(self, resume: str) -> None:
+        """Raise if this folder could not hold a run; look only, change nothing.
+
+        Errors:
+            RunFolderError: not writable, not empty without being a run's, or a run's with `resume=never`.
+        """
+        check_writable(self.path)
+        if not self.path.exists():
+            return
+        there = sorted(p.name for p in self.path.iterdir() if p.name != "trial.json")
+        if not there:
+            return
+        if not (self.path / MANIFEST).is_file():
+            raise RunFolderError(
+                f"output_dir={self.path}: holds other files ({', '.join(there[:5])}), but no run of sftx. "
+                f"Choose an empty or a new folder."
+            )
+        if resume == "never":
+            raise RunFolderError(
+                f"output_dir={self.path}: holds a run, and resume=never would overwrite it. "
+                f"Choose another output_dir, or resume=auto to go on with it."
+            )
+
+    def earlier(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the manifest of the same run's earlier attempt, or None when the folder is new.
+
+        Errors:
+            RunFolderError: the folder holds another run; every difference is named.
+        """
+        path = self.path / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunFolderError(f"{path}: cannot be read ({error}). Choose another output_dir.") from None
+        found = differences(manifest.get("identity", {}), json.loads(json.dumps(identity)))
+        if found:
+            raise RunFolderError(
+                f"output_dir={self.path}: holds another run, which would be overwritten. It differs in:\n  "
+                + "\n  ".join(found)
+                + "\nChoose another output_dir, or repeat that run's settings to go on with it."
+            )
+        return manifest
+
+    def open(self, config: TrainConfig, manifest: dict[str, Any]) -> None:
+        """Make the folder and write what is known before the first step."""
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        plain = scrub(json.loads(json.dumps(asdict(config))))
+        write_text(self.path / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
+        self.manifest = scrub(manifest)
+        self.update(status="running")
+
+    def update(self, **facts: Any) -> None:
+        """Change facts of the manifest."""
+        self.manifest |= scrub(facts)
+        write_json(self.path / MANIFEST, self.manifest)
+
+
+class TqdmHandler(logging.Handler):
+    """Prints log lines without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record))
+
+
+class RunLog:
+    """The run's messages: on the terminal, and in `train.log` with the time."""
+
+    def __init__(self, *, is_main: bool) -> None:
+        self.logger = logging.getLogger("sftx")
+        self.logger.setLevel(logging.INFO if is_main else logging.ERROR)
+        self.logger.propagate = False
+        self.close()
+        self.terminal = TqdmHandler()
+        self.terminal.setFormatter(logging.Formatter("%(message)s"))
+        self.logger.addHandler(self.terminal)
+
+    def to_file(self, path: Path) -> None:
+        """Write further messages to a file as well."""
+        with explained(path):
+            handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.logger.addHandler(handler)
+
+    def close(self) -> None:
+        """Let go of all handlers."""
+        for handler in list(self.logger.handlers):
+            self.logger.removeHandler(handler)
+            handler.close()

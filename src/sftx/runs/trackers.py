@@ -1,0 +1,75 @@
+"""Where metrics are shown; group `tracker`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sftx.runs.metrics import Tracker
+
+
+@dataclass(frozen=True)
+class TensorBoard:
+    """Event files in the run folder."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], resume_step: int) -> Tracker:
+        """Open `<folder>/tensorboard`; steps after `resume_step` of an earlier attempt are hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return _TensorBoard(
+            SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        )
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases, online or, with WANDB_MODE=offline, in the run folder."""
+
+    project: str
+    entity: str | None
+    name: str | None
+    tags: list[str]
+
+    def start(self, folder: Path, config: Mapping[str, Any], resume_step: int) -> Tracker:
+        """Start a run named after the run folder; a resumed run goes on under the same id."""
+        import wandb
+
+        place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            name=self.name or folder.name,
+            id=f"{folder.name}-{place}",
+            resume="allow",
+            tags=self.tags or None,
+            config=dict(config),
+            dir=str(folder),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        return _Wandb(run)
+
+
+class _Wandb:
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        self.run.finish()

@@ -1,0 +1,105 @@
+"""One Hydra job, and what is said at the end of several.
+
+Each trial of a multirun leaves `trial.json` in its folder, whatever became of it; the table at the
+end is made from those, so that it does not matter which launcher ran the trials.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from sftx.config.check import freeze
+from sftx.config.compose import Request
+from sftx.errors import say
+from sftx.files import write_json
+
+log = logging.getLogger("sftx")
+TRIAL = "trial.json"
+_sweep_dirs: list[Path] = []
+
+
+class TrialFailed(Exception):
+    """Tells Hydra's launcher that a trial failed; its own message is already out."""
+
+
+def run_job(composed: DictConfig, request: Request) -> float | None:
+    """Run one composed configuration; in a multirun, in its own folder, leaving its outcome there."""
+    hydra = HydraConfig.get()
+    config = freeze(composed)
+    from sftx.run import run  # heavy: only now that the configuration is right
+
+    command = request.command()
+    if hydra.mode != RunMode.MULTIRUN:
+        return run([config], request.notes, command)[0].objective
+    sweep_dir = Path(hydra.sweep.dir)
+    _sweep_dirs.append(sweep_dir)
+    folder = Path(config.output_dir or sweep_dir) / str(hydra.sweep.subdir)
+    outcome: dict[str, Any] = {
+        "number": int(hydra.job.num),
+        "overrides": _swept(hydra),
+        "output_dir": str(folder),
+    }
+    print(f"\n--- trial {hydra.job.num}: {' '.join(outcome['overrides'])}")
+    try:
+        result = run([replace(config, output_dir=str(folder))], request.notes, command)[0]
+    except Exception as error:
+        code = say(error)
+        outcome |= {"status": "failed", "exit_code": code, "error": f"{type(error).__name__}: {error}"}
+        _leave(sweep_dir, outcome)
+        raise TrialFailed(str(error)) from error
+    outcome |= {"status": "completed", "eval_loss_before": result.eval_loss_before, "eval_loss": result.eval_loss}
+    _leave(sweep_dir, outcome)
+    return result.objective
+
+
+def _swept(hydra: Any) -> list[str]:
+    """Return the overrides in which the trials differ, or all when there is nothing to compare with."""
+    return [str(o) for o in OmegaConf.to_container(hydra.overrides.task) or []]
+
+
+def _leave(sweep_dir: Path, outcome: dict[str, Any]) -> None:
+    write_json(sweep_dir / str(outcome["number"]) / TRIAL, outcome)
+
+
+def end_of_sweep() -> int:
+    """Print the trials by eval loss and return the exit code: non-zero when one failed."""
+    code = 0
+    for folder in dict.fromkeys(_sweep_dirs):
+        outcomes = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob(f"*/{TRIAL}"))]
+        code = max([code, *(o.get("exit_code", 0) for o in outcomes)])
+        from rich.console import Console
+
+        Console(width=None).print(table_of(outcomes, folder))
+    return code
+
+
+def table_of(outcomes: list[dict[str, Any]], folder: Path) -> Table:
+    """Return the trials as a table: best eval loss first, failed ones last."""
+    order = sorted(outcomes, key=lambda o: (o["status"] != "completed", _rank(o), o["number"]))
+    shared = set.intersection(*(set(o["overrides"]) for o in outcomes)) if len(outcomes) > 1 else set()
+    table = Table(title=f"{len(outcomes)} trials in {folder}", title_justify="left")
+    for column in ("trial", "differs in", "eval loss", "before", "status"):
+        table.add_column(column, justify="right" if column in ("eval loss", "before") else "left", overflow="fold")
+    for o in order:
+        differs = " ".join(v for v in o["overrides"] if v not in shared)
+        status = o["status"] if o["status"] == "completed" else f"failed: {o['error'].splitlines()[0][:120]}"
+        table.add_row(str(o["number"]), differs, _loss(o.get("eval_loss")), _loss(o.get("eval_loss_before")), status)
+    return table
+
+
+def _rank(outcome: dict[str, Any]) -> float:
+    loss = outcome.get("eval_loss")
+    return float("inf") if loss is None else float(loss)
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

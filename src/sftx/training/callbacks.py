@@ -1,0 +1,161 @@
+"""What happens beside training; group `callback`. Derive from `Callback` to write your own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sftx.errors import ConfigError
+from sftx.files import append_line, write_text
+from sftx.training.evaluate import Evaluation
+from sftx.training.trial import Session, Trial
+
+log = logging.getLogger("sftx")
+
+
+class Callback:
+    """Called at the moments of a trial; every rank calls it. Set `trial.stop_reason` to end the trial."""
+
+    def on_start(self, session: Session, trial: Trial) -> None:
+        """Before the first step of this attempt."""
+
+    def on_step(self, session: Session, trial: Trial) -> None:
+        """After an optimizer step; `trial.step` counts it."""
+
+    def on_evaluate(self, session: Session, trial: Trial, result: Evaluation) -> None:
+        """After an evaluation that followed a step."""
+
+    def on_end(self, session: Session, trial: Trial) -> None:
+        """After the last step."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+
+@dataclass
+class EarlyStopping(Callback):
+    """Ends a trial whose eval loss has not fallen by `min_delta` for `patience` evaluations."""
+
+    patience: int
+    min_delta: float
+    best: float = field(init=False, default=math.inf)
+    waited: int = field(init=False, default=0)
+
+    def on_evaluate(self, session: Session, trial: Trial, result: Evaluation) -> None:
+        """Count evaluations without progress."""
+        if result.loss < self.best - self.min_delta:
+            self.best, self.waited = result.loss, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            trial.stop_reason = f"early stopping: no eval loss below {self.best:.4f} for {self.waited} evaluations"
+            log.info("%s", trial.stop_reason)
+
+    def state(self) -> dict[str, Any]:
+        """Return the best loss and the wait."""
+        return {"best": self.best, "waited": self.waited}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back the best loss and the wait."""
+        self.best, self.waited = state["best"], state["waited"]
+
+
+@dataclass
+class GenerateSamples(Callback):
+    """Writes the model's greedy answers to a few prompts after each evaluation and at the end."""
+
+    count: int
+    prompts: list[str]
+    max_new_tokens: int
+    last_step: int = field(init=False, default=-1)
+
+    def on_evaluate(self, session: Session, trial: Trial, result: Evaluation) -> None:
+        """Generate with the weights that were just evaluated."""
+        self._generate(session, trial)
+
+    def on_end(self, session: Session, trial: Trial) -> None:
+        """Generate once more, unless the last step was evaluated."""
+        if self.last_step != trial.step:
+            with session.model.using(trial.adapter.name):
+                self._generate(session, trial)
+
+    def _generate(self, session: Session, trial: Trial) -> None:
+        self.last_step = trial.step
+        if not session.engine.is_main:
+            return
+        for prompt_ids in self._prompts(session):
+            answer = generate(session, prompt_ids, self.max_new_tokens)
+            prompt = session.template.tokenizer.decode(prompt_ids)
+            record = {"step": trial.step, "prompt": prompt, "answer": answer}
+            append_line(trial.folder.path / "samples.jsonl", json.dumps(record, ensure_ascii=False))
+            log.info("sample: %r -> %r", prompt[-80:], answer[:200])
+
+    def _prompts(self, session: Session) -> list[list[int]]:
+        if self.prompts:
+            return [session.template.prompt_ids([{"role": "user", "content": p}]) for p in self.prompts]
+        rows = session.eval_rows or session.rows
+        return [r.ids_T[~r.supervised_T].tolist() for r in rows[: self.count]]
+
+
+@torch.no_grad()
+def generate(session: Session, prompt_ids: list[int], max_new_tokens: int) -> str:
+    """Return the active adapter's greedy answer to a prompt, without control tokens."""
+    module = session.model.module
+    module.eval()
+    ids_BT = torch.tensor([prompt_ids], device=session.engine.device)
+    with session.numerics.autocast():
+        out_BT = module.generate(
+            input_ids=ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=session.template.stop_ids(),
+            pad_token_id=session.pad_id,
+        )
+    module.train()
+    return session.template.tokenizer.decode(out_BT[0, len(prompt_ids) :], skip_special_tokens=True)
+
+
+@dataclass
+class Profile(Callback):
+    """Traces `steps` steps from `first_step` on with torch's profiler."""
+
+    first_step: int
+    steps: int
+    profiler: Any = field(init=False, default=None)
+
+    def on_start(self, session: Session, trial: Trial) -> None:
+        """Check that the run is long enough."""
+        if trial.steps.total < self.first_step + self.steps:
+            raise ConfigError(
+                f"`callback.profile`: the run has {trial.steps.total} steps, but steps {self.first_step} to "
+                f"{self.first_step + self.steps - 1} are to be traced. Set a larger max_steps."
+            )
+
+    def on_step(self, session: Session, trial: Trial) -> None:
+        """Start and stop the profiler."""
+        if trial.step == self.first_step - 1 or (self.first_step <= 1 and trial.step == 1):
+            self.profiler = torch.profiler.profile(record_shapes=True)
+            self.profiler.start()
+        elif self.profiler is not None and trial.step == self.first_step + self.steps - 1:
+            self.profiler.stop()
+            if session.engine.is_main:
+                self._write(trial)
+            self.profiler = None
+
+    def _write(self, trial: Trial) -> None:
+        folder = trial.folder.path / "profile"
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        write_text(folder / "table.txt", self.profiler.key_averages().table(sort_by=by, row_limit=40))
+        self.profiler.export_chrome_trace(str(folder / "trace.json"))
+        log.info("profile of steps %d-%d: %s", self.first_step, trial.step, folder)

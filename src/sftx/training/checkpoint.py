@@ -1,0 +1,157 @@
+"""Checkpoints: published whole or not at all, verified by hash, safetensors and JSON only.
+
+A checkpoint is `step-000100/`: the weights as `final/` would hold them, `optimizer.safetensors` with
+`optimizer.json`, `state.json` (where the run stands), and `manifest.json` (SHA-256 of every file).
+Random state is not in it: every draw is a function of (seed, step), so there is none to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from sftx.data.read import sha256_file
+from sftx.errors import CheckpointError
+from sftx.files import write_folder
+from sftx.model.adapt import AdaptedModel, Adapter
+from sftx.model.export import load_weights, save_weights
+
+MANIFEST = "manifest.json"
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Return a checkpoint's folder."""
+    return root / f"step-{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def listed(root: Path) -> list[Path]:
+    """Return the published checkpoints, oldest first."""
+    return sorted((p for p in root.glob("step-*") if step_of(p) >= 0), key=step_of) if root.is_dir() else []
+
+
+def save(
+    root: Path,
+    step: int,
+    model: AdaptedModel,
+    adapter: Adapter,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    base: Path,
+) -> Path:
+    """Publish the checkpoint of a step."""
+
+    def fill(into: Path) -> None:
+        save_weights(model, adapter, into, base)
+        _save_optimizer(optimizer, into)
+        (into / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        hashes = {str(p.relative_to(into)): sha256_file(p) for p in sorted(into.rglob("*")) if p.is_file()}
+        (into / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2), encoding="utf-8")
+
+    folder = folder_of(root, step)
+    write_folder(folder, fill, replace=True)
+    return folder
+
+
+def rotate(root: Path, limit: int | None, best_step: int | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, never the newest and never the best."""
+    if limit is None:
+        return
+    for folder in listed(root)[:-limit]:
+        if step_of(folder) != best_step:
+            shutil.rmtree(folder)
+
+
+def problem_of(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None when every file is as it was written."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        for name, digest in hashes.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if sha256_file(path) != digest:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    needed = {"state.json", "optimizer.json", "optimizer.safetensors"} - set(hashes)
+    return f"{min(needed)} is not listed" if needed else None
+
+
+def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint, and what is wrong with each newer one.
+
+    Errors:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    problems: list[str] = []
+    folders = listed(root)
+    for folder in reversed(folders):
+        problem = problem_of(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(f"{folder}: {problem}")
+    if folders:
+        raise CheckpointError(
+            "no checkpoint of this run is whole, and starting over silently would lose it:\n  "
+            + "\n  ".join(problems)
+            + "\nRemove them to start over, or choose another output_dir."
+        )
+    return None, problems
+
+
+def load(folder: Path, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer) -> dict[str, Any]:
+    """Restore weights and optimizer from a checkpoint, and return its state.
+
+    Errors:
+        CheckpointError: it is damaged.
+    """
+    problem = problem_of(folder)
+    if problem:
+        raise CheckpointError(f"{folder}: {problem}. Resume from another checkpoint, or remove it.")
+    load_weights(model, adapter, folder)
+    _load_optimizer(optimizer, folder, adapter.parameters)
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def _save_optimizer(optimizer: Optimizer, folder: Path) -> None:
+    """Write state keyed `parameter name|state key`; what is no tensor goes into the JSON."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{name}|{key}"] = value.detach().cpu().contiguous().clone()
+                else:
+                    scalars.setdefault(name, {})[key] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / "optimizer.json").write_text(json.dumps({"scalars": scalars}), encoding="utf-8")
+
+
+def _load_optimizer(optimizer: Optimizer, folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    from safetensors.torch import load_file
+
+    optimizer.state.clear()
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        name, _, part = key.rpartition("|")
+        parameter = parameters[name]
+        optimizer.state[parameter][part] = tensor.to(parameter.device)
+    for name, values in json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["scalars"].items():
+        optimizer.state[parameters[name]].update(values)
+    if hasattr(optimizer, "initialized"):  # bitsandbytes fills its lookup tables at its first step
+        optimizer.initialized = False

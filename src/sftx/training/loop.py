@@ -1,0 +1,209 @@
+"""The training loop: the only `optimizer.step()` of sftx.
+
+It trains a list of trials, one step each in turn, over one frozen base. A trial's loss is the summed
+token loss divided by the supervised tokens of its whole optimizer step, over all micro-batches and
+ranks, so that neither accumulation nor the number of ranks changes what is learned.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from sftx.data.loader import Batch, stream
+from sftx.errors import TrainingError
+from sftx.model.dropout import key_of
+from sftx.training import checkpoint
+from sftx.training.evaluate import Evaluation, evaluate
+from sftx.training.loss import token_losses
+from sftx.training.progress import Progress
+from sftx.training.trial import Session, Trial, Window
+
+log = logging.getLogger("sftx")
+
+
+def train(session: Session, trials: Sequence[Trial]) -> None:
+    """Train every trial to its end."""
+    session.model.module.train()
+    with Progress(session, trials) as progress:
+        for trial in trials:
+            _start(session, trial)
+        while running := [t for t in trials if not t.finished]:
+            for trial in running:
+                with session.model.using(trial.adapter.name):
+                    _advance(session, trial)
+                progress.update(trial)
+        for trial in trials:
+            for callback in trial.callbacks.values():
+                callback.on_end(session, trial)
+
+
+def _start(session: Session, trial: Trial) -> None:
+    """Evaluate before the first step, and open the stream of batches where the trial stands."""
+    config = trial.config
+    with session.model.using(trial.adapter.name):
+        if trial.step == 0 and trial.evaluates:
+            _evaluate(session, trial)
+        for callback in trial.callbacks.values():
+            callback.on_start(session, trial)
+    trial.batches = stream(
+        session.rows,
+        trial.plan,
+        rank=session.engine.rank,
+        first_step=trial.step,
+        last_step=trial.steps.total,
+        pad_id=session.pad_id,
+        workers=config.dataloader_num_workers,
+    )
+
+
+def _advance(session: Session, trial: Trial) -> None:
+    """Make one optimizer step, then what is due after it: a record, an evaluation, a checkpoint."""
+    config = trial.config
+    batches = next(trial.batches)
+    grad_norm, rate = _step(session, trial, batches)
+    trial.step += 1
+    for callback in trial.callbacks.values():
+        callback.on_step(session, trial)
+    if trial.step == 1 or trial.due(config.logging_steps):
+        _record(session, trial, grad_norm, rate)
+    improved = False
+    if trial.evaluates and trial.due(config.eval_steps):
+        improved = _evaluate(session, trial)
+    if trial.saves_now or (improved and config.keep_best):
+        _save(session, trial)
+
+
+def _step(session: Session, trial: Trial, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Make one optimizer step; return the gradient norm before clipping and the learning rate."""
+    started = time.perf_counter()
+    engine, config = session.engine, trial.config
+    supervised = sum(session.rows[i].supervised_tokens for i in trial.plan.rows(trial.step))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for batch in batches:
+        if not batch.rows:
+            continue  # this rank has no rows left in a step that is smaller than the others
+        _set_random_state(trial, batch.index)
+        with session.numerics.autocast():
+            losses_N, _ = token_losses(session.model.module, batch, engine.device)
+        loss = losses_N.sum()
+        engine.backward(trial.scaler.scale(loss / supervised))
+        loss_sum += loss.detach()
+    parameters = list(trial.adapter.parameters.values())
+    engine.sum_gradients(parameters)
+    trial.scaler.unscale_(trial.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf).item()
+    loss_mean = engine.sum(loss_sum).item() / supervised
+    _stop_if_not_finite(session, trial, loss_mean, grad_norm)
+    rate = config.learning_rate * trial.schedule.at(trial.step, trial.steps.total)
+    for group in trial.optimizer.param_groups:
+        group["lr"] = rate
+    trial.scaler.step(trial.optimizer)
+    trial.scaler.update()
+    trial.optimizer.zero_grad(set_to_none=True)
+    window = trial.window
+    window.loss += loss_mean * supervised
+    window.supervised_tokens += supervised
+    tokens = sum(len(session.rows[i].ids_T) for i in trial.plan.rows(trial.step))
+    window.tokens += tokens
+    trial.tokens_seen += tokens
+    window.seconds += time.perf_counter() - started
+    return grad_norm, rate
+
+
+def _set_random_state(trial: Trial, micro_batch: int) -> None:
+    """Make every draw of a micro-batch a function of (seed, step, micro-batch)."""
+    trial.adapter.clock.step, trial.adapter.clock.micro_batch = trial.step, micro_batch
+    torch.manual_seed(key_of(trial.config.seed, trial.step, micro_batch))  # dropout of the base, in full mode
+
+
+def _stop_if_not_finite(session: Session, trial: Trial, loss: float, grad_norm: float) -> None:
+    """Raise before a step that would destroy the weights.
+
+    Errors:
+        TrainingError: the loss is not finite, or a gradient is and no loss scaler will skip the step.
+    """
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or trial.scaler.is_enabled()):
+        return
+    rows = [session.rows[i].origin for i in trial.plan.rows(trial.step)]
+    raise TrainingError(
+        f"step {trial.step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}. The weights are as before "
+        f"it. Rows of the step: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}. "
+        f"Usual cures: a smaller learning_rate (now {trial.config.learning_rate:g}), warm-up, or bf16 instead of fp16."
+    )
+
+
+def _record(session: Session, trial: Trial, grad_norm: float, rate: float) -> None:
+    """Write the mean loss since the last record, and what goes with it."""
+    window = trial.window
+    seconds = max(window.seconds, 1e-9)
+    metrics = {
+        "epoch": trial.step / trial.steps.per_epoch,
+        "train/loss": window.loss / max(window.supervised_tokens, 1),
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": rate,
+        "train/tokens": trial.tokens_seen,
+        "perf/tokens_per_second": window.tokens / seconds,
+        "perf/supervised_tokens_per_second": window.supervised_tokens / seconds,
+    }
+    if trial.scaler.is_enabled():
+        metrics["train/loss_scale"] = trial.scaler.get_scale()
+    trial.recorder.log(trial.step, metrics)
+    log.info(
+        "%sstep %d/%d  loss %.4f  grad norm %.3f  rate %.2e  %s tokens/s",
+        _label(trial), trial.step, trial.steps.total, metrics["train/loss"], grad_norm, rate,
+        f"{metrics['perf/tokens_per_second']:,.0f}",
+    )  # fmt: skip
+    trial.window = Window()
+
+
+def _label(trial: Trial) -> str:
+    return "" if trial.name == "default" else f"[{trial.name}] "
+
+
+def _evaluate(session: Session, trial: Trial) -> bool:
+    """Evaluate, record it, tell the schedule and the callbacks; return whether it is the best so far."""
+    config = trial.config
+    result: Evaluation = evaluate(
+        session.engine,
+        session.model,
+        session.numerics,
+        session.eval_rows,
+        token_budget=config.max_seq_length * config.per_device_train_batch_size,
+        pad_id=session.pad_id,
+    )
+    trial.recorder.log(trial.step, result.metrics())
+    trial.first_eval = trial.first_eval or result
+    trial.last_eval, trial.eval_step = result, trial.step
+    improved = trial.best_loss is None or result.loss < trial.best_loss
+    change = f" ({result.loss / trial.first_eval.loss - 1:+.1%} since the start)" if trial.step else ""
+    log.info("%sstep %d/%d  eval loss %.4f%s", _label(trial), trial.step, trial.steps.total, result.loss, change)
+    if trial.step == 0:
+        return False
+    if improved:
+        trial.best_loss, trial.best_step = result.loss, trial.step
+    trial.schedule.observe(result.loss)
+    for callback in trial.callbacks.values():
+        callback.on_evaluate(session, trial, result)
+    return improved
+
+
+def _save(session: Session, trial: Trial) -> None:
+    """Publish a checkpoint, then remove those beyond the limit."""
+    if session.engine.is_main:
+        checkpoint.save(
+            trial.folder.checkpoints,
+            trial.step,
+            session.model,
+            trial.adapter,
+            trial.optimizer,
+            trial.state(),
+            session.base_folder,
+        )
+        best = trial.best_step if trial.config.keep_best else None
+        checkpoint.rotate(trial.folder.checkpoints, trial.config.save_total_limit, best)
+    session.engine.barrier()

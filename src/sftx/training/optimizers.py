@@ -1,0 +1,112 @@
+"""Optimizers, each built for one adapter; group `optimizer`.
+
+Weight decay falls on matrices only, as is usual: not on biases, norms or other vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from sftx.runs.effective import Effective
+
+Parameters = Mapping[str, Parameter]
+
+
+def groups_of(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
+    """Split parameters into those that decay and those that do not; each group keeps its names."""
+    decays = {n: p for n, p in parameters.items() if p.ndim >= 2}
+    rest = {n: p for n, p in parameters.items() if p.ndim < 2}
+    return [
+        {"params": list(chosen.values()), "names": list(chosen), "weight_decay": decay}
+        for chosen, decay in ((decays, weight_decay), (rest, 0.0))
+        if chosen
+    ]
+
+
+def _paged(asked: bool, key: str, effective: Effective) -> bool:
+    if asked and not torch.cuda.is_available():
+        effective.fall_back("optim", key, key.removeprefix("paged_"), "paging needs CUDA")
+        return False
+    return asked
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW (arXiv:1711.05101): torch's fused one, or bitsandbytes' where state is paged or in 8 bits."""
+
+    bits: Literal[8, 32]
+    paged: bool
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
+        """Return the optimizer of these parameters."""
+        groups = groups_of(parameters, self.weight_decay)
+        betas = (self.betas[0], self.betas[1])
+        name = "paged_adamw_32bit" if self.bits == 32 else "paged_adamw_8bit"
+        paged = _paged(self.paged, name, effective)
+        if self.bits == 32 and not paged:
+            effective.settings["optimizer"] = "torch.optim.AdamW(fused=True)"
+            return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=self.eps, fused=True)
+        import bitsandbytes
+
+        effective.settings["optimizer"] = f"bitsandbytes AdamW, {self.bits} bits, {'paged' if paged else 'not paged'}"
+        kind = bitsandbytes.optim.AdamW8bit if self.bits == 8 else bitsandbytes.optim.AdamW32bit
+        return kind(groups, lr=learning_rate, betas=betas, eps=self.eps, is_paged=paged)
+
+
+@dataclass(frozen=True)
+class Lion:
+    """Lion (arXiv:2302.06675), bitsandbytes' implementation."""
+
+    bits: Literal[8, 32]
+    paged: bool
+    betas: tuple[float, float]
+    weight_decay: float
+
+    def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
+        """Return the optimizer of these parameters."""
+        import bitsandbytes
+
+        paged = _paged(self.paged, "paged_lion", effective)
+        effective.settings["optimizer"] = f"bitsandbytes Lion, {self.bits} bits"
+        kind = bitsandbytes.optim.Lion8bit if self.bits == 8 else bitsandbytes.optim.Lion32bit
+        groups = groups_of(parameters, self.weight_decay)
+        return kind(groups, lr=learning_rate, betas=(self.betas[0], self.betas[1]), is_paged=paged)
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor (arXiv:1804.04235), torch's implementation."""
+
+    beta2_decay: float
+    d: float
+    weight_decay: float
+
+    def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
+        """Return the optimizer of these parameters."""
+        effective.settings["optimizer"] = "torch.optim.Adafactor"
+        groups = groups_of(parameters, self.weight_decay)
+        return torch.optim.Adafactor(groups, lr=learning_rate, beta2_decay=self.beta2_decay, d=self.d)
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Stochastic gradient descent with momentum."""
+
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+
+    def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
+        """Return the optimizer of these parameters."""
+        effective.settings["optimizer"] = "torch.optim.SGD"
+        groups = groups_of(parameters, self.weight_decay)
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=self.momentum, nesterov=self.nesterov)

@@ -1,0 +1,54 @@
+"""Number formats of the computation; group `precision`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sftx.errors import ConfigError
+from sftx.runs.effective import Effective
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The formats in force on a device."""
+
+    dtype: torch.dtype
+    device: torch.device
+    scales_loss: bool
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context that the forward pass runs in."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The format that is asked for; `tf32` lets fp32 matrix products round to TF32 on the GPU."""
+
+    dtype: Literal["float16", "bfloat16", "float32"]
+    tf32: bool
+
+    def resolve(self, device: torch.device, effective: Effective) -> Numerics:
+        """Return what the device can do, recording a fallback.
+
+        Errors:
+            ConfigError: the GPU has no bfloat16.
+        """
+        asked: torch.dtype = getattr(torch, self.dtype)
+        key = {"float16": "fp16", "bfloat16": "bf16"}.get(self.dtype, "precision")
+        if device.type == "cpu" and asked != torch.float32:
+            effective.fall_back(key, True, "fp32", "half precision on a CPU is many times slower than fp32")
+            asked = torch.float32
+        if device.type == "cuda":
+            if asked == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise ConfigError(f"`bf16=true`: {torch.cuda.get_device_name(device)} has no bfloat16. Use fp16=true.")
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            effective.settings["tf32"] = self.tf32
+        effective.settings["compute_dtype"] = str(asked).removeprefix("torch.")
+        return Numerics(asked, device, scales_loss=asked == torch.float16)

@@ -1,0 +1,138 @@
+"""A trial: one adapter in training, with everything that is its own.
+
+A plain run is a list of one trial. Trials that share a frozen base are a longer list: each has its
+own optimizer, schedule, loss scaler, clipping, data order, metrics and run folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from sftx.config.derive import Steps
+from sftx.config.schema import TrainConfig
+from sftx.data.loader import Batch, Plan
+from sftx.data.template import ChatTemplate, Row
+from sftx.model.adapt import AdaptedModel, Adapter
+from sftx.parallel.engine import Engine
+from sftx.runs.folder import RunFolder
+from sftx.runs.metrics import Recorder
+from sftx.training.evaluate import Evaluation
+from sftx.training.precision import Numerics
+from sftx.training.schedulers import Schedule
+
+
+@dataclass
+class Session:
+    """What the trials of one call share: the machine, the base, the data."""
+
+    engine: Engine
+    model: AdaptedModel
+    numerics: Numerics
+    template: ChatTemplate
+    rows: Sequence[Row]
+    eval_rows: Sequence[Row]
+    base_folder: Path
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills the right of a batch."""
+        return int(self.template.tokenizer.pad_token_id)
+
+
+@dataclass
+class Window:
+    """Sums since the last train-loss record."""
+
+    loss: float = 0.0
+    supervised_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Trial:
+    """One adapter in training."""
+
+    name: str
+    config: TrainConfig
+    adapter: Adapter
+    plan: Plan
+    steps: Steps
+    optimizer: Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    callbacks: dict[str, Any]
+    folder: RunFolder
+    recorder: Recorder
+    step: int = 0
+    """Optimizer steps made."""
+    tokens_seen: int = 0
+    window: Window = field(default_factory=Window)
+    best_loss: float | None = None
+    best_step: int | None = None
+    first_eval: Evaluation | None = None
+    last_eval: Evaluation | None = None
+    eval_step: int = -1
+    stop_reason: str | None = None
+    batches: Iterator[list[Batch]] = field(default_factory=lambda: iter(()))
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def finished(self) -> bool:
+        """True when no further step is to be made."""
+        return self.stop_reason is not None or self.step >= self.steps.total
+
+    @property
+    def evaluates(self) -> bool:
+        """True when there is something to evaluate on."""
+        return self.config.eval_ratio > 0 or self.config.eval_file_name is not None
+
+    def due(self, every: int) -> bool:
+        """True when something that happens every so many steps happens after the present step."""
+        return self.step % every == 0 or self.finished
+
+    @property
+    def saves_now(self) -> bool:
+        """True when a checkpoint follows the present step."""
+        match self.config.save_strategy:
+            case "no":
+                return False
+            case "epoch":
+                return self.step % self.steps.per_epoch == 0 or self.finished
+        return self.due(self.config.save_steps)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep beside weights and optimizer."""
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "window": self.window.__dict__,
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "eval_loss_before": self.first_eval.loss if self.first_eval else None,
+            "scaler": self.scaler.state_dict(),
+            "schedule": self.schedule.state(),
+            "callbacks": {n: c.state() for n, c in self.callbacks.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+        self.step = state["step"]
+        self.tokens_seen = state["tokens_seen"]
+        self.window = Window(**state["window"])
+        self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+        if state["eval_loss_before"] is not None:
+            self.first_eval = Evaluation(state["eval_loss_before"], {}, 0, 0.0)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.schedule.restore(state["schedule"])
+        for name, callback in self.callbacks.items():
+            if name in state["callbacks"]:
+                callback.restore(state["callbacks"][name])

@@ -1,0 +1,45 @@
+"""Fine-tune a model: `python train.py mode=qlora lora_rank=32`; every key: `python train.py --help`.
+
+Check the command line, let Hydra compose it, freeze it, run it. Nothing heavy is imported before the
+configuration is right.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from sftx.errors import reported
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    from sftx.config.compose import CONFIG_NAME, prepare
+    from sftx.config.help import asks_for_help, help_text
+
+    if asks_for_help(sys.argv[1:]):
+        print(help_text())
+        return
+    request = prepare(sys.argv[1:])
+
+    import hydra
+    from omegaconf import DictConfig
+
+    @hydra.main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)
+    def job(composed: DictConfig) -> float | None:
+        from sftx.runs.trials import run_job
+
+        return run_job(composed, request)
+
+    sys.argv[1:] = request.argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to `reported`, not to Hydra's printer
+    job()
+    if request.multirun:
+        from sftx.runs.trials import end_of_sweep
+
+        sys.exit(end_of_sweep())
+
+
+if __name__ == "__main__":
+    with reported():
+        main()
