@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 from sftx.errors import reported
 
@@ -25,19 +26,29 @@ def main() -> None:
     import hydra
     from omegaconf import DictConfig
 
+    from sftx.runs import trials
+
+    failures: list[Exception] = []
+
     @hydra.main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)
     def job(composed: DictConfig) -> float | None:
-        from sftx.runs.trials import run_job
-
-        return run_job(composed, request)
+        try:
+            return trials.run_job(composed, request)
+        except Exception as error:
+            failures.append(error)  # raised again below, where Hydra adds nothing to its message
+            if request.multirun:
+                raise  # so that a launcher or a sweeper knows
+            return None
 
     sys.argv[1:] = request.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to `reported`, not to Hydra's printer
-    job()
     if request.multirun:
-        from sftx.runs.trials import end_of_sweep
-
-        sys.exit(end_of_sweep())
+        with suppress(trials.TrialFailed):
+            job()
+        sys.exit(trials.end_of_sweep())
+    job()
+    if failures:
+        raise failures[0]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ CAUSES = {
     errno.EPERM: "permission denied",
     errno.ENOTDIR: "a file is where a folder should be",
     errno.EDQUOT: "the disk quota is used up",
+    errno.ENOENT: "no file can be made there",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EINVAL: "the name is not allowed there",
+    errno.ELOOP: "the links lead in a circle",
+    errno.EIO: "the disk failed",
 }
 
 
@@ -34,16 +39,18 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        inside = cache_root() in (path, *path.parents)
+        elsewhere = "set SFTX_CACHE to a folder with room" if inside else "choose another output_dir"
         if error.errno == errno.ENOSPC:
             free = shutil.disk_usage(_existing(path)).free
             raise RunFolderError(
                 f"{path}: the disk is full ({free:,} bytes free). Free some space, lower save_total_limit, "
-                f"or choose another output_dir; then run the same command again."
+                f"or {elsewhere}; then run the same command again."
             ) from error
         cause = CAUSES.get(error.errno or 0)
         if cause is None:
             raise
-        raise RunFolderError(f"{path}: cannot be written: {cause}. Choose another output_dir.") from error
+        raise RunFolderError(f"{path}: cannot be written: {cause}. {elsewhere[0].upper()}{elsewhere[1:]}.") from error
 
 
 def _existing(path: Path) -> Path:

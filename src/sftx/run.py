@@ -101,7 +101,7 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     _seed(config.seed)
     files, records, held_out = _read(config)
     source = find_model(config.model_name_or_path)
-    template = load_template(source, build(config.model), config.template_name, _family_named)
+    template = load_template(source, _family(config, source, effective), config.template_name, _family_named)
     train_rows = template.encode_all(records, config.max_seq_length)
     eval_rows = template.encode_all(held_out, config.max_seq_length)
     if held_out and not any(r.supervised_tokens for r in eval_rows.rows):
@@ -140,6 +140,16 @@ def _read(config: TrainConfig) -> tuple[list[LoadedFile], list[Any], list[Any]]:
             f"{train_file.path}: {len(records)} rows are too few to hold some out: set eval_ratio=0 or eval_file_name."
         )
     return [train_file], records, held_out
+
+
+def _family(config: TrainConfig, source: Source, effective: Effective) -> Family:
+    """Return the family's facts; a hub id that had to be downloaded tells its own type only now."""
+    family: Family = build(config.model)
+    own = _family_named(source.model_type)
+    if not source.downloaded or own is None or source.model_type in family.model_types:
+        return family
+    effective.remark(f"the model's own type is {source.model_type}: its family's facts are used, not those composed")
+    return own
 
 
 def _family_named(name: str) -> Family | None:

@@ -2,45 +2,105 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sftx.config.options import option_keys, options
+from sftx.config.rules import broken_rules
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TrainConfig
-from sftx.config.signature import TargetNotFound, public_names, read_signature
-from sftx.config.spellings import show
-from sftx.config.types import describe, matches, options_of
-from sftx.errors import ConfigError, did_you_mean
+from sftx.config.signature import Argument, TargetNotFound, read_signature
+from sftx.config.spellings import found, show
+from sftx.config.types import describe, is_text, matches, options_of
+from sftx.errors import ConfigError, did_you_mean, nearest
 
 Origin = Callable[[str], str]
 """Names where a key got its value, for a message."""
 
+MISSING = "???"
+RUNTIME = "${hydra:"
+"""Hydra's own values, known only when the job starts."""
+
+
+class Tree:
+    """A composed configuration as plain values, with what could not be resolved."""
+
+    def __init__(self, cfg: DictConfig, origin: Origin) -> None:
+        raw = OmegaConf.to_container(cfg, resolve=False)
+        assert isinstance(raw, dict)
+        self.raw: dict[str, Any] = {str(k): v for k, v in raw.items() if v != MISSING}
+        self.problems: list[str] = []
+        self.unresolved: set[str] = set()
+        self.wrong: set[str] = set()
+        """Top-level keys that have a problem; known once the tree is checked."""
+        failed: dict[str, str] = {}
+        self.values = {k: self._resolve(cfg, k, v, failed) for k, v in self.raw.items()}
+        causes = {k: why for k, why in failed.items() if not self._rests_on_another(k, failed)}
+        for key, why in (causes or failed).items():
+            self.problems.append(f"{origin(key)}: `{key}`: {show(_at(self.raw, key))} cannot be resolved: {why}.")
+        self.unresolved |= set(failed)
+
+    def _resolve(self, cfg: DictConfig, key: str, raw: Any, failed: dict[str, str]) -> Any:
+        if isinstance(raw, dict):
+            return {str(k): self._resolve(cfg, f"{key}.{k}", v, failed) for k, v in raw.items()}
+        if "${" not in str(raw):
+            return raw
+        try:
+            value = OmegaConf.select(cfg, key, throw_on_missing=True)
+            return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException as error:
+            if RUNTIME in str(raw):
+                self.unresolved.add(key)
+            else:
+                failed[key] = str(error).split("\n")[0].rstrip(".")
+            return None
+
+    def _rests_on_another(self, key: str, failed: dict[str, str]) -> bool:
+        """True when an interpolation fails only because of a key that fails itself, or is missing below."""
+        return any(target in failed and target != key for target in self.targets(key))
+
+    def targets(self, key: str) -> list[str]:
+        """Return the keys that a value's interpolations name."""
+        return re.findall(r"\$\{([\w.]+)\}", str(_at(self.raw, key)))
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
 
 def check_tree(cfg: DictConfig, origin: Origin = lambda _: "config") -> list[str]:
     """Return every problem of a composed configuration, each with its key, value, allowed values and cure."""
-    problems: list[str] = []
-    tree = _resolved(cfg, origin, problems)
-    for key, value in tree.items():
+    return check_resolved(Tree(cfg, origin), origin)
+
+
+def check_resolved(tree: Tree, origin: Origin, *, rules: bool = True) -> list[str]:
+    """Return every problem of a configuration whose interpolations are resolved, with or without the rules."""
+    problems = list(tree.problems)
+    wrong = {k.split(".")[0] for k in tree.unresolved}
+    for key, value in tree.values.items():
+        if key in tree.unresolved:
+            continue
         if key in KNOBS:
-            problems += _check_knob(key, value, origin)
-        elif key in GROUPS:
-            problems += _check_group(key, value, origin)
-        else:
-            known = [*KNOBS, *GROUPS, *OVERLAYS]
-            problems.append(
-                f"{origin(key)}: unknown key `{key}` (value {show(value)}).{did_you_mean(key, known)} "
-                f"All keys: python train.py --help"
-            )
-    missing = [f.name for f in fields(TrainConfig) if f.name not in tree]
-    problems += [f"{origin(k)}: `{k}` has no value." for k in missing]
-    if not problems:
-        problems += [f"{origin(key)}: {text}" for key, text in _impossible(tree)]
-    return problems
+            found_here = check_knob(key, value, origin)
+            wrong |= {key} if found_here else set()
+            problems += found_here
+        elif key not in GROUPS:
+            problems.append(_unknown_key(key, value, origin))
+    for key in [k for k in tree.values if k in GROUPS]:
+        found_here = check_group(tree, key, wrong, origin)
+        wrong |= {key} if found_here else set()
+        problems += found_here
+    for name in [f.name for f in fields(TrainConfig) if f.name not in tree.values]:
+        problems.append(f"{origin(name)}: `{name}` has no value.")
+    tree.wrong = wrong
+    broken = broken_rules(tree.values, wrong) if rules else ()
+    return problems + [f"{origin(rule.keys[0])}: {text}" for rule, text in broken]
 
 
 def freeze(cfg: DictConfig) -> TrainConfig:
@@ -66,127 +126,129 @@ def config_from(tree: dict[Any, Any]) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _resolved(cfg: DictConfig, origin: Origin, problems: list[str]) -> dict[str, Any]:
-    """Resolve interpolations key by key, so that one that fails does not hide the others."""
-    raw = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(raw, dict)
-    tree: dict[str, Any] = {}
-    for key in map(str, raw):
-        if OmegaConf.is_missing(cfg, key):
-            continue
-        try:
-            value = cfg[key]
-            tree[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException as error:
-            reason = str(error).split("\n")[0]
-            problems.append(f"{origin(key)}: `{key}`: {show(raw[key])} cannot be resolved: {reason}.")
-            tree[key] = None
-    return tree
+def bounds(meta: Any) -> list[tuple[Callable[[float], bool], str]]:
+    """Return a knob's bounds: a test that a number passes, and the bound in words."""
+    low, above, high = meta["at_least"], meta["above"], meta["at_most"]
+    out: list[tuple[Callable[[float], bool], str]] = []
+    if low is not None:
+        out.append((lambda v: v >= low, f"at least {low:g}"))
+    if above is not None:
+        out.append((lambda v: v > above, f"above {above:g}"))
+    if high is not None:
+        out.append((lambda v: v <= high, f"at most {high:g}"))
+    return out
 
 
-def _check_knob(key: str, value: Any, origin: Origin) -> list[str]:
-    annotation, meta = str(KNOBS[key].type), KNOBS[key].metadata
-    if not matches(value, annotation):
-        choices = options_of(annotation)
-        hint = did_you_mean(str(value), choices) if choices else ""
-        return [f"{origin(key)}: `{key}`: found {_found(value)}, wanted {describe(annotation)}.{hint}"]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        for bound, broken, word in (
-            (meta["at_least"], lambda b: value < b, "at least"),
-            (meta["above"], lambda b: value <= b, "above"),
-            (meta["at_most"], lambda b: value > b, "at most"),
-        ):
-            if bound is not None and broken(bound):
-                return [
-                    f"{origin(key)}: `{key}`: found {show(value)}, wanted {describe(annotation)}, {word} {bound:g}."
-                ]
+def check_knob(key: str, value: Any, origin: Origin) -> list[str]:
+    """Check one of the schema's keys."""
+    annotation, limits = str(KNOBS[key].type), bounds(KNOBS[key].metadata)
+    wanted = ", ".join([describe(annotation), *(words for _, words in limits)])
+    if not matches(value, annotation) or value == "":
+        return [f"{origin(key)}: `{key}`: found {found(value)}, wanted {wanted}.{_hint(value, annotation)}"]
+    if isinstance(value, int | float) and not isinstance(value, bool) and not all(ok(value) for ok, _ in limits):
+        return [f"{origin(key)}: `{key}`: found {show(value)}, wanted {wanted}."]
     return []
 
 
-def _found(value: Any) -> str:
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    return (
-        f"a {'list' if isinstance(value, list) else 'mapping'} {show(value)}"
-        if isinstance(value, list | dict)
-        else show(value)
-    )
+def _hint(value: Any, annotation: str) -> str:
+    choices = options_of(annotation)
+    if choices:
+        return did_you_mean(str(value), choices)
+    if is_text(annotation) and isinstance(value, bool | int | float):
+        return " Put it in quotes."
+    return ""
 
 
-def _check_group(key: str, value: Any, origin: Origin) -> list[str]:
+def _unknown_key(key: str, value: Any, origin: Origin) -> str:
+    hint = did_you_mean(key, [*KNOBS, *GROUPS, *OVERLAYS])
+    deeper = [f"{g}.{key}" for g in GROUPS if key in _keys_of_options(g)]
+    if deeper:
+        hint = f" Did you mean `{deeper[0]}`?"
+    return f"{origin(key)}: unknown key `{key}` (value {show(value)}).{hint} All keys: python train.py --help"
+
+
+def _elsewhere(group: str, name: str) -> str:
+    """Say which other options of a group have a key of about this name."""
+    keys = _keys_of_options(group) if group in GROUPS else {}
+    near = nearest(name, keys)
+    if near is None:
+        return ""
+    return f" Did you mean `{near}`? {', '.join(f'{group}={option}' for option in keys[near])} has it."
+
+
+def _keys_of_options(group: str) -> dict[str, list[str]]:
+    """Return the keys that the options of a group have, each with the options that have it."""
+    out: dict[str, list[str]] = {}
+    for option in options(group):
+        for key in option_keys(group, option):
+            out.setdefault(key, []).append(option)
+    return out
+
+
+def check_group(tree: Tree, key: str, wrong: set[str], origin: Origin) -> list[str]:
+    """Check what a config group was composed to."""
+    value = tree.values[key]
     if not isinstance(value, dict):
-        return [f"{origin(key)}: `{key}`: found {_found(value)}, wanted one of the group's options."]
+        return [f"{origin(key)}: `{key}`: found {found(value)}, wanted one of: {', '.join(options(key))}."]
     if key not in LIST_GROUPS:
-        return check_component(key, value, origin)
-    return [p for name, node in value.items() for p in check_component(f"{key}.{name}", node, origin)]
+        return check_component(key, tree, wrong, origin)
+    problems = []
+    for name, node in value.items():
+        path = f"{key}.{name}"
+        if isinstance(node, dict) and "_target_" not in node:
+            known = options(key)
+            cure = f" Choose it too: {key}=[{name}]." if name in known else f" Allowed: {', '.join(known)}."
+            hint = "" if name in known else did_you_mean(name, known)
+            problems.append(f"{origin(path)}: `{path}` is not among the chosen.{hint}{cure}")
+        else:
+            problems += check_component(path, tree, wrong, origin)
+    return problems
 
 
-def check_component(key: str, node: Any, origin: Origin) -> list[str]:
-    """Check a node that Hydra will instantiate against its class's source, without importing it."""
+def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> list[str]:
+    """Check a node that Hydra will instantiate against its class's source, without importing it.
+
+    A value taken from a knob in `wrong` is that knob's problem and is not reported again.
+    """
+    node = _at(tree.values, key)
     if not isinstance(node, dict):
-        return [f"{origin(key)}: `{key}`: found {_found(node)}, wanted a component with `_target_`."]
+        return [f"{origin(key)}: `{key}`: found {found(node)}, wanted a component with `_target_`."]
     target = node.get("_target_")
     if not isinstance(target, str):
         return [f"{origin(key)}: `{key}._target_` names no class."]
     try:
         signature = read_signature(target)
     except TargetNotFound as error:
-        module, _, name = target.rpartition(".")
-        hint = did_you_mean(name, public_names(module))
-        return [f"{origin(f'{key}._target_')}: `{key}._target_={target}`: {error}.{hint}"]
+        return [f"{origin(f'{key}._target_')}: `{key}._target_={target}`: {error}"]
     if signature is None:
         return []
     problems = []
     for name, value in node.items():
-        argument = signature.arguments.get(name)
         path = f"{key}.{name}"
-        if name == "_target_":
+        argument = signature.arguments.get(name)
+        if name in HYDRA_KEYS or path in tree.unresolved or wrong.intersection(tree.targets(path)):
             continue
         if argument is None and not signature.open:
-            hint = did_you_mean(name, signature.arguments)
             problems.append(
-                f"{origin(path)}: unknown key `{path}` (value {show(value)}).{hint}\n"
+                f"{origin(path)}: unknown key `{path}` (value {show(value)})."
+                f"{did_you_mean(name, signature.arguments) or _elsewhere(key, name)}\n"
                 f"`{key}` takes: {', '.join(signature.arguments) or 'nothing'}."
             )
         elif isinstance(value, dict) and "_target_" in value:
-            problems += check_component(path, value, origin)
-        elif argument and argument.annotation and not matches(value, argument.annotation):
-            problems.append(f"{origin(path)}: `{path}`: found {_found(value)}, wanted {describe(argument.annotation)}.")
+            problems += check_component(path, tree, wrong, origin)
+        elif argument:
+            problems += _check_argument(path, value, argument, origin)
     for name, argument in signature.arguments.items():
-        if argument.required and name not in node:
+        if argument.required and name not in node and "_partial_" not in node:
             problems.append(f"{origin(key)}: `{key}.{name}` has no value.")
     return problems
 
 
-def _impossible(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (key, problem) for settings that are each right but cannot go together."""
-    evaluates = tree["eval_ratio"] > 0 or tree["eval_file_name"] is not None
-    if tree["fp16"] and tree["bf16"]:
-        yield "bf16", "`fp16` and `bf16` are both true: keep one."
-    if tree["keep_best"] and not evaluates:
-        yield "keep_best", "`keep_best=true` needs an evaluation: set eval_ratio above 0 or eval_file_name."
-    if tree["keep_best"] and tree["save_strategy"] == "no":
-        yield "keep_best", "`keep_best=true` needs checkpoints: set save_strategy=steps or epoch."
-    if "early_stopping" in tree["callback"] and not evaluates:
-        yield "callback.early_stopping", "early stopping needs an evaluation: set eval_ratio above 0 or eval_file_name."
-    if tree["lr_scheduler_type"] == "reduce_lr_on_plateau" and not evaluates:
-        yield "scheduler", "`reduce_lr_on_plateau` needs an evaluation: set eval_ratio above 0 or eval_file_name."
-    if tree["adapter"] is not None and tree["train_mode"] == "full":
-        yield "adapter", "`adapter` needs mode=lora or mode=qlora: full mode trains no adapter."
-    warmup = tree["warmup_steps"]
-    if warmup > 1 and warmup != int(warmup):
-        yield "warmup_steps", f"`warmup_steps`: found {warmup}, wanted a whole number of steps, or a share below 1."
-    if tree["resume"] not in ("auto", "never") and not Path(tree["resume"]).is_dir():
-        yield (
-            "resume",
-            (
-                f"`resume`: found {tree['resume']!r}, wanted auto, never or the folder of a checkpoint."
-                f"{did_you_mean(tree['resume'], ['auto', 'never'])}"
-            ),
-        )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and str(tree["parallel"].get("_target_", "")).endswith(".Single"):
-        yield (
-            "parallel",
-            (f"{world} processes were started, but parallel=single trains alone in each: add parallel=ddp."),
-        )
+HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
+
+
+def _check_argument(path: str, value: Any, argument: Argument, origin: Origin) -> list[str]:
+    annotation = argument.annotation
+    if annotation is None or matches(value, annotation):
+        return []
+    return [f"{origin(path)}: `{path}`: found {found(value)}, wanted {describe(annotation)}.{_hint(value, annotation)}"]

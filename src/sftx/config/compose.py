@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sftx import PROJECT_ROOT
 from sftx.config import source
-from sftx.config.check import check_tree
-from sftx.config.overrides import ALL_GROUPS, CommandLine, grammar, read_command_line
-from sftx.config.schema import KNOBS, OVERLAYS
-from sftx.config.spellings import OTHER_NAMES, option_for, raise_if, show
-from sftx.errors import ConfigError, did_you_mean
+from sftx.config.check import Tree, check_component
+from sftx.config.grammar import Deleted, Sweep, read_override
+from sftx.config.hydra_keys import check_key
+from sftx.config.options import ALL_GROUPS, family_of_type, options, unknown_option, user_folders
+from sftx.config.overlay import Reading, known_values
+from sftx.config.overrides import CommandLine, bare, override_text, read_command_line
+from sftx.config.space import Axes, Point, check_space, first_point, is_sweep, values_of
+from sftx.config.spellings import Without, each, over, plain_name, raise_if, settle, show
+from sftx.config.yamlfile import interpolation_problem
+from sftx.errors import did_you_mean
+
+__all__ = ["CONFIG_NAME", "Request", "compose_checked", "family_of_type", "options", "prepare"]
 
 CONFIG_NAME = "train"
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+"""What Hydra raises over a configuration that does not compose."""
 
 
 @dataclass
@@ -60,105 +67,253 @@ def prepare(argv: list[str]) -> Request:
     """
     register_sources()
     line = read_command_line(argv)
-    _take_config_dirs(line)
-    _follow_model_family(line)
-    problems = _check_options(line)
-    raise_if(problems)
-    space = _space(line)
-    found = _check_points(line, space)
-    raise_if(found)
-    notes = list(dict.fromkeys(line.notes + source.notes))
-    overrides = list(line.overrides.values())
-    return Request(line.flags + overrides, notes, line.multirun or bool(space), overrides, list(argv))
+    user_folders[:] = line.folders
+    if line.bypass:
+        raise_if(line.problems)
+        return Request(list(argv), line.notes, False, [], list(argv))
+    collects = gc.isenabled()
+    gc.disable()  # composing makes many small objects and little garbage: a quarter of the time is saved
+    try:
+        return _Preparation(line).request(argv)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def compose_checked(overrides: list[str]) -> DictConfig:
     """Compose one configuration as the command line would, for tests and notebooks."""
-    request = prepare(overrides)
-    return _compose(request.overrides)
+    return _load(prepare(overrides).overrides)[0]
 
 
-def _take_config_dirs(line: CommandLine) -> None:
-    """Read `--config-dir FOLDER` through our source, so that its files may use the manual's spellings."""
-    source.user_folders.clear()
-    kept: list[str] = []
-    words = iter(line.flags)
-    for word in words:
-        name, eq, value = word.partition("=")
-        if name in ("--config-dir", "-cd"):
-            folder = Path(value if eq else next(words, ""))
-            if not folder.is_dir():
-                raise ConfigError(f"command line: `--config-dir {folder}`: no such folder.")
-            source.user_folders.append(folder.resolve())
-        else:
-            kept.append(word)
-    line.flags = kept
+def _load(overrides: list[str]) -> tuple[DictConfig, DictConfig]:
+    """Compose, and return the job's configuration and Hydra's own."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize(version_base="1.3", config_path=None):
+            cfg = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().clear()
+    hydra = cfg.hydra
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, hydra
 
 
-def _folders() -> list[Path]:
-    return [*source.user_folders, PROJECT_ROOT / "conf"]
+class _Preparation:
+    """One command line on its way to a request; problems are collected, and what is right goes on."""
 
+    def __init__(self, line: CommandLine) -> None:
+        self.line = line
+        self.reading = Reading()
+        self.problems = line.problems
+        self.multirun = line.multirun
+        self.axes: Axes = {}
+        self.hydra = OmegaConf.create()
+        """Hydra's own node of the last composition."""
 
-def options(group: str) -> list[str]:
-    """Return the options of a config group, sorted."""
-    name = source.FOLDER_OF_GROUP.get(group, group)
-    return sorted({p.stem for folder in _folders() for p in (folder / name).glob("*.yaml")})
+    def request(self, argv: list[str]) -> Request:
+        """Check everything and return what Hydra shall run."""
+        line = self.line
+        self._drop_unknown()
+        with source.collecting(frozenset(map(bare, line.values))) as self.reading:
+            base = self._settled()
+            if base is not None:
+                point = first_point(self.axes)
+                self.problems += check_space(self.axes, lambda p: base if p == point else self._compose(p), self.origin)
+                self.problems += self._check_hydra()
+        raise_if(self.problems + self.reading.problems)
+        notes = list(dict.fromkeys(line.notes + self.reading.notes))
+        values, flags = dict(line.values), line.flags
+        if line.shows:  # a sweep is shown at its first point
+            values |= first_point(self.axes)
+            flags = [f for f in flags if f not in ("-m", "--multirun")]
+        overrides = [override_text(self._key_for_hydra(k, v), v) for k, v in values.items()]
+        return Request(flags + overrides, notes, self.multirun and not line.shows, overrides, list(argv))
 
+    def origin(self, key: str) -> str:
+        """Say where a key got its value: the command line, the JSON file, or a YAML file and line."""
+        parts, name = key.split("."), plain_name(key)
+        for n in range(len(parts), 0, -1):
+            head = plain_name(".".join(parts[:n]))
+            if head in self.line.origins:
+                return self.line.origins[head]
+        below = next((k for k in self.line.origins if k.startswith(f"{key}.")), None)
+        if below:
+            return self.line.origins[below]
+        place = self.reading.places.get(name) or self.reading.place_of(key) or self.reading.place_of(name)
+        return place or "config"
 
-def _check_options(line: CommandLine) -> list[str]:
-    problems = []
-    for key, text in line.overrides.items():
-        plain = key.lstrip("+~").split("@")[0]
-        origin = line.origins.get(plain, "command line")
-        if plain in ALL_GROUPS and not key.startswith("~"):
-            problems += _unknown_options(plain, _values_of(text), origin)
-        elif "/" in plain and not plain.startswith("hydra/"):
-            problems.append(f"{origin}: there is no config group `{plain}`.{did_you_mean(plain, ALL_GROUPS)}")
-    return problems
+    def _drop_unknown(self) -> None:
+        """Report typed options, groups and Hydra keys that do not exist, and go on without them."""
+        line = self.line
+        gathered = Reading()
+        for key, value in list(line.values.items()):
+            name, origin = bare(key), line.origin(key)
+            reason = interpolation_problem(value)
+            if reason:
+                gathered.problems.append(f"{origin}: `{key}`: {show(value)} is no interpolation: {reason}.")
+                del line.values[key]
+            elif isinstance(value, Sweep) and not value.values:
+                gathered.problems.append(f"{origin}: `{key}`: a sweep over no values at all.")
+                del line.values[key]
+            elif name in ALL_GROUPS and not isinstance(value, dict):
+                kept = over(value, lambda v: "fp32" if isinstance(v, Without) else v)
+                known = known_values(name, kept, origin, gathered)
+                if known is None:  # nothing is right, or null: no overlay, as when nothing is typed
+                    del line.values[key]
+                elif is_sweep(value):
+                    right = [
+                        v for v in each(value) if isinstance(v, Without) or (v is not None and _is_option(name, v))
+                    ]
+                    line.values[key] = Sweep(tuple(right))
+            elif name.startswith("hydra/"):
+                problem = unknown_option(name, value, origin)
+                if problem:
+                    gathered.problems.append(problem)
+                    del line.values[key]
+            elif name.startswith("hydra.") and not isinstance(value, Deleted):
+                problem = check_key(name.removeprefix("hydra."), value, origin)
+                if problem:
+                    gathered.problems.append(problem)
+                    del line.values[key]
+            elif "/" in name:
+                gathered.problems.append(
+                    f"{origin}: there is no config group `{name}`.{did_you_mean(name, ALL_GROUPS)}"
+                )
+                del line.values[key]
+        self.problems += gathered.problems
 
+    def _compose(self, point: Point) -> DictConfig | None:
+        """Compose at a point of the sweep; a setting that Hydra refuses is reported and left out."""
+        values = self.line.values | point
+        while True:
+            self.reading.loaded.clear()
+            texts = {k: override_text(_lenient_key(k, v), v) for k, v in values.items()}
+            try:
+                cfg, self.hydra = _load(list(texts.values()))
+                return cfg
+            except COMPOSITION_ERRORS as error:
+                culprit = self._culprit(error, texts)
+                where = self.line.origin(culprit) if culprit else "config"
+                self.problems.append(f"{where}: {_first_sentence(error)}")
+                if culprit is None:
+                    return None
+                values.pop(culprit)
+                self.line.values.pop(culprit, None)
+                self.axes.pop(culprit, None)
 
-def _values_of(text: str) -> tuple[Any, ...]:
-    override = OverridesParser.create().parse_override(text)
-    value = override._value
-    chosen = [str(v) for v in override.sweep_string_iterator()] if override.is_sweep_override() else [value]
-    out: list[Any] = []
-    for choice in chosen:
-        if isinstance(choice, str) and choice.startswith("["):
-            choice = [c for c in choice.strip("[]").split(",") if c]
-        out += choice if isinstance(choice, list) else [choice]
-    return tuple(out)
+    def _culprit(self, error: Exception, texts: dict[str, str]) -> str | None:
+        """Return the setting without which the configuration composes, or fails otherwise."""
+        for key in reversed(texts):
+            try:
+                _load([t for k, t in texts.items() if k != key])
+            except COMPOSITION_ERRORS as other:
+                if _first_sentence(other) == _first_sentence(error):
+                    continue
+            return key
+        return None
 
+    def _settled(self) -> DictConfig | None:
+        """Compose the first point, once what rests on the layers below is decided."""
+        values = self.line.values
+        self.axes = {k: values_of(v) for k, v in values.items() if is_sweep(v)}
+        open_precision = any(isinstance(v, Without) for v in each(values.get("precision")))
+        precision = values.pop("precision") if open_precision else None
+        typed_precision = self.axes.pop("precision", ()) if open_precision else ()
+        base = self._compose(first_point(self.axes))
+        if base is None:
+            return None
+        complete = not typed_precision
+        if open_precision:
+            below = self.hydra.runtime.choices.precision
+            settled = settle(precision, below)
+            if typed_precision:
+                self.axes["precision"] = values_of(settled)
+            if settled != below:
+                values["precision"] = settled
+                complete = False
+        complete &= not self._add_file_axes()
+        complete &= not self._follow_family(base)
+        return base if complete else self._compose(first_point(self.axes))
 
-def _unknown_options(group: str, chosen: tuple[Any, ...], origin: str) -> list[str]:
-    known = options(group)
-    problems = []
-    for option in chosen:
-        if option is None and group in OVERLAYS:
-            continue
-        name = option.text if hasattr(option, "text") else option
-        if str(name) not in known:
-            names = [*known, *OTHER_NAMES.get(group, {})]
-            problems.append(
-                f"{origin}: `{group}` has no option {show(name)!r}.{did_you_mean(str(name), names)}\n"
-                f"Allowed: {', '.join(known) or '(none yet)'}."
+    def _add_file_axes(self) -> bool:
+        """Take in the search space that a file holds, and decide whether this is a multirun; tell whether it grew."""
+        self.multirun |= str(self.hydra.mode or "").endswith("MULTIRUN")
+        sweeper = OmegaConf.to_container(self.hydra.sweeper, resolve=False)
+        params = (sweeper.get("params") if isinstance(sweeper, dict) else None) or {}
+        if not self.multirun:
+            for key in self.axes:
+                self.problems.append(
+                    f"{self.line.origin(key)}: several values are a sweep: add -m, or write a list as [a,b], "
+                    f"or quote a comma that belongs to the value: {key}=\"'a,b'\"."
+                )
+            if params:
+                self.line.notes.append("the search space in hydra.sweeper.params is not used: add -m")
+            return False
+        for key in [k for k in self.axes if bare(k).startswith("hydra")]:
+            self.problems.append(f"{self.line.origin(key)}: Hydra's own settings cannot be swept.")
+            del self.axes[key]
+        grew = False
+        listing_only = self.hydra.runtime.choices.get("hydra/sweeper") == "basic"
+        intervals = [k for k, v in self.line.values.items() if isinstance(v, IntervalSweep)]
+        for key, value in params.items():
+            typed = read_override(f"{key}={value}", multirun=True)
+            if typed is not None and str(key) not in self.line.values:
+                intervals += [str(key)] if isinstance(typed.value, IntervalSweep) else []
+                self.axes[str(key)] = values_of(typed.value) if is_sweep(typed.value) else (typed.value,)
+                grew = True
+        for key in intervals if listing_only else ():
+            self.problems.append(
+                f"{self.origin(key)}: an interval needs a search algorithm (hydra/sweeper); "
+                f"without one, list values: {key}=1,2,3 or {key}=range(1,4)."
             )
-    return problems
+        return grew
+
+    def _follow_family(self, base: DictConfig) -> bool:
+        """Choose `model=` by the folder's own model_type, unless a person chose; tell whether that changes it."""
+        if {"model"} & (self.line.values.keys() | self.axes.keys() | self.reading.chosen):
+            return False
+        raw = OmegaConf.to_container(base, resolve=False)
+        assert isinstance(raw, dict)
+        names = self.axes.get("model_name_or_path", (raw.get("model_name_or_path"),))
+        families = {f for f in (_family_of(str(n)) for n in names) if f is not None}
+        origin = self.origin("model_name_or_path")
+        if len(families) > 1:
+            self.problems.append(
+                f"{origin}: these models are of different families ({', '.join(sorted(families))}): "
+                f"run one sweep for each."
+            )
+        if len(families) != 1 or self.hydra.runtime.choices.model in families:
+            return False
+        self.line.values["model"] = families.pop()
+        self.line.origins["model"] = origin
+        return True
+
+    def _key_for_hydra(self, key: str, value: Any) -> str:
+        """Mark a key that no file sets, but its component takes, as an addition."""
+        is_plain = key in ALL_GROUPS or "." not in key or key != bare(key) or key.startswith("hydra")
+        return key if is_plain or isinstance(value, Deleted) or self.reading.place_of(key) else f"++{key}"
+
+    def _check_hydra(self) -> list[str]:
+        """Check the classes that Hydra would import before any of sftx runs."""
+        tree = Tree(OmegaConf.create({"callbacks": OmegaConf.to_container(self.hydra.callbacks)}), self.origin)
+        callbacks = [n for n, node in tree.values["callbacks"].items() if isinstance(node, dict)]
+        problems = [p for name in callbacks for p in check_component(f"callbacks.{name}", tree, set(), self._at_hydra)]
+        return [p.replace("`callbacks.", "`hydra.callbacks.") for p in problems]
+
+    def _at_hydra(self, key: str) -> str:
+        return self.origin(f"hydra.{key}")
 
 
-def _follow_model_family(line: CommandLine) -> None:
-    """Choose `model=` by the folder's own model_type, unless a person typed it."""
-    text = line.overrides.get("model_name_or_path")
-    if text is None or "model" in line.typed:
-        return
-    families = {_family_of(str(v)) for v in _values_of(text)} - {None}
-    if len(families) > 1:
-        raise ConfigError(
-            f"{line.origins.get('model_name_or_path')}: these models are of different families "
-            f"({', '.join(sorted(map(str, families)))}): run one sweep for each."
-        )
-    for family in families:
-        line.overrides["model"] = f"model={family}"
-        line.origins["model"] = line.origins.get("model_name_or_path", "")
+def _lenient_key(key: str, value: Any) -> str:
+    """Let every key be added, so that the check sees all unknown ones and not only Hydra's first."""
+    is_group = key in ALL_GROUPS and not isinstance(value, dict)
+    is_value = key == bare(key) and not is_group and not key.startswith(("hydra.", "hydra/"))
+    return f"++{key}" if is_value and not isinstance(value, Deleted) else key
+
+
+def _is_option(group: str, value: Any) -> bool:
+    return all(unknown_option(group, v, "") is None for v in (value if isinstance(value, list) else [value]))
 
 
 def _family_of(name: str) -> str | None:
@@ -175,138 +330,9 @@ def _family_of(name: str) -> str | None:
     return family_of_type(model_type) or "generic"
 
 
-def family_of_type(model_type: str) -> str | None:
-    """Return the option of group `model` that knows a `model_type`, or None."""
-    for folder in _folders():
-        for path in sorted((folder / "model").glob("*.yaml")):
-            types = re.search(r"^\s*model_types: *\[(.*)\]", path.read_text(encoding="utf-8"), re.MULTILINE)
-            if types and model_type in [t.strip(" \"'") for t in types.group(1).split(",")]:
-                return path.stem
-    return None
-
-
-def _compose(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
-    source.loaded.clear()
-    GlobalHydra.instance().clear()
-    try:
-        with initialize(version_base="1.3", config_path=None):
-            return compose(CONFIG_NAME, overrides=overrides, return_hydra_config=with_hydra)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_hydra_problem(error)) from None
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def _hydra_problem(error: BaseException) -> str:
-    """Keep the first sentence of Hydra's message, and name the option that was wanted."""
-    message = str(error).strip() or str(error.__cause__)
-    missing = re.search(r"Could not find '([^']+)'|Could not override '([^']+)'", message)
-    if missing:
-        wanted = missing.group(1) or missing.group(2)
-        group, _, option = wanted.rpartition("/")
-        if group in ALL_GROUPS:
-            where = next((str(f.path) for f in source.loaded if f"{option}" in f.path.read_text("utf-8")), "config")
-            return _unknown_options(group, (option,), source.shown(Path(where)))[0]
-        known = [*ALL_GROUPS, *KNOBS]
-        return f"there is no config group or key `{wanted}`.{did_you_mean(wanted, known)}"
-    return message.split("\n\n")[0]
-
-
-def _lenient(line: CommandLine) -> dict[str, str]:
-    """Let every key be added, so that the check sees all unknown ones and not only Hydra's first."""
-    out = {}
-    for key, text in line.overrides.items():
-        plain = key.lstrip("+~").split("@")[0]
-        is_value = plain not in ALL_GROUPS and not plain.startswith(("hydra.", "hydra/")) and not key.startswith("~")
-        out[plain if is_value else key] = f"++{text.lstrip('+')}" if is_value else text
-    return out
-
-
-def _space(line: CommandLine) -> dict[str, tuple[Any, ...]]:
-    """Return the sweep's axes: key -> values, from the command line and from a sweep file."""
-    axes: dict[str, tuple[Any, ...]] = {}
-    parser = OverridesParser.create()
-    plain = _lenient(line)
-    for key, text in plain.items():
-        override = parser.parse_override(text)
-        if override.is_sweep_override():
-            if not line.multirun:
-                raise ConfigError(
-                    f"{line.origins.get(key, text)}: several values are a sweep: add -m, "
-                    f"or write a list as [a,b], or quote a comma that belongs to the value."
-                )
-            axes[key] = tuple(override.sweep_string_iterator())
-    fixed = [t for k, t in plain.items() if k not in axes]
-    if line.multirun or any(k.lstrip("+") in OVERLAYS for k in line.overrides):
-        hydra = _compose(fixed, with_hydra=True).hydra
-        params = OmegaConf.select(OmegaConf.create(OmegaConf.to_container(hydra.sweeper)), "params")
-        is_multirun = line.multirun or str(hydra.mode or "").endswith("MULTIRUN")
-        for key, value in (params or {}).items() if is_multirun else ():
-            override = parser.parse_override(f"{key}={value}")
-            if key not in line.overrides:
-                line.origins.setdefault(str(key), _file_origin(f"hydra.sweeper.params.{key}"))
-                axes[str(key)] = (
-                    tuple(override.sweep_string_iterator()) if override.is_sweep_override() else (grammar(value),)
-                )
-    return axes
-
-
-def _file_origin(key: str) -> str:
-    for file in reversed(source.loaded):
-        number = file.line_of(key)
-        if number is None and "." in key:  # a key of a search space holds dots of its own
-            head, _, leaf = key.partition("params.")
-            number = _line_with(file.path, leaf) if head else None
-        if number:
-            return f"{source.shown(file.path)}:{number}"
-    return "config"
-
-
-def _line_with(path: Path, key: str) -> int | None:
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if re.match(rf"\s*['\"]?{re.escape(key)}['\"]?\s*:", text):
-            return number
-    return None
-
-
-def _points(space: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, str]]:
-    """Yield the first point, then each further value of each axis beside the others' first."""
-    first = {k: str(v[0]) for k, v in space.items()}
-    yield first
-    for key, values in space.items():
-        for value in values[1:]:
-            yield first | {key: str(value)}
-
-
-def _check_points(line: CommandLine, space: dict[str, tuple[Any, ...]]) -> list[str]:
-    plain = {k: t for k, t in _lenient(line).items() if k not in space}
-    problems: list[str] = []
-    for key in [k for k in space if k in ALL_GROUPS]:
-        values = tuple(option_for(key, v) for v in space[key])
-        problems += _unknown_options(key, tuple(x for v in values for x in _listed(v)), line.origins.get(key, "sweep"))
-    if problems:
-        return problems
-    for number, point in enumerate(_points(space)):
-        texts = [f"{'' if k in ALL_GROUPS else '++'}{k}={v}" for k, v in point.items()]
-        problems += check_tree(_compose([*plain.values(), *texts]), lambda key: _origin(key, line))
-        if number > 200:  # a sweep this long is checked further as its trials start
-            break
-    return problems
-
-
-def _listed(value: Any) -> list[Any]:
-    if isinstance(value, str) and value.startswith("["):
-        return [v for v in value.strip("[]").split(",") if v]
-    return value if isinstance(value, list) else [value]
-
-
-def _origin(key: str, line: CommandLine) -> str:
-    """Say where a key got its value: the command line, the JSON file, or a YAML file and line."""
-    for prefix in (key, *(key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1))):
-        if prefix in line.origins:
-            return line.origins[prefix]
-    for file in reversed(source.loaded):
-        number = file.line_of(key)
-        if number:
-            return f"{source.shown(file.path)}:{number}"
-    return "config"
+def _first_sentence(error: BaseException) -> str:
+    """Keep the first sentence of what Hydra or OmegaConf says."""
+    message = str(error).strip() or str(error.__cause__ or type(error).__name__)
+    cause = str(error.__cause__ or "").split("\n")[0]
+    first = re.sub(r"\s+", " ", message.split("\n")[0]).rstrip(".:")
+    return f"{first}: {cause.rstrip('.')}." if cause and cause not in first else f"{first}."

@@ -6,10 +6,9 @@ import os
 import textwrap
 from collections.abc import Sequence
 
-import yaml
-
-from sftx import PROJECT_ROOT, __version__
-from sftx.config.compose import options
+from sftx import __version__
+from sftx.config.options import options
+from sftx.config.reference import defaults, knob_defaults
 from sftx.config.schema import GROUPS, KNOBS, OVERLAYS
 from sftx.config.spellings import show
 from sftx.config.types import options_of
@@ -25,22 +24,10 @@ def chinese() -> bool:
     return any(os.environ.get(v, "").lower().startswith("zh") for v in ("LC_ALL", "LC_MESSAGES", "LANG"))
 
 
-def defaults() -> tuple[dict[str, object], dict[str, object]]:
-    """Return the knobs' values and the groups' choices as `conf/train.yaml` has them."""
-    tree = yaml.safe_load((PROJECT_ROOT / "conf" / "train.yaml").read_text(encoding="utf-8"))
-    choices: dict[str, object] = {}
-    for entry in tree["defaults"]:
-        if isinstance(entry, dict):
-            choices |= entry
-    return tree, choices
-
-
 def help_text() -> str:
     """Return the whole help."""
     zh = chinese()
-    tree, choices = defaults()
-    mirrored = {"train_mode": "mode", "optim": "optimizer", "lr_scheduler_type": "scheduler", "report_to": "tracker"}
-    precision = str(choices["precision"])
+    values, (_, choices) = knob_defaults(), defaults()
     lines = [
         f"sftx {__version__} - " + ("有监督微调" if zh else "supervised fine-tuning"),
         "",
@@ -55,14 +42,11 @@ def help_text() -> str:
         "参数（键=默认值）" if zh else "Keys (key=default)",
     ]
     for name, knob in KNOBS.items():
-        default = choices[mirrored[name]] if name in mirrored else tree.get(name)
-        if name in ("fp16", "bf16"):
-            default = precision == name
         allowed = options_of(str(knob.type))
         meaning = knob.metadata["zh" if zh else "en"]
         if allowed:
             meaning += f" [{' | '.join(allowed)}]"
-        head = f"  {name}={show(default)}"
+        head = f"  {name}={show(values[name])}"
         lines += _entry(head, meaning)
     lines += ["", "配置组（组=选项）" if zh else "Groups (group=option; the first is the default)"]
     for name, group in GROUPS.items():

@@ -51,7 +51,7 @@ class TrainConfig:
         "the chat template; default: the model's own. Usually the model_type in its config.json (qwen2, llama, ...)",
         "对话模板；默认使用模型自带的模板，通常为 config.json 中的 model_type（qwen2、llama 等）",
     )
-    train_mode: Literal["lora", "qlora", "full"] = knob(
+    train_mode: str = knob(
         "training mode: lora, qlora or full; the same choice as mode=",
         "训练模式：lora、qlora 或 full，与 mode= 等价",
     )

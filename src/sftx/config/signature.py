@@ -11,7 +11,10 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
+
+from sftx.errors import did_you_mean, nearest
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,15 @@ class Argument:
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of a class or function, and the first sentence of its docstring."""
+    """The arguments of a class or function."""
 
     arguments: dict[str, Argument]
     open: bool
-    """True when it takes `**kwargs`: any further key is allowed."""
-    doc: str
+    """True when it takes `**kwargs`, or cannot be read in full: any further key is allowed."""
 
 
 class TargetNotFound(LookupError):
-    """There is no such module, or nothing of that name in it."""
+    """There is no such module, or nothing of that name in it, or its source cannot be read."""
 
 
 @cache
@@ -42,101 +44,191 @@ def read_signature(target: str) -> Signature | None:
     """Return the signature of a dotted path, or None when only running it could tell (compiled code).
 
     Errors:
-        TargetNotFound: no module or no name of it is found.
+        TargetNotFound: no module or no name of it is found, or the module has a syntax error.
     """
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
-        path = _module_file(".".join(parts[:cut]))
+        module = ".".join(parts[:cut])
+        if module in sys.builtin_module_names:
+            return None
+        path = module_file(module)
         if path is None:
             continue
         if path.suffix != ".py":
             return None
-        if len(parts) - cut != 1:
-            raise TargetNotFound(f"nothing called `{'.'.join(parts[cut:])}` in {'.'.join(parts[:cut])}")
-        found = _signature_in(path, parts[cut])
-        if found is None:
-            raise TargetNotFound(f"no class or function `{parts[cut]}` in {'.'.join(parts[:cut])}")
-        return found
-    raise TargetNotFound(f"no module `{'.'.join(parts[:-1])}` can be imported")
+        source = _Module(module, path)
+        if path.stem == "__init__" and len(parts) - cut > 1 and not source.defines(parts[cut]):
+            break  # what is missing is a module of the package
+        return source.signature(parts[cut:])
+    near = nearest_module(".".join(parts[:-1]))
+    hint = f" Did you mean `{near}.{parts[-1]}`?" if near else ""
+    raise TargetNotFound(f"no module `{'.'.join(parts[:-1]) or target}` can be imported.{hint}")
 
 
 @cache
 def public_names(module: str) -> tuple[str, ...]:
     """Return the names of the classes and functions that a module defines."""
-    path = _module_file(module)
+    path = module_file(module)
     if path is None or path.suffix != ".py":
         return ()
-    return tuple(n.name for n in _tree(path).body if isinstance(n, ast.ClassDef | ast.FunctionDef))
+    named = (n for n in _tree(path).body if isinstance(n, ast.ClassDef | ast.FunctionDef))
+    return tuple(n.name for n in named if not n.name.startswith("_"))
 
 
-def _module_file(module: str) -> Path | None:
+@cache
+def module_file(module: str) -> Path | None:
     """Find a module's file by walking its packages' folders; runs none of their code."""
-    search: list[str] = sys.path
-    spec = None
-    done = ""
-    for part in module.split("."):
-        done = f"{done}.{part}" if done else part
-        spec = PathFinder.find_spec(done, search)
-        if spec is None:
-            return None
-        search = list(spec.submodule_search_locations or [])
-    return Path(spec.origin) if spec and spec.origin else None
+    first, *rest = module.split(".")
+    try:
+        spec = find_spec(first)  # a top-level name: nothing is imported
+    except (ImportError, ValueError):
+        return None
+    done = first
+    for part in rest:
+        done = f"{done}.{part}"
+        search = list((spec and spec.submodule_search_locations) or [])
+        spec = PathFinder.find_spec(done, search) if search else None
+    if spec is None or not spec.has_location or spec.origin is None:
+        return None
+    return Path(spec.origin)
+
+
+def nearest_module(module: str) -> str | None:
+    """Return the module that exists and whose last part is spelled most like this one's, or None."""
+    parent, _, name = module.rpartition(".")
+    package = module_file(parent) if parent else None
+    if package is None:
+        return None
+    found = nearest(name, (m.stem for m in package.parent.glob("*.py")))
+    return f"{parent}.{found}" if found else None
 
 
 @cache
 def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    try:
+        return ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise TargetNotFound(f"{path}:{error.lineno}: {error.msg}") from None
 
 
-def _signature_in(path: Path, name: str) -> Signature | None:
-    for node in _tree(path).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return _of_function(node, skip_self=False)
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return _of_class(path, node)
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return read_signature(f"{node.module}.{alias.name}")
-    return None
+@dataclass(frozen=True)
+class _Module:
+    """A module's source, in which names are looked up."""
+
+    name: str
+    path: Path
+
+    def defines(self, name: str) -> bool:
+        """Tell whether the module binds a name."""
+        return self._definition(name) is not None
+
+    def signature(self, names: list[str]) -> Signature | None:
+        """Return the signature of `Class`, `function` or `Class.method`."""
+        node = self._definition(names[0])
+        if node is None:
+            hint = did_you_mean(names[0], public_names(self.name))
+            raise TargetNotFound(f"no class or function `{names[0]}` in {self.name}.{hint}")
+        match node, names[1:]:
+            case ast.FunctionDef(), []:
+                return _of_function(node, skip_first=False)
+            case ast.ClassDef(), []:
+                return self._of_class(node)
+            case ast.ClassDef(), [method]:
+                return self._of_method(node, method)
+            case ((ast.Import() | ast.ImportFrom()), rest):
+                return self._imported(node, names[0], rest)
+            case ast.Assign(value=ast.Name(id=other)), rest if other != names[0]:
+                return self.signature([other, *rest])
+        return None
+
+    def _definition(self, name: str) -> ast.stmt | None:
+        """Return the last statement that binds a name, also inside `if` and `try` blocks."""
+        found: ast.stmt | None = None
+        waiting: list[ast.stmt] = list(_tree(self.path).body)
+        while waiting:
+            node = waiting.pop(0)
+            match node:
+                case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() if node.name == name:
+                    found = node
+                case ast.Import() | ast.ImportFrom() if any((a.asname or a.name) == name for a in node.names):
+                    found = node
+                case ast.Assign() if any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+                    found = node
+                case ast.If() | ast.Try():
+                    handlers = node.handlers if isinstance(node, ast.Try) else []
+                    waiting = [*node.body, *(s for h in handlers for s in h.body), *node.orelse, *waiting]
+        return found
+
+    def _imported(self, node: ast.Import | ast.ImportFrom, name: str, rest: list[str]) -> Signature | None:
+        alias = next(a for a in node.names if (a.asname or a.name) == name)
+        if isinstance(node, ast.Import):
+            return read_signature(".".join([alias.name, *rest])) if rest else None
+        module = node.module or ""
+        if node.level:
+            levels = self.name.split(".")
+            keep = len(levels) - node.level + (self.path.stem == "__init__")
+            module = ".".join([*levels[:keep], *([module] if module else [])])
+        return read_signature(".".join([module, alias.name, *rest]))
+
+    def _of_method(self, owner: ast.ClassDef, name: str) -> Signature | None:
+        for item in owner.body:
+            if isinstance(item, ast.FunctionDef) and item.name == name:
+                static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in item.decorator_list)
+                return _of_function(item, skip_first=not static)
+        return None
+
+    def _of_class(self, node: ast.ClassDef) -> Signature | None:
+        for item in node.body:
+            if isinstance(item, ast.FunctionDef) and item.name in ("__init__", "__new__"):
+                return _of_function(item, skip_first=True)
+        arguments: dict[str, Argument] = {}
+        is_open = False
+        for base in reversed(node.bases):  # Python's order: the first base wins
+            inherited = self._of_base(base)
+            if inherited is None:
+                is_open = True  # what it takes cannot be read
+            else:
+                arguments |= inherited.arguments
+                is_open |= inherited.open
+        if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+            arguments |= _fields(node)
+        return Signature(arguments, is_open)
+
+    def _of_base(self, base: ast.expr) -> Signature | None:
+        name = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+        if name.rpartition(".")[2] in ("object", "ABC", "Generic", "Protocol"):
+            return Signature({}, False)
+        try:
+            return self.signature(name.split("."))
+        except TargetNotFound:
+            return None
 
 
-def _of_class(path: Path, node: ast.ClassDef) -> Signature:
-    doc = _first_sentence(ast.get_docstring(node))
+def _fields(node: ast.ClassDef) -> dict[str, Argument]:
+    """Return a dataclass's own fields that its constructor takes."""
+    arguments = {}
     for item in node.body:
-        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            inner = _of_function(item, skip_self=True)
-            return Signature(inner.arguments, inner.open, doc)
-    arguments: dict[str, Argument] = {}
-    is_open = False
-    for base in node.bases:
-        inherited = _signature_in(path, base.id) if isinstance(base, ast.Name) else None
-        if inherited:
-            arguments |= inherited.arguments
-            is_open |= inherited.open
-    for item in node.body:  # a dataclass's fields
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             written = ast.unparse(item.annotation)
-            computed = item.value is not None and "init=False" in ast.unparse(item.value)
-            if not written.startswith("ClassVar") and not computed:
-                arguments[item.target.id] = Argument(item.target.id, written, item.value is None)
-    return Signature(arguments, is_open, doc)
+            given = ast.unparse(item.value) if item.value is not None else ""
+            if "ClassVar" in written or "KW_ONLY" in written or "init=False" in given:
+                continue
+            is_bare_field = given.startswith(("field(", "dataclasses.field(")) and "default" not in given
+            if written.startswith(("InitVar[", "dataclasses.InitVar[")):
+                written = written.partition("[")[2][:-1]
+            arguments[item.target.id] = Argument(item.target.id, written, not given or is_bare_field)
+    return arguments
 
 
-def _of_function(node: ast.FunctionDef, *, skip_self: bool) -> Signature:
+def _of_function(node: ast.FunctionDef, *, skip_first: bool) -> Signature:
     plain = node.args.posonlyargs + node.args.args
     optional_from = len(plain) - len(node.args.defaults)
     arguments = {
         a.arg: Argument(a.arg, ast.unparse(a.annotation) if a.annotation else None, i < optional_from)
         for i, a in enumerate(plain)
     }
-    if skip_self:
+    if skip_first and plain:
         arguments.pop(plain[0].arg)
     for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
         arguments[a.arg] = Argument(a.arg, ast.unparse(a.annotation) if a.annotation else None, default is None)
-    return Signature(arguments, node.args.kwarg is not None, _first_sentence(ast.get_docstring(node)))
-
-
-def _first_sentence(doc: str | None) -> str:
-    paragraph = " ".join((doc or "").split("\n\n")[0].split())
-    return paragraph.split(". ")[0].rstrip(".")
+    return Signature(arguments, node.args.kwarg is not None)

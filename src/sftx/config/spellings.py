@@ -7,10 +7,13 @@ mirrors the choice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from sftx.config.grammar import Deleted, Sweep
+from sftx.config.schema import LIST_GROUPS
 from sftx.errors import ConfigError
 
 MIRRORS = {"mode": "train_mode", "optimizer": "optim", "scheduler": "lr_scheduler_type"}
@@ -36,11 +39,30 @@ OTHER_NAMES: dict[str, dict[str, str]] = {
         "wsd": "warmup_stable_decay",
         "reduce_on_plateau": "reduce_lr_on_plateau",
     },
-    "tracker": {"all": "[tensorboard,wandb]", "both": "[tensorboard,wandb]"},
+    "tracker": {"all": "tensorboard,wandb", "both": "tensorboard,wandb"},
 }
 
 OBSOLETE = {"adamw_hf": "optim=adamw_hf no longer exists in transformers: torch's AdamW is used"}
-PRECISION_KEYS = ("fp16", "bf16")
+PRECISIONS = {
+    "fp16": {"fp16": True, "bf16": False},
+    "bf16": {"fp16": False, "bf16": True},
+    "fp32": {"fp16": False, "bf16": False},
+}
+"""Option of `precision` -> what the manual's two keys say of it."""
+
+Origin = Callable[[str], str]
+"""Names where a key got its value, for a message."""
+
+
+@dataclass(frozen=True)
+class Without:
+    """The precision after `fp16=false` alone: what the layers below choose, but fp32 if that is the one ruled out."""
+
+    ruled_out: str
+
+    def over(self, below: str) -> str:
+        """Return the precision, given the one chosen below."""
+        return "fp32" if below == self.ruled_out else below
 
 
 @dataclass
@@ -54,75 +76,84 @@ class Choices:
 
 
 def option_for(group: str, value: Any) -> Any:
-    """Return the group's option for a value in any spelling; lists are rewritten item by item."""
-    if isinstance(value, list | tuple):
-        return [option_for(group, v) for v in value]
-    return OTHER_NAMES.get(group, {}).get(str(value), value)
+    """Return the group's option for a value in any spelling; a list-group's value becomes a list of options."""
+    if isinstance(value, Deleted):
+        return value
+    if group in LIST_GROUPS:
+        items = value if isinstance(value, list | tuple) else str(value).split(",")
+        names = [n for i in items for n in OTHER_NAMES.get(group, {}).get(str(i).strip(), str(i).strip()).split(",")]
+        return list(dict.fromkeys(n for n in names if n not in ("", "none", "None")))
+    return OTHER_NAMES.get(group, {}).get(value, value) if isinstance(value, str) else value
 
 
-def rewrite(values: Mapping[str, Any], where: str, groups: frozenset[str]) -> Choices:
+def plain_name(key: str) -> str:
+    """Return the one name of a key: `optimizer` for `optim`, `precision` for `fp16`."""
+    return "precision" if key in PRECISIONS else GROUP_OF_KEY.get(key, key)
+
+
+def rewrite(values: Mapping[str, Any], origin: Origin, groups: frozenset[str]) -> Choices:
     """Split one source's keys into group choices and plain values, in one spelling.
 
-    `values` maps a key to its value or, in a sweep, to a `Sweep` of values.
+    `values` maps a key to its value or, in a sweep, to a `Sweep` of values; `origin` names a key's place.
     """
     out = Choices()
-    typed: dict[str, tuple[str, Any]] = {}
+    first: dict[str, str] = {}
     for key, value in values.items():
         group = GROUP_OF_KEY.get(key, key if key in groups and not isinstance(value, Mapping) else None)
-        if group is None or value is None:
-            if key not in PRECISION_KEYS:
+        if group is None:
+            if key not in ("fp16", "bf16"):
                 out.values[key] = value
             continue
         out.notes += [OBSOLETE[str(v)] for v in each(value) if str(v) in OBSOLETE]
-        option = over(value, lambda v, g=group: option_for(g, v))
-        if group in typed and typed[group][1] != option:
-            first, chosen = typed[group]
+        option = over(value, partial(option_for, group))
+        if group in first and out.groups[group] != option:
             out.problems.append(
-                f"{where}: `{first}` chooses {group}={show(chosen)} and `{key}` chooses {group}={show(option)}. "
-                f"They are two spellings of one choice: keep one."
+                f"{origin(key)}: `{first[group]}` chooses {group}={show(out.groups[group])} and `{key}` chooses "
+                f"{group}={show(option)}. They are two spellings of one choice: keep one."
             )
-        typed[group] = (key, option)
+            continue
+        first[group] = key
         out.groups[group] = option
-    _rewrite_precision(values, where, out)
+    _rewrite_precision(values, origin, out)
     if values.get("save_strategy") is False:  # YAML reads an unquoted `no` as false
         out.values["save_strategy"] = "no"
     return out
 
 
-def _rewrite_precision(values: Mapping[str, Any], where: str, out: Choices) -> None:
+def _rewrite_precision(values: Mapping[str, Any], origin: Origin, out: Choices) -> None:
     """Turn `fp16` and `bf16` into a choice of `precision`."""
-    given = {k: values[k] for k in PRECISION_KEYS if k in values}
+    given = {k: values[k] for k in ("fp16", "bf16") if k in values}
     bad = {k: v for k, v in given.items() if any(not isinstance(b, bool) for b in each(v))}
     for key, value in bad.items():
-        out.problems.append(f"{where}: `{key}`: found {show(value)}, wanted true or false.")
+        wrong = [b for b in each(value) if not isinstance(b, bool)]
+        out.problems.append(f"{origin(key)}: `{key}`: found {found(wrong[0])}, wanted true or false.")
     if not given or bad:
+        return
+    if len(given) == 2 and any(isinstance(v, Sweep) for v in given.values()):
+        out.problems.append(
+            f"{origin('bf16')}: `fp16` and `bf16` in one sweep: sweep precision=fp16,bf16,fp32 instead."
+        )
         return
     if given.get("fp16") is True and given.get("bf16") is True:
         out.problems.append(
-            f"{where}: `fp16` and `bf16` are both true: keep the one that the GPU has (bf16: Ampere on)."
+            f"{origin('bf16')}: `fp16` and `bf16` are both true: keep the one that the GPU has (bf16: Ampere on)."
         )
         return
-    if given.get("bf16") is True:
-        option: Any = "bf16"
-        if "fp16" not in given:
-            out.notes.append("bf16=true replaces the default fp16=true")
-    elif "fp16" in given:
-        option = over(given["fp16"], lambda on: "fp16" if on else "fp32")
-    elif isinstance(given["bf16"], Sweep):
-        option = over(given["bf16"], lambda on: "bf16" if on else "fp32")
+    if len(given) == 2:
+        option: Any = next(o for o, says in PRECISIONS.items() if says == given)
     else:
-        return  # bf16=false alone says what is already so
-    if out.groups.get("precision", option) != option:
-        chosen = show(out.groups["precision"])
-        out.problems.append(f"{where}: `precision={chosen}` and `{', '.join(given)}` choose differently: keep one.")
-    out.groups["precision"] = option
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Several values of one key, in the order they were typed."""
-
-    values: tuple[Any, ...]
+        [(key, value)] = given.items()
+        option = over(value, lambda on: key if on else Without(key))
+        if value is True and key == "bf16" and "precision" not in out.groups:
+            out.notes.append("bf16=true replaces the default fp16=true")
+    chosen = out.groups.get("precision")
+    if chosen is None:
+        out.groups["precision"] = option
+    elif isinstance(chosen, Sweep) or any(PRECISIONS.get(chosen, given)[k] != v for k, v in given.items()):
+        out.problems.append(
+            f"{origin(next(iter(given)))}: `precision={show(chosen)}` and "
+            f"`{', '.join(f'{k}={show(v)}' for k, v in given.items())}` choose differently: keep one."
+        )
 
 
 def each(value: Any) -> tuple[Any, ...]:
@@ -130,9 +161,14 @@ def each(value: Any) -> tuple[Any, ...]:
     return value.values if isinstance(value, Sweep) else (value,)
 
 
-def over(value: Any, change: Any) -> Any:
+def over(value: Any, change: Callable[[Any], Any]) -> Any:
     """Apply `change` to the value, or to each value of a sweep."""
     return Sweep(tuple(change(v) for v in value.values)) if isinstance(value, Sweep) else change(value)
+
+
+def settle(precision: Any, below: str) -> Any:
+    """Decide every `Without` of a choice of precision, or of a sweep of them, given the one chosen below."""
+    return over(precision, lambda v: v.over(below) if isinstance(v, Without) else v)
 
 
 def show(value: Any) -> str:
@@ -148,6 +184,17 @@ def show(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{k}:{show(v)}" for k, v in value.items()) + "}"
     return str(value)
+
+
+def found(value: Any) -> str:
+    """Say what a value is, for `found ..., wanted ...`."""
+    if value == "":
+        return "nothing"
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if isinstance(value, list | dict):
+        return f"a {'list' if isinstance(value, list) else 'mapping'} {show(value)}"
+    return show(value)
 
 
 def raise_if(problems: list[str]) -> None:

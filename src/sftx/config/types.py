@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+from functools import cache
 from typing import Any
 
 WORDS = {
@@ -20,10 +21,24 @@ WORDS = {
 }
 
 
+MANY = {"whole number": "whole numbers", "number": "numbers", "text": "texts", "true or false": "true or false"}
+SEQUENCES = ("list", "List", "tuple", "Tuple", "Sequence", "Iterable")
+MAPPINGS = ("dict", "Dict", "Mapping", "Node")
+
+
+@cache
+def parsed(annotation: str) -> ast.expr:
+    """Return the syntax tree of a written type; one that cannot be read is taken for `Any`."""
+    try:
+        return ast.parse(annotation, mode="eval").body
+    except SyntaxError:
+        return ast.Name("Any")
+
+
 def options_of(annotation: str) -> list[str]:
     """Return the choices of the `Literal`s in a written type."""
     found = []
-    for node in ast.walk(ast.parse(annotation, mode="eval")):
+    for node in ast.walk(parsed(annotation)):
         if isinstance(node, ast.Subscript) and _name(node.value) == "Literal":
             found += [str(ast.literal_eval(e)) for e in _elements(node.slice)]
     return found
@@ -31,12 +46,17 @@ def options_of(annotation: str) -> list[str]:
 
 def matches(value: Any, annotation: str) -> bool:
     """Tell whether a plain value is of the written type; a whole number is also a number."""
-    return _matches(value, ast.parse(annotation, mode="eval").body)
+    return _matches(value, parsed(annotation))
 
 
 def describe(annotation: str) -> str:
     """Say a written type in words: `a whole number or null`."""
-    return _describe(ast.parse(annotation, mode="eval").body)
+    return _describe(parsed(annotation))
+
+
+def is_text(annotation: str) -> bool:
+    """Tell whether a written type takes any text and no number: `str`, `str | None`."""
+    return matches("", annotation) and not matches(0, annotation)
 
 
 def _name(node: ast.expr) -> str:
@@ -47,14 +67,28 @@ def _elements(node: ast.expr) -> list[ast.expr]:
     return node.elts if isinstance(node, ast.Tuple) else [node]
 
 
-def _matches(value: Any, node: ast.expr) -> bool:
+def _alternatives(node: ast.expr) -> list[ast.expr]:
+    """Return the members of a union, however it is written; a list of one for any other type."""
     match node:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _matches(value, left) or _matches(value, right)
+            return _alternatives(left) + _alternatives(right)
+        case ast.Subscript(value=outer, slice=inner) if _name(outer) == "Union":
+            return [a for e in _elements(inner) for a in _alternatives(e)]
+        case ast.Subscript(value=outer, slice=inner) if _name(outer) == "Optional":
+            return [*_alternatives(inner), ast.Constant(None)]
+        case ast.Constant(value=str(quoted)):
+            return _alternatives(parsed(quoted))
+    return [node]
+
+
+def _matches(value: Any, node: ast.expr) -> bool:
+    return any(_matches_one(value, a) for a in _alternatives(node))
+
+
+def _matches_one(value: Any, node: ast.expr) -> bool:
+    match node:
         case ast.Constant(value=None):
             return value is None
-        case ast.Constant(value=str(quoted)):
-            return matches(value, quoted)
         case ast.Subscript(value=outer, slice=inner):
             return _matches_generic(value, _name(outer), _elements(inner))
     name = _name(node)
@@ -66,43 +100,53 @@ def _matches(value: Any, node: ast.expr) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name == "str":
         return isinstance(value, str)
-    if name in ("list", "tuple", "Sequence"):
+    if name in SEQUENCES:
         return isinstance(value, list)
-    if name in ("dict", "Node", "Mapping"):
+    if name in MAPPINGS:
         return isinstance(value, dict)
     return True  # a type we do not know is the component's own business
 
 
 def _matches_generic(value: Any, name: str, inner: list[ast.expr]) -> bool:
     if name == "Literal":
-        return any(value == ast.literal_eval(e) and type(value) is type(ast.literal_eval(e)) for e in inner)
-    if name in ("list", "Sequence"):
-        return isinstance(value, list) and all(_matches(v, inner[0]) for v in value)
-    if name == "tuple":
-        if len(inner) == 2 and isinstance(inner[1], ast.Constant) and inner[1].value is Ellipsis:
-            return isinstance(value, list) and all(_matches(v, inner[0]) for v in value)
+        choices = [ast.literal_eval(e) for e in inner]
+        return any(value == c and type(value) is type(c) for c in choices)
+    if name in ("tuple", "Tuple") and not _is_ellipsis(inner[-1]):
         return isinstance(value, list) and len(value) == len(inner) and all(map(_matches, value, inner))
-    if name in ("dict", "Mapping"):
-        return isinstance(value, dict) and all(_matches(v, inner[1]) for v in value.values())
-    if name == "Optional":
-        return value is None or _matches(value, inner[0])
+    if name in SEQUENCES:
+        return isinstance(value, list) and all(_matches(v, inner[0]) for v in value)
+    if name in MAPPINGS:
+        return isinstance(value, dict) and all(_matches(v, inner[-1]) for v in value.values())
     return True
 
 
+def _is_ellipsis(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is Ellipsis
+
+
 def _describe(node: ast.expr) -> str:
+    words = list(dict.fromkeys(_describe_one(a) for a in _alternatives(node)))
+    if "a number" in words and "a whole number" in words:
+        words.remove("a whole number")
+    return " or ".join(words)
+
+
+def _describe_one(node: ast.expr) -> str:
     match node:
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            words = [_describe(left), _describe(right)]
-            return "a number" if set(words) == {"a whole number", "a number"} else " or ".join(words)
         case ast.Constant(value=None):
-            return "null"
+            return WORDS["None"]
         case ast.Subscript(value=outer, slice=inner):
             name, parts = _name(outer), _elements(inner)
             if name == "Literal":
                 return "one of " + ", ".join(str(ast.literal_eval(e)) for e in parts)
-            if name in ("list", "Sequence"):
-                return f"a list of {_describe(parts[0]).removeprefix('a ')}"
-            if name == "tuple":
-                return f"a list of {len(parts)} values"
-            return "a mapping"
-    return WORDS.get(_name(node), ast.unparse(node))
+            if name in ("tuple", "Tuple") and not _is_ellipsis(parts[-1]):
+                return f"a list of {len(parts)}: " + ", ".join(map(_describe, parts))
+            if name in SEQUENCES:
+                one = _describe(parts[0]).removeprefix("a ")
+                return f"a list of {MANY.get(one, one)}"
+            if name in MAPPINGS:
+                return "a mapping"
+    name = _name(node)
+    if name in SEQUENCES or name in MAPPINGS:
+        return "a list" if name in SEQUENCES else "a mapping"
+    return WORDS.get(name, ast.unparse(node))

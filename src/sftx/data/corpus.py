@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sftx.data.read import Reading, Record, read_file, sha256_file
 from sftx.errors import DataError, nearest
-from sftx.files import cache_root, write_json, write_text
+from sftx.files import cache_root, write_text
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Part of the cache key: raise it when the same file would be read differently."""
 
 
@@ -59,13 +60,15 @@ class Corpus:
         path = find_file(folder, name, key=key)
         digest = sha256_file(path)
         recipe = json.dumps([READER_VERSION, digest, keep_columns, asdict(self), path.suffix.lower()])
-        stem = cache_root() / "jsonl" / f"{path.stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-        jsonl, meta = stem.with_suffix(".jsonl"), stem.with_suffix(".json")
-        if not meta.is_file():  # written last: with it, the JSONL is whole
+        stem = f"{path.stem[:40]}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+        jsonl, meta = cache_root() / "jsonl" / f"{stem}.jsonl", cache_root() / "jsonl" / f"{stem}.json"
+        facts = _cached(jsonl, meta)
+        if facts is None:
             reading = read_file(path, format=self.format, encoding=self.encoding, delimiter=self.delimiter)
             _write_jsonl(reading, jsonl, meta, keep_columns=keep_columns)
-        facts = json.loads(meta.read_text(encoding="utf-8"))
-        return LoadedFile(path, jsonl, digest, **facts, records=_read_jsonl(jsonl, path))
+            facts = json.loads(meta.read_text(encoding="utf-8"))
+        records = _read_jsonl(jsonl, path, facts["lines"])
+        return LoadedFile(path, jsonl, digest, facts["encoding"], facts["delimiter"], facts["format"], records)
 
 
 def find_file(folder: str, name: str, *, key: str) -> Path:
@@ -75,6 +78,11 @@ def find_file(folder: str, name: str, *, key: str) -> Path:
         DataError: no such folder, no such file (the nearest name is given), or found in both places.
     """
     base = Path(folder).expanduser()
+    if base.is_file():
+        raise DataError(
+            f"train_file_path={folder}: is a file, wanted its folder: "
+            f"train_file_path={base.parent} train_file_name={base.name}."
+        )
     if not base.is_dir():
         raise DataError(f"train_file_path={folder}: there is no such folder (looked at {base.absolute()}).")
     found = [p for p in (base / name, base / "csv" / name) if p.is_file()]
@@ -94,60 +102,74 @@ def find_file(folder: str, name: str, *, key: str) -> Path:
     return found[0]
 
 
+def _cached(jsonl: Path, meta: Path) -> dict[str, Any] | None:
+    """Return what is known of a JSONL that was converted earlier, or None when it is not there as it was left."""
+    try:
+        facts = json.loads(meta.read_text(encoding="utf-8"))
+        return facts if facts["jsonl_sha256"] == sha256_file(jsonl) else None
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return None
+
+
 def _write_jsonl(reading: Reading, jsonl: Path, meta: Path, *, keep_columns: bool) -> None:
-    lines = []
-    for r in reading.records:
-        row: dict[str, object] = {"category": r.category, "human": r.human, "assistant": r.assistant}
-        if keep_columns:
-            row |= r.extra
-        lines.append(json.dumps(row | {"_line": r.line}, ensure_ascii=False))
-    write_text(jsonl, "\n".join(lines) + "\n")
-    write_json(meta, {"encoding": reading.encoding, "delimiter": reading.delimiter, "format": reading.format})
+    """Write the rows, and beside them what else is to be known, so that no column's name is taken."""
+    rows = [
+        {"category": r.category, "human": r.human, "assistant": r.assistant} | (r.extra if keep_columns else {})
+        for r in reading.records
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(jsonl, text)
+    facts = {
+        "encoding": reading.encoding,
+        "delimiter": reading.delimiter,
+        "format": reading.format,
+        "jsonl_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        "lines": [r.line for r in reading.records],
+    }
+    write_text(meta, json.dumps(facts) + "\n")
 
 
-def _read_jsonl(jsonl: Path, origin: Path) -> list[Record]:
+def _read_jsonl(jsonl: Path, origin: Path, lines: list[int]) -> list[Record]:
     records = []
     with jsonl.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            row = json.loads(line)
+        for number, text in zip(lines, file, strict=True):
+            row = json.loads(text)
             category, human, assistant = row.pop("category"), row.pop("human"), row.pop("assistant")
-            number = row.pop("_line")
             records.append(Record(category, human, assistant, str(origin), number, row))
     return records
 
 
 def split(records: Sequence[Record], ratio: float, max_rows: int) -> tuple[list[Record], list[Record]]:
-    """Hold out a share of each category; return (training rows, held-out rows), both in file order.
+    """Hold out a share of each category; return (training rows, held-out rows), both in the order given.
 
-    The choice follows from the rows' text alone, not from `seed`, so that runs with other seeds are
-    judged on the same rows. Rows with the same prompt go to the same side. A category gives a row
-    when its share rounds to one; at least one row is held out when `ratio` is above 0 and two remain.
+    The choice follows from the rows' text alone, not from their order or `seed`, so that runs with
+    other seeds are judged on the same rows. `ratio` of all rows is rounded, to one at least and
+    `max_rows` at most, and each category gives its part of that to within one row. Rows with the same
+    prompt go to the same side: then it may be some rows fewer, but one prompt at least.
     """
-    if ratio <= 0:
-        return list(records), []
-    by_category: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    by_prompt: dict[str, list[int]] = defaultdict(list)
     for i, record in enumerate(records):
-        by_category[record.category][record.human].append(i)
-    wanted = min(max_rows, max(1, round(len(records) * ratio)))
-    share = wanted / len(records)
-    order: list[tuple[float, str, list[int]]] = []
-    for prompts in by_category.values():
-        ranked = sorted(prompts.values(), key=lambda rows: _digest(records[rows[0]].human))
-        seen = 0.0
-        for rows in ranked:  # the k-th prompt of a category is due when its share reaches k
-            order.append(((seen + len(rows) / 2) / share, _digest(records[rows[0]].human), rows))
-            seen += len(rows)
-    limits = {c: sum(map(len, p.values())) for c, p in by_category.items()}
+        by_prompt[record.human].append(i)
+    if ratio <= 0 or max_rows <= 0 or len(by_prompt) < 2:
+        return list(records), []
+    prompts = [by_prompt[human] for human in sorted(by_prompt, key=_digest)]
+    by_category: dict[str, list[list[int]]] = defaultdict(list)
+    for rows in prompts:
+        by_category[min(records[i].category for i in rows)].append(rows)
+    total = len(records)
+    wanted = min(max_rows, max(1, round(total * ratio)), total - 1)
     held: set[int] = set()
-    taken: dict[str, int] = defaultdict(int)
-    for _, _, rows in sorted(order, key=lambda o: (o[0], o[1])):
-        category = records[rows[0]].category
-        quota = share * limits[category]
-        if len(held) + len(rows) <= wanted and taken[category] < max(quota, 1) and len(held) < len(records) - 1:
-            held.update(rows)
-            taken[category] += len(rows)
+    room = 0  # counted in 1/total of a row; what one category leaves, the next may use
+    for category in sorted(by_category):
+        room += wanted * sum(map(len, by_category[category]))
+        for rows in by_category[category]:
+            if len(rows) * total <= room:
+                held.update(rows)
+                room -= len(rows) * total
+    smallest = min(prompts, key=len)
+    held = held or set(smallest)
     return [r for i, r in enumerate(records) if i not in held], [r for i, r in enumerate(records) if i in held]
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8")).digest()

@@ -3,11 +3,17 @@
 The text is what the chat template renders. It is tokenised as inference would tokenise it: the
 template's control tokens become control tokens, the same letters inside a cell stay letters, and
 the answer is tokenised apart from the prompt, because at inference the prompt ends there.
+
+Two spellings keep letters and control tokens apart, both with a random part that no text can hold:
+while the template renders, a control token inside a cell has a stand-in; and where there was one,
+the text is tokenised by a copy of the tokenizer in which the true control tokens have other names.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +26,8 @@ from sftx.data.read import Record
 from sftx.errors import ConfigError, DataError, ModelError, did_you_mean
 
 TEMPLATES = Path(__file__).parent / "templates"
-PRIVATE_USE = 0xF0000
-"""Stand-ins for control tokens inside cells, while the template renders (Unicode's plane 15)."""
+PROBE = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+"""The conversation by which a template is tried out before any row is rendered."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +83,42 @@ def template_source(name: str) -> str:
 
 
 class ChatTemplate:
-    """Renders and tokenises conversations for one tokenizer."""
+    """Renders and tokenises conversations for one tokenizer.
+
+    Errors:
+        ModelError: the template cannot render, renders the prompt otherwise in training than at
+            inference, or there is no token that could end a turn.
+    """
 
     def __init__(self, tokenizer: Any, source: str, stop_tokens: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.source = source
-        known = tokenizer.get_vocab()
-        self.stop_tokens = [t for t in stop_tokens if t in known]
-        if not self.stop_tokens:
-            if tokenizer.eos_token is None:
-                raise ModelError("the tokenizer has no end-of-sequence token: the model could never stop.")
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # a tokenizer.json may ask for it, or for padding
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        added = {t.content: t.special for t in tokenizer.added_tokens_decoder.values()}
+        self.stop_tokens = [t for t in dict.fromkeys(stop_tokens) if t in added]
+        if not self.stop_tokens and tokenizer.eos_token is not None:
             self.stop_tokens = [tokenizer.eos_token]
+        self._control = [t for t, special in added.items() if special or t in self.stop_tokens]
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        nonce = secrets.token_hex(8)
+        self._stand_ins = {t: f"\ue000{nonce}.{i}\ue001" for i, t in enumerate(self._control)}
+        self._stand_in_pattern = re.compile(f"\ue000{nonce}\\.([0-9]+)\ue001")
+        self._aliases = {t: f"\ue002{nonce}.{i}\ue003" for i, t in enumerate(self._control)}
+        self._adopt_end_token()
 
-    @cached_property
-    def _special(self) -> dict[str, Any]:
-        """Control tokens: their text -> the tokenizer's entry."""
-        return {t.content: t for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(re.escape(s) for s in sorted(self._special, key=len, reverse=True)) or r"(?!)")
+    def _adopt_end_token(self) -> None:
+        """Let generation end at the token that ends the template's own turns, whatever the family says."""
+        answer = PROBE[-1]["content"]
+        rest = self._rendered(PROBE)[1].rpartition(answer)[2]
+        ends = self._control_pattern.findall(rest)
+        if ends and not set(ends) & set(self.stop_tokens):
+            self.stop_tokens.insert(0, ends[0])
+        if not self.stop_tokens:
+            raise ModelError("the tokenizer has no end-of-sequence token: the model could never stop.")
 
     def stop_ids(self) -> list[int]:
         """Return the ids at which generation ends."""
@@ -104,13 +126,18 @@ class ChatTemplate:
 
     def render(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
         """Return the text that the template makes of messages."""
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.source, tokenize=False, add_generation_prompt=generation_prompt
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.source, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except Exception as error:  # Jinja's errors, and whatever a template raises itself
+            raise ModelError(
+                f"the chat template cannot render a conversation ({error}). Choose another template_name."
+            ) from error
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens that generation starts from: the same that training put before the answer."""
-        return self._tokenise(self.render(self._guard(messages), generation_prompt=True))
+        return self._tokenise(self.render(self._guarded(messages), generation_prompt=True))
 
     def encode(self, record: Record, max_length: int) -> Row | str:
         """Return a record's tokens and mask, or the reason why it cannot be learned from.
@@ -119,7 +146,7 @@ class ChatTemplate:
         `max_length` loses the end of its answer, never all of it.
         """
         prompt, completion = self._texts(record)
-        prompt_ids, answer_ids = self._tokenise(prompt), self._tokenise(completion)
+        prompt_ids, answer_ids = self._tokenise(prompt), self._continue(completion)
         room = max_length - len(prompt_ids)
         if room < 1:
             return (
@@ -149,53 +176,78 @@ class ChatTemplate:
 
     def _texts(self, record: Record) -> tuple[str, str]:
         """Return the prompt and what the model shall say, up to and with the end of its turn."""
-        messages = self._guard(
+        messages = self._guarded(
             [{"role": "user", "content": record.human}, {"role": "assistant", "content": record.assistant}]
         )
+        try:
+            prompt, completion = self._rendered(messages)
+        except ModelError as error:
+            raise ModelError(f"{record.file}:{record.line}: {error}") from error
+        answer = messages[-1]["content"]
+        answer = answer if answer in completion else answer.strip()  # a template may trim it
+        rest = completion.rpartition(answer)[2]  # all of it, when the template changed the answer
+        ends = list(self._control_pattern.finditer(rest))
+        end = next((m for m in ends if m.group() in self.stop_tokens), ends[0] if ends else None)
+        kept = rest[: end.end()] if end else rest.rstrip() + self.stop_tokens[0]
+        return prompt, completion[: len(completion) - len(rest)] + kept
+
+    def _rendered(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+        """Render a conversation that ends with an answer: what stands before the answer, and what follows."""
         prompt = self.render(messages[:-1], generation_prompt=True)
         whole = self.render(messages, generation_prompt=False)
         if not whole.startswith(prompt):
             raise ModelError(
                 "the chat template renders another text before the answer in training than at inference, so what is "
-                f"learned would never be asked for. Prompt ends with {prompt[-40:]!r}; choose a template_name."
+                f"learned would never be asked for. Prompt ends with {prompt[-40:]!r}; choose another template_name."
             )
-        completion = whole[len(prompt) :]
-        ends = list(self._special_pattern.finditer(completion))
-        end = next((m for m in ends if m.group() in self.stop_tokens), ends[0] if ends else None)
-        return prompt, completion[: end.end()] if end else completion.rstrip("\n") + self.stop_tokens[0]
+        return prompt, whole[len(prompt) :]
 
-    def _guard(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def _guarded(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """Put a stand-in for each control token that is written inside a cell."""
-        stand_in = {s: chr(PRIVATE_USE + i) for i, s in enumerate(self._special)}
         return [
-            m | {"content": self._special_pattern.sub(lambda f: stand_in[f.group()], m["content"])} for m in messages
+            m | {"content": self._control_pattern.sub(lambda f: self._stand_ins[f.group()], m["content"])}
+            for m in messages
         ]
-
-    def _unguard(self, text: str) -> str:
-        return re.sub(
-            f"[{chr(PRIVATE_USE)}-{chr(PRIVATE_USE + len(self._special))}]",
-            lambda f: list(self._special)[ord(f.group()) - PRIVATE_USE],
-            text,
-        )
 
     def _tokenise(self, text: str) -> list[int]:
         """Tokenise rendered text: its control tokens are the template's, since cells are guarded."""
-        backend = self.tokenizer.backend_tokenizer
-        before = backend.encode_special_tokens
-        backend.encode_special_tokens = True  # letters that spell a control token stay letters
-        try:
-            ids: list[int] = []
-            at, strip_next = 0, False
-            for match in [*self._special_pattern.finditer(text), None]:
-                piece = text[at : match.start() if match else len(text)]
-                piece = piece.lstrip() if strip_next else piece
-                if match and self._special[match.group()].lstrip:
-                    piece = piece.rstrip()
-                if piece:
-                    ids += backend.encode(self._unguard(piece), add_special_tokens=False).ids
-                if match:
-                    ids.append(self.tokenizer.convert_tokens_to_ids(match.group()))
-                    at, strip_next = match.end(), self._special[match.group()].rstrip
-            return ids
-        finally:
-            backend.encode_special_tokens = before
+        if not self._stand_in_pattern.search(text):
+            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        text = self._control_pattern.sub(lambda f: self._aliases[f.group()], text)
+        text = self._stand_in_pattern.sub(lambda f: self._control[int(f.group(1))], text)
+        return self._letters_only.encode(text, add_special_tokens=False).ids
+
+    def _continue(self, text: str) -> list[int]:
+        """Tokenise what follows a prompt: without the space that some tokenizers put before any text."""
+        newline, both = self._tokenise("\n"), self._tokenise("\n" + text)
+        if self._adds_space and both[: len(newline)] == newline:
+            return both[len(newline) :]
+        return self._tokenise(text)
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """True for a tokenizer such as Llama 2's, to which a text's first word is another one than a later one."""
+        newline, both = self._tokenise("\n"), self._tokenise("\na")
+        return both[: len(newline)] == newline and both[len(newline) :] != self._tokenise("a")
+
+    @cached_property
+    def _letters_only(self) -> Any:
+        """The tokenizer with its control tokens under other names, so that to it their letters are only letters."""
+        backend, names = self.tokenizer.backend_tokenizer, self._aliases
+        tree = json.loads(backend.to_str()) | {"post_processor": None}
+        for token in tree["added_tokens"]:
+            if token["content"] in names:
+                token |= {"content": names[token["content"]], "normalized": False}
+        model = tree["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(t, t): i for t, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(t, t), score] for t, score in model["vocab"]]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        if "merges" in model:
+            pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+            model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
+        renamed = type(backend).from_str(json.dumps(tree))
+        assert all(renamed.token_to_id(names[t]) == backend.token_to_id(t) for t in names), "control tokens have moved"
+        return renamed

@@ -101,6 +101,7 @@ class AdaptedModel:
     def __init__(self, base: Any, *, gradient_checkpointing: bool) -> None:
         self.module = base
         self.adapters: dict[str, Adapter] = {}
+        self._targets: list[str] | None = None
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -121,7 +122,9 @@ class AdaptedModel:
                 parameter.requires_grad_(True)
             adapter = Adapter(name, dict(self.module.named_parameters()), clock, is_lora=False)
         else:
-            config = mode.peft_config(linear_targets(self.module)) if start is None else _saved_config(start, mode)
+            if self._targets is None:  # found before the first adapter changes the names of the layers
+                self._targets = linear_targets(self.module)
+            config = mode.peft_config(self._targets) if start is None else _saved_config(start, mode)
             self._inject(name, config)
             parameters = {n: p for n, p in self.module.named_parameters() if f".{name}." in n and ".lora_" in n}
             adapter = Adapter(name, parameters, clock, config=config)

@@ -15,7 +15,7 @@ from sftx.data.template import template_source
 from sftx.files import cache_root, write_folder
 
 NAME = "qwen-tiny"
-VERSION = 1
+VERSION = 2
 """Part of the cache key: raise it when the built model changes."""
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen2's pre-tokenization pattern (transformers, models/qwen2/tokenization_qwen2.py).
@@ -47,7 +47,9 @@ def ensure_builtin() -> Path:
 def _build(folder: Path, merges: str) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     tokenizer = _tokenizer(merges)
     tokenizer.save_pretrained(folder)
     config = Qwen2Config(
@@ -66,13 +68,14 @@ def _build(folder: Path, merges: str) -> None:
 
 
 def _tokenizer(merges: str):  # type: ignore[no-untyped-def]  # transformers carries no types
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     pairs = [(a, b) for a, b in (line.split(" ") for line in merges.splitlines())]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(p) for p in pairs)])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    backend.normalizer = normalizers.NFC()  # as Qwen2's, which transformers loads whatever the file says
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERN), "isolated"),

@@ -14,12 +14,14 @@ from sftx.data.template import ChatTemplate, template_source
 from sftx.errors import ConfigError, ModelError
 from sftx.model import builtin
 from sftx.model.family import Family
-from sftx.model.find import local_folder
+from sftx.model.find import local_folder, missing_files, weight_files
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+SAMPLES, SAMPLE_BYTES = 64, 16384
+"""Of each weight file so many pieces of this length make its fingerprint: another training changes them all."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tiktoken.model")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Source:
     name: str
     folder: Path
     model_type: str
+    downloaded: bool = False
+    """True when it was not on this machine before."""
 
     @property
     def is_builtin(self) -> bool:
@@ -36,11 +40,18 @@ class Source:
         return self.name == builtin.NAME
 
     def fingerprint(self) -> str:
-        """Return a hash that tells two models apart: the config, and each weight file's size and name."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for pattern in WEIGHTS:
-            for path in sorted(self.folder.glob(pattern)):
-                digest.update(f"{path.name} {path.stat().st_size}".encode())
+        """Return a hash that tells two models apart: their config, how they read text, and samples of their weights."""
+        digest = hashlib.sha256()
+        for name in ("config.json", *TOKENIZER_FILES, "tokenizer_config.json", "chat_template.jinja"):
+            if (self.folder / name).is_file():
+                digest.update(name.encode() + hashlib.sha256((self.folder / name).read_bytes()).digest())
+        for path in weight_files(self.folder):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for i in range(SAMPLES):
+                    file.seek(i * size // SAMPLES)
+                    digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()[:16]
 
 
@@ -50,23 +61,28 @@ def find_model(name: str) -> Source:
     Errors:
         ModelError: no such model, no network, or a folder that is not a whole model.
     """
-    folder = builtin.ensure_builtin() if name == builtin.NAME else local_folder(name) or _download(name)
+    here = builtin.ensure_builtin() if name == builtin.NAME else local_folder(name)
+    folder = here or _download(name)
     config_file = folder / "config.json"
-    if not config_file.is_file():
+    missing = missing_files(folder)
+    if "config.json" in missing:
+        adapter = (folder / "adapter_config.json").is_file()
         raise ModelError(
             f"model_name_or_path={name}: {folder} holds no config.json, so it is not a model folder. "
             f"Found: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}."
+            + (f" It is an adapter: name its base here, and start from it with adapter={name}." if adapter else "")
         )
     try:
         model_type = json.loads(config_file.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{config_file}: no `model_type` can be read from it: {error!r}.") from None
-    if not any(p for pattern in WEIGHTS for p in folder.glob(pattern)):
+    if missing:
         raise ModelError(
-            f"model_name_or_path={name}: {folder} holds no weights (*.safetensors). "
+            f"model_name_or_path={name}: {folder} holds no weights, or not all of them: it lacks "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
             f"The download may have stopped half-way: fetch the model again."
         )
-    return Source(name, folder, model_type)
+    return Source(name, folder, model_type, downloaded=here is None)
 
 
 def _download(name: str) -> Path:
@@ -84,15 +100,16 @@ def _download(name: str) -> Path:
             from modelscope import snapshot_download as from_modelscope
 
             return Path(from_modelscope(name))
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, constants, snapshot_download
 
+        HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # the download itself would wait for ever
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except ImportError as error:
         raise ModelError(f"model_name_or_path={name}: ModelScope is not installed: pip install modelscope.") from error
     except Exception as error:
         raise ModelError(
             f"model_name_or_path={name}: not on this machine, and it cannot be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
+            f"({type(error).__name__}: {_first_line(error)}). "
             f"Without a network give the model's folder; behind a mirror set HF_ENDPOINT, or USE_MODELSCOPE=1."
         ) from error
 
@@ -107,19 +124,23 @@ def load_template(
     """
     from transformers import AutoTokenizer
 
+    if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"{source.folder}: holds no tokenizer (tokenizer.json). Fetch the whole model again.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
     except Exception as error:
-        raise ModelError(f"{source.folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{source.folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{source.folder}: holds no tokenizer.json; sftx needs a fast tokenizer.")
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
     stops = family.stop_tokens
     if template_name is not None:
         named = family_for(template_name)
         text = template_source(named.template if named and named.template else template_name)
         stops = [*(named.stop_tokens if named else []), *stops]
-    elif isinstance(tokenizer.chat_template, str):
-        text = tokenizer.chat_template
+    elif own is not None:
+        text = own
     elif family.template is not None:
         text = template_source(family.template)
     else:
@@ -138,14 +159,21 @@ def _choose_pad(tokenizer: Any, template: ChatTemplate) -> None:
     ends = {*template.stop_tokens[:1], tokenizer.eos_token}
     if tokenizer.pad_token is not None and tokenizer.pad_token not in ends:
         return
-    known = tokenizer.get_vocab()
-    named = ["<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<unk>"]
-    reserved = sorted(t for t in known if "reserved" in t or "extra_" in t)
-    for candidate in [*named, tokenizer.unk_token, *reserved]:
-        if candidate in known and candidate not in ends:
+    special = sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    named = ["<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", tokenizer.unk_token]
+    spare = [t for word in ("pad", "reserved", "unused", "extra_") for t in special if word in t.lower()]
+    for candidate in [*named, *spare]:
+        if candidate is not None and candidate not in ends and candidate in tokenizer.get_vocab():
             tokenizer.pad_token = candidate
             return
-    raise ModelError("the tokenizer has no token to pad with other than the one that ends a turn.")
+    raise ModelError(
+        "the tokenizer has no token to pad with other than the one that ends a turn: "
+        "name an unused one as `pad_token` in its tokenizer_config.json."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_base(source: Source, *, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:
@@ -166,7 +194,7 @@ def load_base(source: Source, *, dtype: torch.dtype, quantization: Any, device: 
             source.folder, output_loading_info=True, trust_remote_code=False, **options
         )
     except Exception as error:
-        raise ModelError(f"{source.folder}: its weights cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{source.folder}: its weights cannot be loaded: {_first_line(error)}") from error
     missing = sorted(info.get("missing_keys") or [])
     if missing:
         raise ModelError(

@@ -10,7 +10,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -19,8 +19,14 @@ from rich.table import Table
 
 from sftx.config.check import freeze
 from sftx.config.compose import Request
+from sftx.config.schema import TrainConfig
+from sftx.data.corpus import find_file
 from sftx.errors import say
 from sftx.files import write_json
+from sftx.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from sftx.runs.end import Result
 
 log = logging.getLogger("sftx")
 TRIAL = "trial.json"
@@ -35,11 +41,9 @@ def run_job(composed: DictConfig, request: Request) -> float | None:
     """Run one composed configuration; in a multirun, in its own folder, leaving its outcome there."""
     hydra = HydraConfig.get()
     config = freeze(composed)
-    from sftx.run import run  # heavy: only now that the configuration is right
-
     command = request.command()
     if hydra.mode != RunMode.MULTIRUN:
-        return run([config], request.notes, command)[0].objective
+        return _run(config, request, command).objective
     sweep_dir = Path(hydra.sweep.dir)
     _sweep_dirs.append(sweep_dir)
     folder = Path(config.output_dir or sweep_dir) / str(hydra.sweep.subdir)
@@ -50,7 +54,7 @@ def run_job(composed: DictConfig, request: Request) -> float | None:
     }
     print(f"\n--- trial {hydra.job.num}: {' '.join(outcome['overrides'])}")
     try:
-        result = run([replace(config, output_dir=str(folder))], request.notes, command)[0]
+        result = _run(replace(config, output_dir=str(folder)), request, command)
     except Exception as error:
         code = say(error)
         outcome |= {"status": "failed", "exit_code": code, "error": f"{type(error).__name__}: {error}"}
@@ -59,6 +63,16 @@ def run_job(composed: DictConfig, request: Request) -> float | None:
     outcome |= {"status": "completed", "eval_loss_before": result.eval_loss_before, "eval_loss": result.eval_loss}
     _leave(sweep_dir, outcome)
     return result.objective
+
+
+def _run(config: TrainConfig, request: Request, command: str) -> Result:
+    """Look at the folder and the corpus first, where mistakes are common; only then import torch."""
+    if config.output_dir is not None:
+        RunFolder(Path(config.output_dir)).check(config.resume)
+    find_file(config.train_file_path, config.train_file_name, key="train_file_name")
+    from sftx.run import run
+
+    return run([config], request.notes, command)[0]
 
 
 def _swept(hydra: Any) -> list[str]:

@@ -1,0 +1,153 @@
+"""Values in Hydra's override grammar: how to write one, and how to read what a person typed.
+
+Hydra's lexer refuses unquoted Chinese, parentheses and stray quotes. A value that it refuses is
+quoted here and read again; one that it accepts keeps Hydra's meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+KEY = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<name>[\w./-]+(?:@[\w.:-]*)?)", re.ASCII)
+PLAIN_TEXT = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
+RESERVED = frozenset({"true", "false", "null", "nan", "inf"})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Several values of one key, in the order they were typed."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """`~key` or `~key=value`: the key is taken out."""
+
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Typed:
+    """One override as a person typed it: key with its prefix, and its plain value."""
+
+    text: str
+    prefix: str
+    name: str
+    value: Any
+
+
+def quote(text: str) -> str:
+    """Quote text for Hydra's grammar."""
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def grammar(value: Any) -> str:
+    """Write a plain value, or a sweep of them, in Hydra's override grammar."""
+    if isinstance(value, Sweep):
+        return ",".join(map(grammar, value.values))
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(grammar, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_dict_key(k)}:{grammar(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, IntervalSweep):
+        return f"interval({value.start!r},{value.end!r})"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value if PLAIN_TEXT.fullmatch(value) and value.lower() not in RESERVED else quote(value)
+    return repr(value)
+
+
+def _dict_key(key: Any) -> str:
+    """Write a dictionary's key: Hydra knows no quotes there, only backslashes."""
+    return re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", key) if isinstance(key, str) else grammar(key)
+
+
+def read_override(text: str, *, multirun: bool) -> Typed | None:
+    """Read `key=value` or `~key`; None when it is neither.
+
+    Commas in a value that Hydra refuses separate the points of a multirun, and are part of the value otherwise.
+    """
+    key, equals, raw = text.partition("=")
+    match = KEY.fullmatch(key)
+    if not match or not (equals or match["prefix"] == "~"):
+        return None
+    override = _parse(text)
+    if override is None:
+        pieces = split_commas(raw) if multirun else [raw]
+        override = _parse(f"{key}={','.join(map(_mended, pieces))}")
+    if override is None:
+        return None
+    value = Deleted(_plain(override._value)) if override.is_delete() else _value(override)
+    return Typed(text, match["prefix"] or "", match["name"], value)
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+def _parse(text: str) -> Override | None:
+    try:
+        return _parser().parse_override(text)
+    except (HydraException, RecursionError):
+        return None
+
+
+def _mended(text: str) -> str:
+    """Quote what Hydra refuses, inside of lists too."""
+    text = text.strip()
+    if _parse(f"k={text}") is not None:
+        return text
+    if text.startswith("[") and text.endswith("]"):
+        return "[" + ",".join(map(_mended, split_commas(text[1:-1]))) + "]"
+    return quote(text)
+
+
+def split_commas(text: str) -> list[str]:
+    """Split at the commas that stand outside of quotes and brackets."""
+    pieces, depth, quoted, start = [], 0, "", 0
+    for i, char in enumerate(text):
+        if quoted:
+            quoted = "" if char == quoted and text[i - 1] != "\\" else quoted
+        elif char in "'\"":
+            quoted = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+        elif char == "," and depth == 0:
+            pieces.append(text[start:i])
+            start = i + 1
+    if quoted or depth:  # a lone quote or bracket is part of a name
+        return text.split(",")
+    return [*pieces, text[start:]]
+
+
+def _value(override: Override) -> Any:
+    if isinstance(override._value, Glob | IntervalSweep):
+        return override._value
+    if override.is_sweep_override():
+        return Sweep(tuple(_plain(v) for v in override.sweep_iterator()))
+    return _plain(override._value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    return value

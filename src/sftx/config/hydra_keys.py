@@ -1,0 +1,72 @@
+"""Check `hydra.*` settings against Hydra's own schema, so that they are reported with all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from hydra.conf import HydraConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sftx.config.spellings import found
+from sftx.errors import did_you_mean
+
+
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(HydraConf)
+
+
+def check_key(key: str, value: Any, origin: str) -> str | None:
+    """Return what is wrong with one setting, `sweep.dir` for `hydra.sweep.dir`, or None."""
+    if key == "searchpath":
+        return f"{origin}: `hydra.searchpath`: folders of your own are given by --config-dir FOLDER."
+    node: Any = HydraConf
+    done = "hydra"
+    for part in key.split("."):
+        if not is_dataclass(node):
+            break  # an open mapping, or the launcher's and the sweeper's own business
+        known = {f.name: f for f in fields(node)}
+        if part not in known:
+            return (
+                f"{origin}: unknown key `{done}.{part}`.{did_you_mean(part, known)} "
+                f"All of Hydra's keys: python train.py --cfg hydra"
+            )
+        node, done = known[part].default_factory, f"{done}.{part}"
+    try:
+        OmegaConf.update(_schema(), key, value, merge=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        return f"{origin}: `hydra.{key}`: found {found(value)}: {reason}."
+    return None
+
+
+def check_body(body: dict[str, Any], place: Callable[[str], str]) -> list[str]:
+    """Return what is wrong with a file's `hydra:` node, and take it out of the node."""
+    problems = []
+    for key, value in list(_leaves(body)):
+        problem = check_key(key, value, place(key))
+        if problem:
+            problems.append(problem)
+            _remove(body, key.split("."))
+    return problems
+
+
+def _leaves(tree: dict[str, Any], head: str = "") -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        is_node = isinstance(value, dict) and value
+        out += _leaves(value, f"{head}{key}.") if is_node else [(f"{head}{key}", value)]
+    return out
+
+
+def _remove(tree: dict[str, Any], parts: list[str]) -> None:
+    """Take a leaf out, and the nodes that it leaves empty."""
+    head, *rest = parts
+    if rest:
+        _remove(tree[head], rest)
+    if not rest or not tree[head]:
+        del tree[head]

@@ -1,0 +1,278 @@
+"""Rewrite the files of config groups and overlays to one spelling, collecting what is wrong with them.
+
+An overlay (experiment, sweep, debug) may choose options by the manual's keys; a component's file
+makes the manual's key mirror its choice.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from sftx.config import hydra_keys
+from sftx.config.grammar import Sweep, grammar, read_override
+from sftx.config.options import ALL_GROUPS, CONF, unknown_option
+from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS
+from sftx.config.spellings import (
+    GROUP_OF_KEY,
+    MIRRORS,
+    Choices,
+    Without,
+    each,
+    option_for,
+    plain_name,
+    rewrite,
+    settle,
+    show,
+)
+from sftx.config.types import matches
+from sftx.config.yamlfile import YamlFile, read_yaml, shown
+from sftx.errors import did_you_mean
+
+GROUP_NAMES = frozenset(GROUPS)
+
+
+@dataclass
+class Reading:
+    """What the files of one composition said."""
+
+    typed: frozenset[str] = frozenset()
+    """Keys that the command line sets: a sweep file's values of these give way."""
+    loaded: list[tuple[int, YamlFile, str]] = field(default_factory=list)
+    """Each file with its layer (a higher one overrides) and the package its keys went to ('' is the top)."""
+    chosen: set[str] = field(default_factory=set)
+    """Groups that an overlay chose."""
+    places: dict[str, str] = field(default_factory=dict)
+    """Group or swept key -> the place of the choice in an overlay, in whatever spelling it stands there."""
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def place_of(self, key: str) -> str | None:
+        """Return `file:line` of what sets a dotted key of the composed config: the last file that does."""
+        for _, file, package in sorted(self.loaded[::-1], key=lambda entry: -entry[0]):
+            inner = key.removeprefix(f"{package}.") if package else key
+            if (not package or inner != key) and (number := file.line_of(inner)):
+                return f"{shown(file.path)}:{number}"
+        return None
+
+
+def group_body(
+    file: YamlFile, group: str, option: str, header: dict[str, Any], reading: Reading
+) -> tuple[dict[str, Any], str]:
+    """Return a component file's body and the package its keys stand in, the manual's key mirroring the choice."""
+    package = header["package"] or (f"{group}.{option}" if group in LIST_GROUPS else group)
+    body = file.body
+    if package == "_global_":
+        foreign = [k for k in body if k in GROUP_OF_KEY or (k in ("fp16", "bf16") and group != "precision")]
+        for key in foreign:
+            del body[key]
+            reading.problems.append(
+                f"{file.place(key)}: `{key}`: an option of `{group}` cannot choose an option of "
+                f"`{plain_name(key)}`: put both into an experiment."
+            )
+    if group in MIRRORS:  # loading `mode/qlora` sets `train_mode: qlora`
+        if package != "_global_":
+            defaults = {"defaults": body.pop("defaults")} if "defaults" in body else {}
+            body = defaults | {group: body}
+        header["package"] = "_global_"
+        return body | {MIRRORS[group]: option}, package
+    header["package"] = package
+    return body, package
+
+
+def overlay_body(file: YamlFile, group: str, reading: Reading) -> dict[str, Any]:
+    """Return the body of an experiment, a sweep or a debug mode: choices in its defaults list, the rest as values."""
+    body = {k: v for k, v in file.body.items() if k not in ("defaults", "hydra")}
+    choices = rewrite(_nested(body, file, reading), file.place, GROUP_NAMES)
+    reading.notes += choices.notes
+    entries, listed, inherits = _defaults(file, reading)
+    _settle_precision(file, choices, listed, inherits=inherits)
+    reading.problems += choices.problems
+    for name, option in choices.groups.items():
+        if name in listed and listed[name] != option:
+            reading.problems.append(
+                f"{file.place(_written(file, name))}: the defaults list chooses {name}={show(listed[name])}, this key "
+                f"chooses {name}={show(option)}: keep one."
+            )
+        elif name not in listed and _known(name, option, file.place(_written(file, name)), reading):
+            reading.places[name] = file.place(_written(file, name))
+            entries.append({f"override /{name}": option})
+    reading.chosen |= {*choices.groups, *listed}
+    out = {"defaults": entries} if entries else {}
+    hydra = _hydra_body(file, group, reading)
+    return out | choices.values | ({"hydra": hydra} if hydra else {})
+
+
+def _written(file: YamlFile, group: str) -> str:
+    """Return the key by which a file chooses an option of a group."""
+    return next((k for k in file.body if plain_name(k) == group), group)
+
+
+def _nested(body: dict[str, Any], file: YamlFile, reading: Reading) -> dict[str, Any]:
+    """Turn `scheduler.power: 2` into the nested form, as on the command line."""
+    out: dict[str, Any] = {}
+    for key, value in body.items():
+        if key in OVERLAYS:
+            reading.problems.append(
+                f"{file.place(key)}: `{key}` is chosen on the command line; to build on another file of the same "
+                f"folder, name it in the defaults list: `- {show(value)}`."
+            )
+            continue
+        node, *rest = key.split(".")
+        if not rest:
+            out[key] = {**out[key], **value} if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+            continue
+        below = out.setdefault(node, {})
+        for part in rest[:-1]:
+            below = below.setdefault(part, {})
+        below[rest[-1]] = value
+    return out
+
+
+def _defaults(file: YamlFile, reading: Reading) -> tuple[list[Any], dict[str, Any], bool]:
+    """Return a file's defaults list in one spelling, its choices, and whether it builds on another file."""
+    raw = file.body.get("defaults", [])
+    if not isinstance(raw, list):
+        reading.problems.append(
+            f"{file.place('defaults')}: `defaults`: found {show(raw)!r}, wanted a list such as "
+            f"`- override /mode: qlora`."
+        )
+        return [], {}, False
+    entries: list[Any] = []
+    listed: dict[str, Any] = {}
+    for i, entry in enumerate(raw):
+        origin = file.place(f"defaults.{i}")
+        if not isinstance(entry, dict):
+            if entry != "_self_" and not (file.path.parent / f"{entry}.yaml").is_file():
+                reading.problems.append(
+                    f"{origin}: `{entry}`: there is no such file beside this one."
+                    f"{did_you_mean(str(entry), (p.stem for p in file.path.parent.glob('*.yaml')))}"
+                )
+                continue
+            entries.append(entry)
+            continue
+        for key, option in entry.items():
+            words = re.fullmatch(r"((?:override |optional )*)(/?)([\w/]+)(@\S+)?", str(key))
+            name = plain_name(words[3]) if words else str(key)
+            if words is None or words[4] or (not words[2] and name not in GROUPS):
+                entries.append(entry)  # a form of Hydra's own
+            elif name.startswith("hydra/") or name in GROUPS:
+                option = option_for(name, option)
+                if _known(name, option, origin, reading):
+                    reading.places[name] = origin
+                    listed[name] = option
+                    entries.append({f"override /{name}": option})
+            else:
+                reading.problems.append(f"{origin}: there is no group `{name}`.{did_you_mean(name, GROUPS)}")
+    return entries, listed, any(isinstance(e, str) and e != "_self_" for e in entries)
+
+
+def _known(group: str, option: Any, origin: str, reading: Reading) -> bool:
+    problems = [unknown_option(group, o, origin) for o in (option if isinstance(option, list) else [option])]
+    reading.problems += [p for p in problems if p]
+    return not any(problems)
+
+
+def _settle_precision(file: YamlFile, choices: Choices, listed: dict[str, Any], *, inherits: bool) -> None:
+    """Decide what `fp16: false` alone means in a file: below it stands `conf/train.yaml`, or what it lists."""
+    option = choices.groups.get("precision")
+    if not isinstance(option, Without):
+        return
+    key = option.ruled_out
+    if inherits and "precision" not in listed:
+        del choices.groups["precision"]
+        choices.problems.append(
+            f"{file.place(key)}: `{key}: false` on top of another file leaves open what it means: "
+            f"write precision: fp16, bf16 or fp32."
+        )
+        return
+    below = listed.get("precision") or default_of("precision")
+    choices.groups["precision"] = option.over(below)
+    if option.over(below) == below:
+        del choices.groups["precision"]
+
+
+def default_of(group: str) -> Any:
+    """Return the option that `conf/train.yaml` chooses."""
+    return next(e[group] for e in read_yaml(CONF / "train.yaml").body["defaults"] if isinstance(e, dict) and group in e)
+
+
+def _hydra_body(file: YamlFile, group: str, reading: Reading) -> dict[str, Any]:
+    hydra = file.body.get("hydra") or {}
+    if not isinstance(hydra, dict):
+        reading.problems.append(f"{file.place('hydra')}: `hydra`: found {show(hydra)!r}, wanted a mapping.")
+        return {}
+    reading.problems += hydra_keys.check_body(hydra, lambda key: file.place(f"hydra.{key}"))
+    sweeper = hydra.get("sweeper")
+    if isinstance(sweeper, dict) and isinstance(sweeper.get("params"), dict):
+        sweeper["params"] = _space(sweeper["params"], file, reading)
+        if group == "sweep":
+            hydra.setdefault("mode", "MULTIRUN")
+    return hydra
+
+
+def _space(params: dict[str, Any], file: YamlFile, reading: Reading) -> dict[str, Any]:
+    """Rewrite a search space to one spelling; values that are no options are taken out and reported."""
+
+    def place(key: str) -> str:
+        return file.place(f"hydra.sweeper.params.{key}")
+
+    values: dict[str, Any] = {}
+    for key, value in _flat(params).items():
+        if isinstance(value, list) and not _takes_list(key):
+            reading.problems.append(
+                f"{place(key)}: `{key}`: found {show(value)}, which is one value; "
+                f"the values of a sweep are written `{key}: {show(value)[1:-1]}`."
+            )
+            continue
+        typed = read_override(f"{key}={value}", multirun=True) if isinstance(value, str) else None
+        if typed is not None and typed.value == Sweep(()):
+            reading.problems.append(f"{place(key)}: `{key}`: a sweep over no values at all.")
+            continue
+        if isinstance(value, str) and typed is None:
+            reading.problems.append(f"{place(key)}: `{key}`: {value!r} cannot be read as the values of a sweep.")
+            continue
+        values[key] = typed.value if typed else value
+    choices = rewrite(values, place, ALL_GROUPS)
+    reading.problems += choices.problems
+    reading.notes += choices.notes
+    below = default_of("precision")
+    out: dict[str, Any] = {}
+    for key, value in (choices.values | choices.groups).items():
+        if key in reading.typed:
+            continue
+        origin = place(next((k for k in values if plain_name(k) == key), key))
+        value = settle(value, below) if key == "precision" else value
+        if key in ALL_GROUPS and not isinstance(value, dict):
+            value = known_values(key, value, origin, reading)
+            if value is None:
+                continue
+        out[key] = grammar(value)
+        reading.places[key] = origin
+    return out
+
+
+def known_values(group: str, value: Any, origin: str, reading: Reading) -> Any:
+    """Return a choice, or a sweep of choices, without the options that do not exist, which are reported; or None."""
+    kept = tuple(v for v in each(value) if _known(group, v, origin, reading))
+    if not isinstance(value, Sweep):
+        return kept[0] if kept else None
+    if None in kept:
+        reading.problems.append(f"{origin}: `{group}`: null cannot be one of several: run it by itself.")
+        kept = tuple(v for v in kept if v is not None)
+    return Sweep(kept) if kept else None
+
+
+def _takes_list(key: str) -> bool:
+    return key in LIST_GROUPS or "." in key or (key in KNOBS and matches([], str(KNOBS[key].type)))
+
+
+def _flat(params: dict[str, Any], head: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in params.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{head}{key}.")
+        else:
+            out[f"{head}{key}"] = value
+    return out

@@ -1,0 +1,120 @@
+"""`python -m sftx.config.reference` writes docs/parameters.md: every key, group and option."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sftx.config.check import bounds
+from sftx.config.options import CONF, component_of, file_of, option_keys, options
+from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS
+from sftx.config.signature import TargetNotFound, read_signature
+from sftx.config.spellings import GROUP_OF_KEY, MIRRORS, OTHER_NAMES, PRECISIONS, show
+from sftx.config.types import describe
+from sftx.config.yamlfile import read_yaml
+
+HEAD = """# Parameters / 参数
+
+<!-- Generated from the schema and conf/ by `make docs`; a test keeps it current. Do not edit. -->
+
+Every key can be typed as `name=value`; `python train.py --help` prints a shorter form of this page.
+每个参数都可以用 `名称=值` 的形式在命令行给出；`python train.py --help` 会显示本页的简版。
+"""
+
+
+def defaults() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the knobs' values and the groups' choices as `conf/train.yaml` has them."""
+    tree = read_yaml(CONF / "train.yaml").body
+    choices: dict[str, Any] = {}
+    for entry in tree["defaults"]:
+        if isinstance(entry, dict):
+            choices |= entry
+    return tree, choices
+
+
+def knob_defaults() -> dict[str, Any]:
+    """Return each knob's default; the keys that mirror a group's choice show that choice."""
+    tree, choices = defaults()
+    out: dict[str, Any] = {name: tree.get(name) for name in KNOBS}
+    out |= {key: choices[group] for key, group in GROUP_OF_KEY.items()}
+    return out | PRECISIONS[choices["precision"]]
+
+
+def parameters() -> str:
+    """Return the whole page."""
+    lines = [HEAD, "## Keys / 参数", ""]
+    lines += ["| key | default | type | meaning | 含义 |", "|---|---|---|---|---|"]
+    values = knob_defaults()
+    for name, knob in KNOBS.items():
+        words = ", ".join([describe(str(knob.type)), *(text for _, text in bounds(knob.metadata))])
+        meanings = [_prose(knob.metadata["en"]), _prose(knob.metadata["zh"])]
+        cells = [f"`{name}`", f"`{show(values[name])}`", words, *meanings]
+        lines.append(_row(cells))
+    lines += ["", "## Groups / 配置组", ""]
+    for name, group in GROUPS.items():
+        lines += _group(name, group.metadata["en"], group.metadata["zh"])
+    for name, (en, zh) in OVERLAYS.items():
+        lines += _group(name, en, zh)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _group(name: str, en: str, zh: str) -> Iterator[str]:
+    _, choices = defaults()
+    yield f"### `{name}=`"
+    yield ""
+    yield f"{en[0].upper()}{en[1:]}. {zh}。"
+    yield ""
+    default = choices.get(name)
+    spelled = [k for k, group in GROUP_OF_KEY.items() if group == name] or (["fp16", "bf16"] * (name == "precision"))
+    if name in GROUPS:
+        yield f"Default: `{name}={show(default)}`." + (" Several at once: `[a,b]`." if name in LIST_GROUPS else "")
+    else:
+        yield f"Default: `{name}=null`."
+    if spelled:
+        mirrored = " (it mirrors the choice)" if name in MIRRORS else ""
+        yield f"Also chosen by {' and '.join(f'`{k}=`' for k in spelled)}{mirrored}."
+    others = [f"`{a}` = `{b}`" for a, b in OTHER_NAMES.get(name, {}).items()]
+    if others:
+        yield f"Other names: {', '.join(others)}."
+    yield ""
+    for option in options(name):
+        yield f"- **`{option}`**: {_prose(file_of(name, option).comment())}"
+        yield from (_option_rows(name, option) if name in GROUPS else ())
+    yield ""
+
+
+def _option_rows(group: str, option: str) -> Iterator[str]:
+    node = component_of(group, option)
+    types = _types(node)
+    for key in option_keys(group, option):
+        yield f"  - `{_path(group, option)}.{key}`: `{show(node[key])}`" + (f", {types[key]}" if key in types else "")
+    body = file_of(group, option).body
+    sets = [f"`{k}={show(body[k])}`" for k in KNOBS if k in body and body is not node]
+    if sets:
+        yield f"  - also sets {', '.join(sets)}"
+
+
+def _path(group: str, option: str) -> str:
+    return f"{group}.{option}" if group in LIST_GROUPS else group
+
+
+def _types(node: dict[str, Any]) -> dict[str, str]:
+    try:
+        signature = read_signature(str(node.get("_target_")))
+    except TargetNotFound:
+        return {}
+    arguments = signature.arguments if signature else {}
+    return {name: describe(a.annotation) for name, a in arguments.items() if a.annotation}
+
+
+def _prose(text: str) -> str:
+    """Keep Markdown from taking `<date>` for HTML."""
+    return text.replace("<", "\\<")
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+
+if __name__ == "__main__":
+    print(parameters(), end="")

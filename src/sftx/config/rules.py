@@ -1,0 +1,108 @@
+"""Settings that are each right but cannot go together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sftx.config.spellings import show
+from sftx.errors import did_you_mean
+
+Tree = dict[str, Any]
+NO_EVALUATION = "needs an evaluation: set eval_ratio above 0 or eval_file_name"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A test of a resolved configuration; the first of its keys is the one that a problem is reported at."""
+
+    keys: tuple[str, ...]
+    problem: Callable[[Tree], str | None]
+
+
+RULES: list[Rule] = []
+
+
+def rule(*keys: str) -> Callable[[Callable[[Tree], str | None]], Callable[[Tree], str | None]]:
+    """Register a rule over some keys: it is asked only when these are right in themselves."""
+
+    def register(problem: Callable[[Tree], str | None]) -> Callable[[Tree], str | None]:
+        RULES.append(Rule(keys, problem))
+        return problem
+
+    return register
+
+
+def broken_rules(tree: Tree, wrong: set[str] = frozenset()) -> Iterator[tuple[Rule, str]]:  # type: ignore[assignment]
+    """Yield the rules that a resolved configuration breaks, each with what to say; `wrong` keys are left out."""
+    for one in RULES:
+        if not wrong.intersection(one.keys) and all(k in tree for k in one.keys):
+            text = one.problem(tree)
+            if text:
+                yield one, text
+
+
+def _evaluates(tree: Tree) -> bool:
+    return tree["eval_ratio"] > 0 or tree["eval_file_name"] is not None
+
+
+@rule("bf16", "fp16")
+def _one_half_precision(tree: Tree) -> str | None:
+    return "`fp16` and `bf16` are both true: keep one." if tree["fp16"] and tree["bf16"] else None
+
+
+@rule("keep_best", "eval_ratio", "eval_file_name")
+def _best_by_evaluation(tree: Tree) -> str | None:
+    return f"`keep_best=true` {NO_EVALUATION}." if tree["keep_best"] and not _evaluates(tree) else None
+
+
+@rule("keep_best", "save_strategy")
+def _best_of_checkpoints(tree: Tree) -> str | None:
+    nothing_kept = tree["keep_best"] and tree["save_strategy"] == "no"
+    return "`keep_best=true` needs checkpoints: set save_strategy=steps or epoch." if nothing_kept else None
+
+
+@rule("callback", "eval_ratio", "eval_file_name")
+def _stopping_by_evaluation(tree: Tree) -> str | None:
+    stops = "early_stopping" in tree["callback"] and not _evaluates(tree)
+    return f"`callback=early_stopping` {NO_EVALUATION}." if stops else None
+
+
+@rule("lr_scheduler_type", "eval_ratio", "eval_file_name")
+def _plateau_by_evaluation(tree: Tree) -> str | None:
+    blind = tree["lr_scheduler_type"] == "reduce_lr_on_plateau" and not _evaluates(tree)
+    return f"`scheduler=reduce_lr_on_plateau` {NO_EVALUATION}." if blind else None
+
+
+@rule("adapter", "train_mode")
+def _adapter_to_train(tree: Tree) -> str | None:
+    lost = tree["adapter"] is not None and tree["train_mode"] == "full"
+    return "`adapter` needs mode=lora or mode=qlora: full mode trains no adapter." if lost else None
+
+
+@rule("warmup_steps")
+def _whole_warmup(tree: Tree) -> str | None:
+    warmup = tree["warmup_steps"]
+    if warmup > 1 and warmup != int(warmup):
+        return f"`warmup_steps`: found {show(warmup)}, wanted a whole number of steps, or a share below 1."
+    return None
+
+
+@rule("resume")
+def _checkpoint_to_resume(tree: Tree) -> str | None:
+    resume = tree["resume"]
+    if resume in ("auto", "never") or Path(resume).is_dir():
+        return None
+    hint = did_you_mean(resume, ["auto", "never"])
+    return f"`resume`: found {resume!r}, wanted auto, never or the folder of a checkpoint.{hint}"
+
+
+@rule("parallel")
+def _one_process_or_more(tree: Tree) -> str | None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and str(tree["parallel"].get("_target_", "")).endswith(".Single"):
+        return f"{world} processes were started, but parallel=single trains alone in each: add parallel=ddp."
+    return None

@@ -1,0 +1,112 @@
+"""Shared by all tests: configurations made as the command line makes them, and runs in this process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("WANDB_MODE", "offline")
+
+SMALL = (
+    "max_train_rows=40",
+    "eval_max_rows=6",
+    "eval_ratio=0.15",
+    "max_seq_length=96",
+    "gradient_accumulation_steps=4",
+    "max_steps=3",
+    "warmup_steps=0",
+    "logging_steps=1",
+    "learning_rate=1e-3",
+    "lora_rank=8",
+    "gradient_checkpointing=false",
+    "disable_tqdm=true",
+    "report_to=none",
+    "save_strategy='no'",
+)
+"""A run of a second or two on the embedded model."""
+
+
+@dataclass
+class Captured:
+    """What a run was made of, for tests that look at tensors, rows and optimizers."""
+
+    session: Any = None
+    trials: list[Any] = field(default_factory=list)
+    batches: list[Any] = field(default_factory=list)
+
+    @property
+    def trial(self) -> Any:
+        return self.trials[0]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that composes `overrides`, as `python train.py` would, into a TrainConfig."""
+
+    def make(*overrides: str, small: bool = True, output: str = "run") -> Any:
+        from sftx.config.check import freeze
+        from sftx.config.compose import compose_checked
+
+        typed = {o.split("=", 1)[0] for o in overrides}
+        base = [o for o in SMALL if small and o.split("=", 1)[0] not in typed]
+        if "output_dir" not in typed:
+            base.append(f"output_dir={tmp_path / output}")
+        return freeze(compose_checked([*base, *overrides]))
+
+    return make
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Captured:
+    """Let a run leave its session and trials here."""
+    import sftx.run
+
+    capture = Captured()
+    train = sftx.run.train
+
+    def keep(session: Any, trials: Any) -> None:
+        capture.session, capture.trials = session, list(trials)
+        train(session, trials)
+
+    monkeypatch.setattr(sftx.run, "train", keep)
+    return capture
+
+
+@pytest.fixture
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs `python train.py` in a process of its own."""
+
+    def call(*words: str, launcher: tuple[str, ...] = (), timeout: float = 240, **env: str) -> Any:
+        command = [*(launcher or (sys.executable,)), "train.py", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of real instruction data, or skip."""
+    folder = os.environ.get("SFTX_SHARED")
+    if not folder or not Path(folder, "data").is_dir():
+        pytest.skip("SFTX_SHARED names no folder with data/: the real instruction files are not here")
+    return Path(folder, "data")
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    """Run torch on one thread: sums are then made in one order, and equal means bitwise equal."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,141 @@
+"""What each mode leaves in `final/`: plain PEFT and transformers read it and compute the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sftx.run import run
+
+PROBE = torch.tensor([[5, 99, 700, 1300, 42, 2048, 7]])
+
+
+def logits_of_session(captured) -> torch.Tensor:
+    module = captured.session.model.module
+    module.eval()
+    with torch.no_grad():
+        return module(input_ids=PROBE).logits
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
+def test_final_is_what_was_trained(make_config, captured, mode: str) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    config = make_config(f"mode={mode}", "learning_rate=1e-2")
+    run([config])
+    final = Path(config.output_dir) / "final"
+    expected = logits_of_session(captured)
+    if mode == "full":
+        model = AutoModelForCausalLM.from_pretrained(final)
+        assert set(model.generation_config.eos_token_id) == set(captured.session.template.stop_ids())
+    else:
+        quantization = captured.session.model.module.config.quantization_config if mode == "qlora" else None
+        extra = {"quantization_config": BitsAndBytesConfig(**_plain(quantization))} if quantization else {}
+        model = AutoPeftModelForCausalLM.from_pretrained(final, dtype=torch.float32, **extra)
+    model.eval()
+    with torch.no_grad():
+        found = model(input_ids=PROBE).logits
+        base = AutoModelForCausalLM.from_pretrained(captured.session.base_folder)(input_ids=PROBE).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - base).abs().max() > 1e-2, "nothing was learned, so equality proves nothing"
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert rendered == captured.session.template.render([{"role": "user", "content": "hi"}], generation_prompt=True)
+
+
+def _plain(quantization) -> dict[str, object]:
+    values = quantization.to_dict()
+    return {k: v for k, v in values.items() if k.startswith(("load_in", "bnb_4bit")) and not k.endswith("storage")}
+
+
+def test_lora_adapts_every_linear_layer_of_attention_and_mlp_and_not_the_head(make_config, captured) -> None:
+    run([make_config("mode=lora", "max_steps=1")])
+    names = list(captured.trial.adapter.parameters)
+    layers = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in names}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(names) == 4 * 7 * 2
+    assert not any("lm_head" in n or "embed" in n for n in names)
+    frozen = [n for n, p in captured.session.model.module.named_parameters() if not p.requires_grad]
+    assert frozen
+    assert not any("lora_" in n for n in frozen)
+
+
+def test_qlora_holds_the_base_in_nf4_with_double_quantization(make_config, captured) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    run([make_config("mode=qlora", "max_steps=1")])
+    layers = [m for m in captured.session.model.module.modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 4 * 7
+    for layer in layers:
+        assert isinstance(layer.weight, Params4bit)
+        assert layer.weight.dtype == torch.uint8
+        assert layer.weight.quant_type == "nf4"
+        assert layer.weight.quant_state.nested, "double quantization"
+        assert layer.compute_dtype == torch.float32
+
+
+def test_full_trains_every_parameter(make_config, captured) -> None:
+    run([make_config("mode=full", "learning_rate=1e-3")])
+    from transformers import AutoModelForCausalLM
+
+    before = dict(AutoModelForCausalLM.from_pretrained(captured.session.base_folder).named_parameters())
+    after = dict(captured.session.model.module.named_parameters())
+    assert before.keys() == after.keys()
+    unchanged = [n for n in before if torch.equal(before[n], after[n])]
+    assert not unchanged
+
+
+def test_training_goes_on_from_an_adapter(make_config, captured) -> None:
+    """`adapter=` starts where that adapter ended, and the rank must be the same."""
+    from sftx.errors import ModelError
+
+    first = make_config("mode=lora", output="first")
+    run([first])
+    ended = {n: p.detach().clone() for n, p in captured.trial.adapter.parameters.items()}
+    start = Path(first.output_dir) / "final"
+    second = make_config("mode=lora", f"adapter={start}", "learning_rate=1e-9", "max_steps=1", output="second")
+    run([second])
+    for name, parameter in captured.trial.adapter.parameters.items():
+        torch.testing.assert_close(parameter.detach(), ended[name], rtol=0, atol=1e-7)
+    with pytest.raises(ModelError, match="its rank is 8, but lora_rank=4"):
+        run([make_config("mode=lora", f"adapter={start}", "lora_rank=4", output="third")])
+
+
+def test_keep_best_puts_the_best_state_into_final(make_config, captured) -> None:
+    """A rate that is far too high gets worse: the best evaluation is not the last."""
+    config = make_config(
+        "mode=full", "learning_rate=0.05", "max_steps=6", "eval_steps=1", "save_steps=1", "save_strategy=steps",
+        "keep_best=true", "save_total_limit=1",
+    )  # fmt: skip
+    result = run([config])[0]
+    from sftx.runs.metrics import read_metrics
+
+    losses = {
+        r["step"]: r["eval/loss"] for r in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "eval/loss" in r
+    }
+    after = {s: v for s, v in losses.items() if s > 0}
+    best = min(after, key=after.get)
+    assert best < 6, "the premise: it got worse"
+    assert result.eval_loss == pytest.approx(after[best])
+    kept = sorted(p.name for p in (Path(config.output_dir) / "checkpoints").iterdir())
+    assert f"step-{best:06d}" in kept
+    assert "step-000006" in kept
+    from safetensors.torch import load_file
+
+    final = load_file(Path(config.output_dir) / "final" / "model.safetensors")
+    at_best = load_file(Path(config.output_dir) / "checkpoints" / f"step-{best:06d}" / "model.safetensors")
+    assert all(torch.equal(final[n], at_best[n]) for n in final)
+
+
+def test_early_stopping_ends_the_run(make_config, captured) -> None:
+    result = run(
+        [make_config("mode=full", "learning_rate=0.05", "max_steps=12", "eval_steps=1", "callback=early_stopping",
+                     "callback.early_stopping.patience=2")]
+    )[0]  # fmt: skip
+    assert result.steps < 12
+    assert "early stopping" in (result.stop_reason or "")

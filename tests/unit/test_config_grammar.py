@@ -1,0 +1,188 @@
+"""Values on the command line: whatever a person types arrives as it was meant, or is refused with a word."""
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sftx.config.compose import compose_checked, prepare
+from sftx.config.grammar import Sweep, grammar, quote, read_override, split_commas
+from sftx.errors import ConfigError
+
+PARSER = OverridesParser.create()
+NASTY = st.text(st.sampled_from("ab'\"\\ ,=()[]{}:$~+-#?*/.\n\t训练（）1e0_"), max_size=12)
+TEXT = NASTY | st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
+VALUES = st.recursive(
+    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.from_regex(r"[a-z_][a-z0-9_]*", fullmatch=True), v)
+)
+
+
+def read_by_hydra(text):
+    return PARSER.parse_override(f"key={text}").value()
+
+
+@given(TEXT)
+@example("it's")
+@example("\\")
+@example("a\\'b\\")
+@example("C:\\new\\table\\")
+@settings(max_examples=150, deadline=None)
+def test_quoted_text_comes_back(text):
+    assert read_by_hydra(quote(text)) == text
+
+
+@given(VALUES)
+@example(["true", "null", "1e3", "nan", "inf", ""])
+@example({"a": {"b": [True, None, -0.0, 1e300]}})
+@example("a训练")
+@settings(max_examples=50, deadline=None)
+def test_written_values_come_back_with_their_types(value):
+    again = read_by_hydra(grammar(value))
+    assert again == value
+    assert repr(again) == repr(value)
+
+
+@given(st.lists(SCALARS, min_size=2, max_size=4))
+@settings(max_examples=80, deadline=None)
+def test_written_sweeps_come_back_point_by_point(values):
+    typed = read_override(f"key={grammar(Sweep(tuple(values)))}", multirun=True)
+    assert typed.value == Sweep(tuple(values))
+    assert repr(typed.value) == repr(Sweep(tuple(values)))
+
+
+@given(TEXT.filter(lambda t: t == t.strip()))
+@settings(max_examples=150, deadline=None)
+def test_whatever_is_typed_is_read_or_refused(text):
+    typed = read_override(f"train_file_name={text}", multirun=False)
+    assert typed is not None
+    assert typed.name == "train_file_name"
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("训练数据.csv", "训练数据.csv"),
+        ("训练 数据（第1版）.csv", "训练 数据（第1版）.csv"),
+        ("训练,数据.csv", "训练,数据.csv"),
+        ("my data (1).csv", "my data (1).csv"),
+        ("a(1)=2.csv", "a(1)=2.csv"),
+        ("a=b.csv", "a=b.csv"),
+        ("it's.csv", "it's.csv"),
+        ('say "hi".csv', 'say "hi".csv'),
+        ("'quoted, with a comma.csv'", "quoted, with a comma.csv"),
+        ("C:\\new\\table.csv", "C:\\new\\table.csv"),
+        ("data{1}.csv", "data{1}.csv"),
+        ("[draft.csv", "[draft.csv"),
+        ("2024", "2024"),
+        ("007", "007"),
+        ("1.10", "1.10"),
+        ("true", "true"),
+        ("-x.csv", "-x.csv"),
+        ("~/a.csv", "~/a.csv"),
+        ("50%.csv", "50%.csv"),
+        ("a#b.csv", "a#b.csv"),
+    ],
+)
+def test_a_text_key_takes_what_is_typed(typed, value):
+    [override] = prepare([f"train_file_name={typed}"]).overrides
+    assert read_by_hydra(override.partition("=")[2]) == value
+
+
+def test_texts_reach_the_composed_configuration():
+    cfg = compose_checked(["train_file_name=训练 数据(1)=2,3.csv", "train_file_path=C:\\new\\", "output_dir=2024"])
+    assert (cfg.train_file_name, cfg.train_file_path, cfg.output_dir) == ("训练 数据(1)=2,3.csv", "C:\\new\\", "2024")
+
+
+def test_a_list_of_chinese_texts():
+    cfg = compose_checked(["callback=generate_samples", "callback.generate_samples.prompts=[你好（一）,再见, it's]"])
+    assert cfg.callback.generate_samples.prompts == ["你好（一）", "再见", "it's"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "points"),
+    [
+        ("训练.csv,测试(2).csv", ["训练.csv", "测试(2).csv"]),
+        ("'a,b.csv',c.csv", ["a,b.csv", "c.csv"]),
+        ("f(1,2).csv,训练.csv", ["f(1,2).csv", "训练.csv"]),
+        ("it's.csv,b.csv", ["it's.csv", "b.csv"]),
+    ],
+)
+def test_commas_separate_the_points_of_a_multirun(typed, points):
+    request = prepare(["-m", f"train_file_name={typed}"])
+    override = PARSER.parse_override(request.overrides[0])
+    assert [PARSER.parse_override(f"k={s}").value() for s in override.sweep_string_iterator()] == points
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("a,b", ["a", "b"]),
+        ("[a,b],c", ["[a,b]", "c"]),
+        ("'a,b',c", ["'a,b'", "c"]),
+        ("f(a,(b,c)),d", ["f(a,(b,c))", "d"]),
+        ("a(,b", ["a(", "b"]),
+        ("", [""]),
+    ],
+)
+def test_split_commas(text, pieces):
+    assert split_commas(text) == pieces
+
+
+PREFIXES = {
+    "+lora_rank=8": ["lora_rank=8"],
+    "++lora_rank=8": ["lora_rank=8"],
+    "+experiment=quickstart": ["experiment=quickstart"],
+    "++optim=adamw_torch": ["optimizer=adamw"],
+    "~callback": ["callback=[]"],
+    "~experiment": [],
+    "save_total_limit=null": ["save_total_limit=null"],
+    "report_to=null": ["tracker=[]"],
+    "+scheduler.warmup_steps=3": ["scheduler.warmup_steps=3"],
+    "hydra.run.dir=somewhere": ["output_dir=somewhere"],
+}
+
+
+@pytest.mark.parametrize(("typed", "overrides"), PREFIXES.items(), ids=PREFIXES)
+def test_hydras_prefixes(typed, overrides):
+    assert prepare(typed.split()).overrides == overrides
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("lora_rank=", "`lora_rank`: found nothing, wanted a whole number, at least 1"),
+        ("output_dir=", "`output_dir`: found nothing, wanted text or null"),
+        ("lora_rank=null", "`lora_rank`: found null, wanted a whole number"),
+        ("~lora_rank", "`lora_rank` cannot be taken out"),
+        ("~mode", "`mode` cannot be taken out"),
+        ("~optim", "`optim` cannot be taken out"),
+        ("~scheduler.foo", "'scheduler.foo' does not exist"),
+        ("mode=null", "`mode` has no option 'null'"),
+        ("+lora_rnk=8", "Did you mean `lora_rank`?"),
+        ("++experimnt=quickstart", "Did you mean `experiment`?"),
+        ("lora_rank.x=3", "`lora_rank`: found a mapping {x:3}"),
+        ("lora_rank=[8]", "`lora_rank`: found a list [8]"),
+        ("lora_rank", "`lora_rank` is not an override"),
+        ("lora rank=8", "`lora rank=8` is not an override"),
+        ("秩=8", "`秩=8` is not an override"),
+        ("--lora_rank=8", "`--lora_rank=8` is no option of train.py"),
+        ("-lora_rank", "`-lora_rank` is no option"),
+        ("hydra.searchpath=[x]", "--config-dir"),
+        ("callback.early_stopping.patience=5", "Choose it too: callback=[early_stopping]"),
+        ("tracker.wnadb.name=x", "Did you mean `wandb`?"),
+        ("power=3", "Did you mean `scheduler.power`?"),
+    ],
+)
+def test_what_cannot_be_is_said(typed, said):
+    with pytest.raises(ConfigError) as error:
+        prepare([typed])
+    assert len(error.value.problems) == 1, error.value.problems
+    assert said in error.value.problems[0]
+    assert typed in error.value.problems[0]
+
+
+def test_a_key_given_twice():
+    with pytest.raises(ConfigError, match="`lora_rank` is given twice, first as `8`"):
+        prepare(["lora_rank=8", "lora_rank=16"])
+    assert prepare(["lora_rank=8", "lora_rank=8"]).overrides == ["lora_rank=8"]

@@ -1,0 +1,263 @@
+"""Each kind of mistake in each place where it can stand: one message, with key, finding, cure and place."""
+
+import json
+import os
+
+import pytest
+
+from sftx.config.compose import prepare
+from sftx.errors import ConfigError
+
+PLACES = ["command line", "experiment", "sweep", "JSON"]
+MISTAKES = {
+    "unknown key": ({"lora_rnk": 8}, ["unknown key `lora_rnk` (value 8). Did you mean `lora_rank`?"]),
+    "unknown nested key": (
+        {"scheduler.warmup_stps": 8},
+        ["`scheduler.warmup_stps` (value 8). Did you mean `warmup_steps`?", "takes: warmup_steps"],
+    ),
+    "key of another option": (
+        {"scheduler.poewr": 2},
+        ["unknown key `scheduler.poewr` (value 2). Did you mean `power`?", "scheduler=polynomial"],
+    ),
+    "unknown group": ({"schedulr": "cosine"}, ["unknown key `schedulr` (value cosine). Did you mean `scheduler`?"]),
+    "wrong type": ({"seed": "abc"}, ["`seed`: found the text 'abc', wanted a whole number"]),
+    "wrong choice": (
+        {"save_strategy": "stpes"},
+        ["`save_strategy`: found the text 'stpes', wanted one of steps, epoch, no. Did you mean `steps`?"],
+    ),
+    "wrong nested type": ({"mode.use_rslora": 3}, ["`mode.use_rslora`: found 3, wanted true or false"]),
+    "out of bounds": ({"lora_dropout": 1.5}, ["`lora_dropout`: found 1.5, wanted a number, at least 0, at most 0.99"]),
+    "below its bound": ({"learning_rate": 0}, ["`learning_rate`: found 0, wanted a number, above 0"]),
+    "unknown option": (
+        {"optim": "adamw_tourch"},
+        ["`optimizer` has no option 'adamw_tourch'. Did you mean `adamw_torch`?", "Allowed: adafactor, adamw, "],
+    ),
+    "unknown option of several": (
+        {"tracker": ["wandb", "tensorbord"]},
+        ["`tracker` has no option 'tensorbord'. Did you mean `tensorboard`?", "Allowed: none, tensorboard, wandb"],
+    ),
+    "bad interpolation": ({"max_steps": "${nope}"}, ["`max_steps`: ${nope} cannot be resolved", "'nope' not found"]),
+    "broken interpolation": ({"max_steps": "${"}, ["max_steps`", "${", "is no interpolation"]),
+    "impossible: keep_best": ({"keep_best": True, "eval_ratio": 0}, ["`keep_best=true` needs an evaluation"]),
+    "impossible: checkpoints": (
+        {"keep_best": True, "save_strategy": "no"},
+        ["`keep_best=true` needs checkpoints: set save_strategy=steps or epoch"],
+    ),
+    "impossible: plateau": (
+        {"eval_ratio": 0, "lr_scheduler_type": "reduce_lr_on_plateau"},
+        ["`scheduler=reduce_lr_on_plateau` needs an evaluation"],
+    ),
+    "impossible: stopping": (
+        {"eval_ratio": 0, "callback": ["early_stopping"]},
+        ["`callback=early_stopping` needs an evaluation"],
+    ),
+    "impossible: adapter": ({"adapter": "x", "train_mode": "full"}, ["`adapter` needs mode=lora or mode=qlora"]),
+    "impossible: two halves": ({"fp16": True, "bf16": True}, ["`fp16` and `bf16` are both true"]),
+    "impossible: share and number": ({"warmup_steps": 2.5}, ["`warmup_steps`: found 2.5, wanted a whole number"]),
+    "impossible: resume": ({"resume": "nevr"}, ["`resume`: found 'nevr'", "Did you mean `never`?"]),
+}
+
+
+def text(value):
+    """Write a value as YAML and the command line both read it."""
+    return value if isinstance(value, str) else json.dumps(value).replace('"', "").replace(" ", "")
+
+
+def plant(folder, place, values):
+    """Put settings into a place, one a line from line 2 on; return the command line that reads them."""
+    if place == "command line":
+        return [f"{k}={text(v)}" for k, v in values.items()]
+    if place == "JSON":
+        lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in values.items())
+        (folder / "planted.json").write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+        return [f"args_file={folder}/planted.json"]
+    (folder / place).mkdir(exist_ok=True)
+    if place == "experiment":
+        body = "# @package _global_\n" + "".join(f"{k}: {text(v)}\n" for k, v in values.items())
+    else:
+        head = "# a sweep\nhydra: {sweeper: {params: {\n"
+        body = head + ",\n".join(f"{json.dumps(k)}: {json.dumps(text(v))}" for k, v in values.items()) + "\n}}}\n"
+    (folder / place / "planted.yaml").write_text(body, encoding="utf-8")
+    return ["--config-dir", str(folder), f"{place}=planted"]
+
+
+def place_of(folder, place, values, key):
+    """Return how a message must name the origin of a key."""
+    line = list(values).index(key)
+    return {
+        "command line": f"command line: `{key}={text(values[key])}`: ",
+        "JSON": f"{folder}/planted.json:{line + 2}: ",
+        "experiment": f"{folder}/experiment/planted.yaml:{line + 2}: ",
+        "sweep": f"{folder}/sweep/planted.yaml:{line + 3}: ",
+    }[place]
+
+
+def problems(argv):
+    with pytest.raises(ConfigError) as error:
+        prepare(argv)
+    return error.value.problems
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_each_kind_in_each_place(tmp_path, place, kind):
+    values, said = MISTAKES[kind]
+    found = problems(plant(tmp_path, place, values))
+    assert len(found) == 1, found
+    assert [s for s in said if s not in found[0]] == [], found[0]
+    places = [place_of(tmp_path, place, values, key) for key in values]
+    assert found[0].startswith(tuple(places)), found[0]
+
+
+def test_all_kinds_in_all_places_are_reported_together(tmp_path):
+    """Nothing hides anything else, wherever it stands."""
+    spread = {
+        "command line": ["unknown key", "unknown option", "bad interpolation", "unknown group"],
+        "experiment": ["wrong type", "unknown nested key"],
+        "sweep": ["out of bounds", "wrong choice", "impossible: keep_best"],
+        "JSON": ["below its bound", "impossible: share and number"],
+    }
+    argv, wanted = [], []
+    for place, kinds in spread.items():
+        values = {k: v for kind in kinds for k, v in MISTAKES[kind][0].items()}
+        argv += plant(tmp_path, place, values)
+        wanted += [(place_of(tmp_path, place, values, next(iter(MISTAKES[k][0]))), MISTAKES[k][1][0]) for k in kinds]
+    argv += ["mode.rnk=3", "novalue", "hydra.swep.dir=x", "hydra/launcher=baisc", "learning_rat=1,2", "--cgf"]
+    found = problems(argv)
+    for origin, said in wanted:
+        assert [p for p in found if p.startswith(origin) and said in p], (origin, said, found)
+    for said in ("`mode.rnk`", "`novalue`", "`hydra.swep`", "'baisc'", "`learning_rat", "`--cgf`"):
+        assert [p for p in found if said in p], (said, found)
+
+
+def test_a_wrong_knob_is_not_blamed_on_the_components_that_use_it():
+    assert len(problems(["lora_rank=abc", "mode=qlora"])) == 1
+    assert len(problems(["weight_decay=${nope}"])) == 1
+    assert len(problems(["lora_rank=${lora_alpha}", "lora_alpha=${lora_rank}"])) > 0
+
+
+@pytest.mark.parametrize("group", ["experiment", "sweep", "scheduler"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"seed: 3\nlora_rank: [8\n", "planted.yaml:3: not valid YAML"),
+        (b"seed: 3\nlora_rank:\t- 8: 3\n", "planted.yaml:2: not valid YAML"),
+        (b"seed: 3\nlora_rank: 8\nseed: 4\n", "planted.yaml:3: `seed` stands twice, first in line 1"),
+        (b"hydra:\n  verbose: true\n  verbose: true\n", "planted.yaml:3: `verbose` stands twice, first in line 2"),
+        ("种子: 3".encode("gb18030"), "is not UTF-8"),
+        (b"- a\n- b\n", "planted.yaml:1: found a list, wanted `key: value` lines"),
+        (b"!!python/object:os.system {}\n", "planted.yaml:1: not valid YAML"),
+    ],
+)
+def test_broken_yaml(tmp_path, group, content, said):
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "planted.yaml").write_bytes(content)
+    found = problems(["--config-dir", str(tmp_path), f"{group}=planted", "lora_rnk=3"])
+    assert [p for p in found if f"{tmp_path}/{group}/" in p and said in p], found
+    assert [p for p in found if "`lora_rnk`" in p], "it hides the others"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("defaults:\n  - override /mode: qlra\n", "planted.yaml:2: `mode` has no option 'qlra'. Did you mean `qlora`?"),
+        ("defaults:\n  - override /modee: lora\n", "planted.yaml:2: there is no group `modee`. Did you mean `mode`?"),
+        (
+            "defaults:\n  - baze\n",
+            "planted.yaml:2: `baze`: there is no such file beside this one. Did you mean `base`?",
+        ),
+        ("defaults: {mode: lora}\n", "planted.yaml:1: `defaults`: found"),
+        (
+            "defaults:\n  - override /mode: lora\ntrain_mode: full\n",
+            "planted.yaml:3: the defaults list chooses mode=lora",
+        ),
+        ("experiment: base\n", "planted.yaml:1: `experiment` is chosen on the command line"),
+        ("hydra:\n  swep: {dir: x}\n", "planted.yaml:2: unknown key `hydra.swep`. Did you mean `sweep`?"),
+        ("hydra:\n  mode: FOO\n", "planted.yaml:2: `hydra.mode`: found the text 'FOO'"),
+        ("hydra: 3\n", "planted.yaml:1: `hydra`: found"),
+        ("output_dir: 2024\n", "planted.yaml:1: `output_dir`: found 2024, wanted text or null. Put it in quotes."),
+        ("mode: {rank: abc}\n", "planted.yaml:1: `mode.rank`: found the text 'abc'"),
+        (
+            "scheduler: {_target_: sftx.training.schedulers.Cosin}\n",
+            "no class or function `Cosin` in sftx.training.schedulers. Did you mean `Cosine`?",
+        ),
+        ("hydra:\n  callbacks: {x: {_target_: nope.Y}}\n", "planted.yaml:2: `hydra.callbacks.x._target_=nope.Y`"),
+    ],
+)
+def test_what_only_a_file_can_hold(tmp_path, body, said):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/base.yaml").write_text("seed: 1\n")
+    (tmp_path / "experiment/planted.yaml").write_text(body, encoding="utf-8")
+    found = problems(["--config-dir", str(tmp_path), "experiment=planted"])
+    assert len(found) == 1, found
+    assert said in found[0]
+
+
+def test_a_components_file_cannot_choose_another_group(tmp_path):
+    (tmp_path / "mode").mkdir()
+    (tmp_path / "mode/mine.yaml").write_text(
+        "# @package _global_\noptim: sgd\nmode: {_target_: sftx.model.adapt.Full}\n"
+    )
+    [found] = problems(["--config-dir", str(tmp_path), "mode=mine"])
+    assert "mode/mine.yaml:2: `optim`: an option of `mode` cannot choose an option of `optimizer`" in found
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        (b"", ":1: not valid JSON"),
+        (b'{\n"lora_rank": 8,\n}', ":3: not valid JSON"),
+        (b'{"a": 1', "not valid JSON"),
+        (b"[1]", ":1: wanted an object"),
+        (b'{\n"seed": 1,\n"seed": 2}', ":3: `seed` stands twice, first in line 2"),
+        ('{"路径": 1}'.encode("gb18030"), "is not UTF-8"),
+        ('{\n"秩 1": 1}'.encode(), ":2: unknown key '秩 1'"),
+        (b'{\n"seed": NaN}', ":2: `seed`: found nan"),
+        (b'{"scheduler":\n {\n"poewr": 2}}', ":3: unknown key `scheduler.poewr`"),
+    ],
+)
+def test_broken_json(tmp_path, content, said):
+    path = tmp_path / "my.json"
+    if content is not None:
+        path.write_bytes(content)
+    found = problems([f"args_file={path}", "lora_rnk=3"])
+    assert [p for p in found if str(path) in p and said.replace("cannot be read", "cannot read") in p], found
+    assert [p for p in found if "`lora_rnk`" in p], "it hides the others"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--config-dir", "nowhere"], "`--config-dir nowhere`: no such folder"),
+        (["--config-dir"], "`--config-dir `: no such folder"),
+        (["args_file="], "`args_file` names no file"),
+        (["--train_args_file"], "`args_file` names no file"),
+        (["experiment=quickstrat"], "`experiment` has no option 'quickstrat'. Did you mean `quickstart`?"),
+        (["sweep=rate"], "Allowed: rate_and_rank"),
+        (["debug=overfitt"], "Did you mean `overfit`?"),
+        (["hydra/launcher=baisc"], "`hydra/launcher` has no option 'baisc'. Did you mean `basic`?"),
+        (["hydra/lancher=basic"], "`hydra/lancher` has no option"),
+        (["modle/x=y"], "there is no config group `modle/x`"),
+        (["hydra.mode=FOO"], "expected one of [RUN, MULTIRUN]"),
+        (["hydra.job.nam=x"], "unknown key `hydra.job.nam`. Did you mean `name`?"),
+        (["--cfg", "jb"], "`--cfg`: found jb, wanted one of job, hydra, all. Did you mean `job`?"),
+        (["--config-name", "x"], "choose it by experiment=NAME"),
+        (["lora_rank=8,16"], "several values are a sweep: add -m"),
+        (["mode=lora,qlora"], "several values are a sweep: add -m"),
+        (["-m", "lora_rank=range(1,1)"], "a sweep over no values"),
+        (["data.formt=csv"], "Did you mean `format`?"),
+    ],
+)
+def test_what_only_the_command_line_can_hold(argv, said):
+    found = problems(argv)
+    assert len(found) == 1, found
+    assert said in found[0]
+    assert argv[-1] in found[0] or argv[0] in found[0] or "args_file" in found[0]
+
+
+def test_several_processes_need_a_parallel_setting(monkeypatch):
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    [found] = problems([])
+    assert "2 processes were started" in found
+    assert prepare(["parallel=ddp"]).overrides == ["parallel=ddp"]

@@ -1,0 +1,232 @@
+"""The manual's spellings choose the group wherever they stand, and the key mirrors the choice."""
+
+import json
+from functools import cache
+
+import pytest
+from omegaconf import OmegaConf
+
+from sftx.config.compose import compose_checked, prepare
+from sftx.config.options import options
+from sftx.config.overrides import read_command_line
+from sftx.config.spellings import GROUP_OF_KEY, MIRRORS, OTHER_NAMES
+from sftx.errors import ConfigError
+
+PLACES = ["command line", "experiment", "sweep", "JSON"]
+
+
+def plant(folder, place, values):
+    """Write settings to one of the places where they can stand, and return the command line that reads them."""
+    if place == "command line":
+        return [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in values.items()]
+    if place == "JSON":
+        (folder / "args.json").write_text(json.dumps(values), encoding="utf-8")
+        return [f"args_file={folder}/args.json"]
+    group = place
+    (folder / group).mkdir(exist_ok=True)
+    body = {"hydra": {"sweeper": {"params": values}}} if place == "sweep" else values
+    (folder / group / "planted.yaml").write_text(json.dumps(body), encoding="utf-8")
+    return ["--config-dir", str(folder), f"{group}=planted"]
+
+
+def composed(folder, place, values, *more):
+    """Return the configuration; of a sweep file, that of its one point."""
+    shown = ["--cfg", "job"] if place == "sweep" else []
+    return compose_checked([*shown, *plant(folder, place, values), *more])
+
+
+@cache
+def in_one_spelling(*typed):
+    return compose_checked(list(typed))
+
+
+SPELLINGS = [
+    ({"train_mode": "qlora"}, {"mode": "qlora"}),
+    ({"optim": "adamw_torch"}, {"optimizer": "adamw"}),
+    ({"lr_scheduler_type": "cosine"}, {"scheduler": "cosine"}),
+    ({"report_to": "wandb"}, {"tracker": "wandb"}),
+    ({"report_to": "none"}, {"tracker": "none"}),
+    ({"report_to": "all"}, {"tracker": "[tensorboard,wandb]"}),
+    ({"fp16": True}, {"precision": "fp16"}),
+    ({"fp16": False}, {"precision": "fp32"}),
+    ({"bf16": True}, {"precision": "bf16"}),
+    ({"fp16": False, "bf16": True}, {"precision": "bf16"}),
+    ({"bf16": False}, {}),
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("manual", "group"), SPELLINGS, ids=[json.dumps(s[0]) for s in SPELLINGS])
+def test_a_manual_spelling_is_the_group(tmp_path, place, manual, group):
+    assert composed(tmp_path, place, manual) == in_one_spelling(*(f"{k}={v}" for k, v in group.items()))
+
+
+def test_the_spellings_above_choose_different_things():
+    assert in_one_spelling("precision=fp16") == in_one_spelling()
+    others = ["mode=qlora", "optimizer=adamw", "scheduler=cosine", "tracker=wandb", "precision=bf16", "tracker=none"]
+    assert all(in_one_spelling(o) != in_one_spelling() for o in others)
+
+
+@pytest.mark.parametrize("key", MIRRORS.values())
+def test_every_option_and_other_name_is_reached_by_the_manuals_key(key):
+    group = GROUP_OF_KEY[key]
+    for option in options(group):
+        assert read_command_line([f"{key}={option}"]).values == {group: option}
+    for name, option in OTHER_NAMES.get(group, {}).items():
+        assert read_command_line([f"{key}={name}"]).values == {group: option}
+        assert option in options(group)
+
+
+@pytest.mark.parametrize(
+    ("typed", "key", "value"),
+    [
+        ("mode=qlora", "train_mode", "qlora"),
+        ("optim=adamw_torch", "optim", "adamw"),
+        ("scheduler=linear", "lr_scheduler_type", "linear"),
+        ("tracker=[wandb,tensorboard]", "report_to", ["wandb", "tensorboard"]),
+        ("report_to=tensorboard,wandb", "report_to", ["tensorboard", "wandb"]),
+        ("tracker=none", "report_to", []),
+        ("precision=bf16", "bf16", True),
+        ("precision=bf16", "fp16", False),
+        ("precision=fp32", "fp16", False),
+    ],
+)
+def test_the_key_mirrors_the_choice(typed, key, value):
+    assert compose_checked([typed])[key] == value
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"mode": "lora", "train_mode": "qlora"}, "two spellings of one choice"),
+        ({"optimizer": "sgd", "optim": "adamw_torch"}, "two spellings of one choice"),
+        ({"tracker": "wandb", "report_to": "none"}, "two spellings of one choice"),
+        ({"precision": "fp32", "bf16": True}, "choose differently"),
+        ({"fp16": True, "bf16": True}, "`fp16` and `bf16` are both true"),
+    ],
+    ids=lambda v: "+".join(v) if isinstance(v, dict) else "",
+)
+def test_spellings_that_disagree(tmp_path, place, values, said):
+    with pytest.raises(ConfigError) as error:
+        composed(tmp_path, place, values)
+    assert len(error.value.problems) == 1, error.value.problems
+    assert said in error.value.problems[0]
+    assert place in error.value.problems[0] or str(tmp_path) in error.value.problems[0]
+
+
+def test_spellings_that_agree():
+    assert compose_checked(["mode=qlora", "train_mode=qlora"]) == compose_checked(["mode=qlora"])
+    assert compose_checked(["precision=fp32", "fp16=false"]) == compose_checked(["precision=fp32"])
+
+
+def test_bf16_alone_replaces_the_default_and_says_so():
+    assert "bf16=true replaces the default fp16=true" in prepare(["bf16=true"]).notes
+    assert prepare(["bf16=true", "fp16=false"]).notes == []
+    assert prepare([]).notes == [], "a note of the run before"
+
+
+def test_an_obsolete_name_says_what_is_used():
+    request = prepare(["optim=adamw_hf"])
+    assert request.overrides == ["optimizer=adamw"]
+    assert "torch's AdamW is used" in request.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("typed", "precision"),
+    [
+        ("fp16=false", "bfloat16"),
+        ("bf16=false", "float32"),
+        ("fp16=true", "float16"),
+        ("bf16=true", "bfloat16"),
+    ],
+)
+def test_half_precision_on_top_of_an_experiment(typed, precision):
+    assert compose_checked(["experiment=qwen2_5_7b_qlora", typed]).precision.dtype == precision
+
+
+def test_precision_in_a_file_that_builds_on_another(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/base.yaml").write_text("bf16: true\n")
+    (tmp_path / "experiment/open.yaml").write_text("defaults: [base]\nbf16: false\n")
+    (tmp_path / "experiment/clear.yaml").write_text("defaults: [base]\nprecision: fp32\n")
+    with pytest.raises(ConfigError, match=r"open.yaml:2: `bf16: false` on top of another file"):
+        prepare(["--config-dir", str(tmp_path), "experiment=open"])
+    assert compose_checked(["--config-dir", str(tmp_path), "experiment=clear"]).precision.dtype == "float32"
+
+
+@pytest.mark.parametrize("form", ["args_file={}", "--train_args_file {}", "--train_args_file={}", "--args_file={}"])
+def test_the_command_line_wins_over_the_json_file_wherever_it_stands(tmp_path, form):
+    path = tmp_path / "参数 1.json"
+    values = {"lora_rank": 8, "train_mode": "qlora", "optim": "sgd", "fp16": True, "seed": 7, "report_to": ["wandb"]}
+    path.write_text(json.dumps(values), encoding="utf-8-sig")
+    words = form.replace(" ", "\0").format(path).split("\0")
+    for argv in (["lora_rank=4", "mode=lora", "bf16=true", *words], [*words, "lora_rank=4", "mode=lora", "bf16=true"]):
+        cfg = compose_checked(argv)
+        assert (cfg.lora_rank, cfg.train_mode, cfg.bf16, cfg.fp16) == (4, "lora", True, False)
+        assert (cfg.seed, cfg.optim, cfg.report_to) == (7, "sgd", ["wandb"])
+
+
+def test_json_may_nest_or_dot(tmp_path):
+    (tmp_path / "a.json").write_text('{"scheduler": "polynomial", "scheduler.power": 3, "hydra": {"verbose": true}}')
+    (tmp_path / "b.json").write_text('{"lr_scheduler_type": "cosine", "mode": {"use_rslora": true}}')
+    assert compose_checked([f"args_file={tmp_path}/a.json"]).scheduler.power == 3
+    cfg = compose_checked([f"args_file={tmp_path}/b.json"])
+    assert (cfg.mode.use_rslora, cfg.lr_scheduler_type) == (True, "cosine")
+
+
+def test_what_json_rules_out_stays_ruled_out(tmp_path):
+    (tmp_path / "a.json").write_text('{"bf16": true}')
+    assert compose_checked([f"args_file={tmp_path}/a.json", "fp16=false"]).precision.dtype == "bfloat16"
+
+
+def test_an_experiment_may_choose_in_its_defaults_list_in_any_spelling(tmp_path):
+    (tmp_path / "experiment/deep").mkdir(parents=True)
+    text = "defaults:\n  - override /optim: adamw_torch\n  - /train_mode: qlora\nscheduler.warmup_steps: 3\n"
+    (tmp_path / "experiment/deep/mine.yaml").write_text(text)
+    cfg = compose_checked(["--config-dir", str(tmp_path), "experiment=deep/mine"])
+    assert (cfg.optim, cfg.train_mode, cfg.scheduler.warmup_steps) == ("adamw", "qlora", 3)
+
+
+def test_layers_win_in_order(tmp_path):
+    """Knobs < group < experiment < debug < command line."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/e.yaml").write_text("learning_rate: 3e-4\nmax_steps: 5\nseed: 1\n")
+    folder = ["--config-dir", str(tmp_path)]
+    assert compose_checked(["mode=full"]).learning_rate == 1e-5
+    assert compose_checked([*folder, "experiment=e", "mode=full"]).learning_rate == 3e-4
+    cfg = compose_checked([*folder, "experiment=e", "debug=fast_dev", "seed=9"])
+    assert (cfg.max_steps, cfg.seed, cfg.learning_rate) == (2, 9, 3e-4)
+
+
+def test_an_own_component_by_target(tmp_path, monkeypatch):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/mine.yaml").write_text("_target_: own_schedule.Mine\nslope: 0.5\n")
+    (tmp_path / "own_schedule.py").write_text(
+        "class Mine:\n    def __init__(self, slope: float, floor: float = 0): ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    argv = ["--config-dir", str(tmp_path), "lr_scheduler_type=mine"]
+    cfg = compose_checked([*argv, "scheduler.floor=0.1"])
+    assert OmegaConf.to_container(cfg.scheduler) == {"_target_": "own_schedule.Mine", "slope": 0.5, "floor": 0.1}
+    assert cfg.lr_scheduler_type == "mine"
+    with pytest.raises(ConfigError, match=r"unknown key `scheduler.flor` \(value 1\). Did you mean `floor`\?"):
+        prepare([*argv, "scheduler.flor=1"])
+
+
+@pytest.mark.parametrize(
+    ("place", "config", "family"),
+    [
+        ("command line", {"model_type": "llama"}, "llama"),
+        ("experiment", {"model_type": "novel"}, "generic"),
+        ("JSON", None, "qwen"),
+        ("sweep", {"model_type": "llama"}, "llama"),
+    ],
+)
+def test_the_family_follows_the_folder_unless_typed(tmp_path, place, config, family):
+    (tmp_path / "model").mkdir()
+    if config:
+        (tmp_path / "model/config.json").write_text(json.dumps(config))
+    setting = {"model_name_or_path": f"{tmp_path}/model"}
+    assert composed(tmp_path, place, setting).model == in_one_spelling(f"model={family}").model
+    assert composed(tmp_path, place, setting, "model=gemma").model.template == "gemma"

@@ -1,0 +1,67 @@
+"""A plain value against a written type: what matches, and how the type is said."""
+
+import math
+
+import pytest
+
+from sftx.config.types import describe, is_text, matches, options_of
+
+MATCHES = [
+    ("int", [0, -3], [1.0, "1", True, None]),
+    ("float", [0, 1.5], ["1.5", True, math.nan, math.inf]),
+    ("bool", [True, False], [0, 1, "true", None]),
+    ("str", ["", "x"], [1, None, ["x"]]),
+    ("int | None", [3, None], [3.5, ""]),
+    ("Optional[int]", [3, None], ["3"]),
+    ("typing.Union[int, str]", [3, "x"], [3.5, None]),
+    ("Literal['a', 8]", ["a", 8], ["b", "8", 8.0]),
+    ("Literal[True, 1]", [True, 1], [False, 0]),
+    ("list[int]", [[], [1, 2]], [[1, "2"], 1, None]),
+    ("Sequence[str] | None", [None, ["a"]], ["a", [1]]),
+    ("tuple[float, float]", [[0.9, 1]], [[0.9], [0.9, 1, 2], ["a", 1]]),
+    ("tuple[int, ...]", [[], [1, 2, 3]], [["a"]]),
+    ("dict[str, int]", [{}, {"a": 1}], [{"a": "x"}, []]),
+    ("list", [[1, "a"]], [{}, "a"]),
+    ("Mapping", [{"a": []}], [[]]),
+    ("'int | None'", [1, None], ["1"]),
+    ("torch.dtype", ["anything", 3], []),
+    ("not a type", ["anything"], []),
+]
+
+
+@pytest.mark.parametrize(("annotation", "right", "wrong"), MATCHES, ids=[m[0] for m in MATCHES])
+def test_matches(annotation, right, wrong):
+    assert [v for v in right if not matches(v, annotation)] == []
+    assert [v for v in wrong if matches(v, annotation)] == []
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        ("int", "a whole number"),
+        ("int | float", "a number"),
+        ("float | None", "a number or null"),
+        ("Optional[str]", "text or null"),
+        ("Union[int, bool]", "a whole number or true or false"),
+        ('Literal["steps", "no"]', "one of steps, no"),
+        ("list[str]", "a list of texts"),
+        ("tuple[float, float]", "a list of 2: a number, a number"),
+        ("tuple[int, ...]", "a list of whole numbers"),
+        ("dict[str, Node]", "a mapping"),
+        ("list", "a list"),
+        ("torch.dtype", "torch.dtype"),
+    ],
+)
+def test_describe(annotation, words):
+    assert describe(annotation) == words
+
+
+def test_options_are_those_of_every_literal():
+    assert options_of('Literal["a", "b"] | list[Literal["c"]] | None') == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text"), [("str", True), ("str | None", True), ("int | str", False), ("Literal['a']", False)]
+)
+def test_is_text(annotation, text):
+    assert is_text(annotation) is text
