@@ -55,7 +55,7 @@ def test_every_file_composes_to_a_right_configuration(path):
 def test_a_components_keys_are_those_of_its_class(group, option):
     """Each value has one home: no key that the class lacks, no default that only the class knows."""
     node = component_of(group, option)
-    assert list(node)[0] == "_target_"
+    assert next(iter(node)) == "_target_"
     signature = read_signature(node["_target_"])
     assert not signature.open
     assert set(node) - {"_target_"} == set(signature.arguments)

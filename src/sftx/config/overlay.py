@@ -50,7 +50,7 @@ class Reading:
 
     def place_of(self, key: str) -> str | None:
         """Return `file:line` of what sets a dotted key of the composed config: the last file that does."""
-        for _, file, package in sorted(self.loaded[::-1], key=lambda entry: -entry[0]):
+        for _, file, package in sorted(self.loaded, key=lambda entry: entry[0])[::-1]:
             inner = key.removeprefix(f"{package}.") if package else key
             if (not package or inner != key) and (number := file.line_of(inner)):
                 return f"{shown(file.path)}:{number}"

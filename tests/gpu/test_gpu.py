@@ -1,0 +1,71 @@
+"""What only a GPU can show: half precision with loss scaling, NF4 kernels, paged optimizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sftx.run import run
+from sftx.runs.metrics import read_metrics
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU"),
+]
+
+
+def losses(config) -> list[float]:
+    return [r["train/loss"] for r in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "train/loss" in r]
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_follows_fp32(make_config, captured, mode: str, precision: str) -> None:
+    """The same run in half precision on the GPU: close to fp32, with a loss scaler for fp16 only."""
+    half = make_config(f"mode={mode}", f"precision={precision}", "max_steps=5", output="half")
+    run([half])
+    assert captured.session.numerics.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert captured.trial.scaler.is_enabled() == (precision == "fp16")
+    assert captured.session.engine.device.type == "cuda"
+    full = make_config(f"mode={mode}", "precision=fp32", "max_steps=5", output="full")
+    run([full])
+    assert losses(half) == pytest.approx(losses(full), rel=2e-2)
+
+
+def test_an_overflow_lowers_the_scale_and_skips_the_step(
+    make_config, captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16's scaler halves its scale on an infinite gradient, and the run goes on."""
+    config = make_config("mode=full", "precision=fp16", "max_steps=4", "learning_rate=1e-5")
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", _huge_scale(torch.amp.GradScaler.__init__))
+    run([config])
+    assert captured.trial.scaler.get_scale() < 2.0**40
+    assert captured.trial.step == 4
+
+
+def _huge_scale(init):
+    def start(self, *args, **kwargs):
+        init(self, *args, **kwargs | {"init_scale": 2.0**40})
+
+    return start
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
+def test_bitsandbytes_optimizers(make_config, captured, optimizer: str) -> None:
+    config = make_config(f"optimizer={optimizer}", "max_steps=5")
+    run([config])
+    assert type(captured.trial.optimizer).__module__.startswith("bitsandbytes")
+    assert captured.trial.optimizer.is_paged == optimizer.startswith("paged")
+    fallbacks = json.loads((Path(config.output_dir) / "manifest.json").read_text())["effective"]["fallbacks"]
+    assert not [f for f in fallbacks if f["key"] == "optim"]
+
+
+def test_dropout_masks_survive_checkpointing(make_config) -> None:
+    shared = ["lora_dropout=0.3", "precision=fp32", "max_steps=3"]
+    runs = [make_config(*shared, f"gradient_checkpointing={on}", output=str(on)) for on in (False, True)]
+    for config in runs:
+        run([config])
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-6)
