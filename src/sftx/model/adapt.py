@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,7 +104,8 @@ class AdaptedModel:
         self.adapters: dict[str, Adapter] = {}
         self._targets: list[str] | None = None
         if gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with _quiet():
+                base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +142,7 @@ class AdaptedModel:
     def _inject(self, name: str, config: Any) -> None:
         from peft import PeftModel, get_peft_model
 
-        with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are replaced below
+        with _quiet(), torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are replaced below
             if isinstance(self.module, PeftModel):
                 self.module.add_adapter(name, config)
             else:
@@ -179,6 +181,14 @@ class AdaptedModel:
             state = getattr(parameter, "quant_state", None)
             total += math.prod(state.shape) if state is not None else parameter.numel()
         return {"trained_parameters": trained, "parameters": total}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' notes on its own renaming (gradient to activation checkpointing) from the user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def lora_layers(module: nn.Module) -> list[Any]:
