@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,19 +39,30 @@ def explained(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write into one message with the path and the cure."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        number = _error_number(error)
+        if number is None:
+            raise
         inside = cache_root() in (path, *path.parents)
         elsewhere = "set SFTX_CACHE to a folder with room" if inside else "choose another output_dir"
-        if error.errno == errno.ENOSPC:
+        if number == errno.ENOSPC:
             free = shutil.disk_usage(_existing(path)).free
             raise RunFolderError(
                 f"{path}: the disk is full ({free:,} bytes free). Free some space, lower save_total_limit, "
                 f"or {elsewhere}; then run the same command again."
             ) from error
-        cause = CAUSES.get(error.errno or 0)
+        cause = CAUSES.get(number)
         if cause is None:
             raise
         raise RunFolderError(f"{path}: cannot be written: {cause}. {elsewhere[0].upper()}{elsewhere[1:]}.") from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """Return the operating system's error number; safetensors puts it into its own error's text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else None
 
 
 def _existing(path: Path) -> Path:

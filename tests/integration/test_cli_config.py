@@ -44,7 +44,7 @@ def test_mistakes_everywhere_at_once(tmp_path):
     (tmp_path / "my.json").write_text('{"lora_dropout": 1.5,\n"lora_rnk": 8}')
     code, out, err, seconds = train(
         "--config-dir", str(tmp_path), "experiment=mine", "sweep=mine", f"args_file={tmp_path}/my.json",
-        "mode=qlra", "save_steps=0", "hydra.swep.dir=x",
+        "mode=qlra", "logging_steps=0", "hydra.swep.dir=x",
     )  # fmt: skip
     assert (code, out) == (2, "")
     assert err.startswith("sftx: 9 problems in the configuration\n")
@@ -58,7 +58,7 @@ def test_mistakes_everywhere_at_once(tmp_path):
         f"{tmp_path}/my.json:1: `lora_dropout`: found 1.5, wanted a number, at least 0, at most 0.99",
         f"{tmp_path}/my.json:2: unknown key `lora_rnk` (value 8). Did you mean `lora_rank`?",
         "command line: `mode=qlra`: `mode` has no option 'qlra'. Did you mean `qlora`?",
-        "command line: `save_steps=0`: `save_steps`: found 0, wanted a whole number, at least 1",
+        "command line: `logging_steps=0`: `logging_steps`: found 0, wanted a whole number, at least 1",
         "command line: `hydra.swep.dir=x`: unknown key `hydra.swep`. Did you mean `sweep`?",
     ):
         assert said in err

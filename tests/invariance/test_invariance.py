@@ -48,7 +48,7 @@ def test_accumulation_does_not_change_the_step(make_config, mode: str) -> None:
     assert len(a) == 3
     torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=2e-5, atol=0)
     for name, tensor in weights(Path(one.output_dir)).items():
-        torch.testing.assert_close(tensor, weights(Path(eight.output_dir))[name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(tensor, weights(Path(eight.output_dir))[name], rtol=0, atol=1e-4)
 
 
 def test_the_loss_is_the_mean_over_the_tokens_of_the_step(make_config, captured) -> None:

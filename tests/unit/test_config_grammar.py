@@ -5,8 +5,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sftx.config import compose
 from sftx.config.compose import compose_checked, prepare
 from sftx.config.grammar import Sweep, grammar, quote, read_override, split_commas
+from sftx.config.overrides import override_text, read_command_line
 from sftx.errors import ConfigError
 
 PARSER = OverridesParser.create()
@@ -36,7 +38,7 @@ def test_quoted_text_comes_back(text):
 @example(["true", "null", "1e3", "nan", "inf", ""])
 @example({"a": {"b": [True, None, -0.0, 1e300]}})
 @example("a训练")
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_written_values_come_back_with_their_types(value):
     again = read_by_hydra(grammar(value))
     assert again == value
@@ -85,8 +87,9 @@ def test_whatever_is_typed_is_read_or_refused(text):
     ],
 )
 def test_a_text_key_takes_what_is_typed(typed, value):
-    [override] = prepare([f"train_file_name={typed}"]).overrides
-    assert read_by_hydra(override.partition("=")[2]) == value
+    line = read_command_line([f"train_file_name={typed}"])
+    assert line.values == {"train_file_name": value}
+    assert read_by_hydra(override_text("train_file_name", value).partition("=")[2]) == value
 
 
 def test_texts_reach_the_composed_configuration():
@@ -186,3 +189,18 @@ def test_a_key_given_twice():
     with pytest.raises(ConfigError, match="`lora_rank` is given twice, first as `8`"):
         prepare(["lora_rank=8", "lora_rank=16"])
     assert prepare(["lora_rank=8", "lora_rank=8"]).overrides == ["lora_rank=8"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["scheduler=cosine", "scheduler.floor=0.5", "+tracker.wandb.name=a b", "tracker=wandb"],
+        ["scheduler={warmup_steps:7}", "train_file_name=训练 数据(1)=2,3.csv", "output_dir=2024"],
+        ["callback=[early_stopping,generate_samples]", "~callback.early_stopping", "~tracker"],
+        ["bf16=true", "optim=adamw_hf", "report_to=all", "save_total_limit=null", "template_name='null'"],
+        ["experiment=qwen2_5_7b_qlora", "fp16=false", "lora_alpha=${lora_rank}", "hydra.job.name=mine"],
+    ],
+)
+def test_hydra_composes_what_was_checked(argv):
+    """`prepare` composes leniently; Hydra, given its overrides, comes to the same configuration strictly."""
+    assert compose._load(prepare(argv).overrides)[0] == compose_checked(argv)

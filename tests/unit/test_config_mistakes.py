@@ -98,15 +98,32 @@ def problems(argv):
     return error.value.problems
 
 
+TOGETHER = [
+    [k for k in MISTAKES if not k.startswith(("impossible: ", "broken"))]
+    + ["impossible: two halves", "impossible: share and number", "impossible: resume"],
+    ["broken interpolation", "impossible: keep_best", "impossible: adapter"],
+    ["impossible: checkpoints"],
+    ["impossible: plateau"],
+    ["impossible: stopping"],
+]
+
+
+def test_no_kind_is_left_out():
+    assert sorted(k for kinds in TOGETHER for k in kinds) == sorted(MISTAKES)
+
+
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", MISTAKES)
-def test_each_kind_in_each_place(tmp_path, place, kind):
-    values, said = MISTAKES[kind]
-    found = problems(plant(tmp_path, place, values))
-    assert len(found) == 1, found
-    assert [s for s in said if s not in found[0]] == [], found[0]
-    places = [place_of(tmp_path, place, values, key) for key in values]
-    assert found[0].startswith(tuple(places)), found[0]
+@pytest.mark.parametrize("kinds", TOGETHER, ids=["values", "mixed", "checkpoints", "plateau", "stopping"])
+def test_each_kind_in_each_place(tmp_path, place, kinds):
+    """Every mistake is one message, and hides none of the others."""
+    planted = {k: v for kind in kinds for k, v in MISTAKES[kind][0].items()}
+    found = problems(plant(tmp_path, place, planted))
+    for kind in kinds:
+        values, said = MISTAKES[kind]
+        places = tuple(place_of(tmp_path, place, planted, key) for key in values)
+        about = [p for p in found if p.startswith(places) and all(s in p for s in said)]
+        assert len(about) == 1, (kind, found)
+    assert len(found) == len(kinds), found
 
 
 def test_all_kinds_in_all_places_are_reported_together(tmp_path):
@@ -136,17 +153,20 @@ def test_a_wrong_knob_is_not_blamed_on_the_components_that_use_it():
     assert len(problems(["lora_rank=${lora_alpha}", "lora_alpha=${lora_rank}"])) > 0
 
 
-@pytest.mark.parametrize("group", ["experiment", "sweep", "scheduler"])
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("group", "content", "said"),
     [
-        (b"seed: 3\nlora_rank: [8\n", "planted.yaml:3: not valid YAML"),
-        (b"seed: 3\nlora_rank:\t- 8: 3\n", "planted.yaml:2: not valid YAML"),
-        (b"seed: 3\nlora_rank: 8\nseed: 4\n", "planted.yaml:3: `seed` stands twice, first in line 1"),
-        (b"hydra:\n  verbose: true\n  verbose: true\n", "planted.yaml:3: `verbose` stands twice, first in line 2"),
-        ("种子: 3".encode("gb18030"), "is not UTF-8"),
-        (b"- a\n- b\n", "planted.yaml:1: found a list, wanted `key: value` lines"),
-        (b"!!python/object:os.system {}\n", "planted.yaml:1: not valid YAML"),
+        ("experiment", b"seed: 3\nlora_rank: [8\n", "planted.yaml:3: not valid YAML"),
+        ("sweep", b"seed: 3\nlora_rank:\t- 8: 3\n", "planted.yaml:2: not valid YAML"),
+        ("scheduler", b"seed: 3\nlora_rank: 8\nseed: 4\n", "planted.yaml:3: `seed` stands twice, first in line 1"),
+        (
+            "experiment",
+            b"hydra:\n  verbose: true\n  verbose: true\n",
+            "planted.yaml:3: `verbose` stands twice, first in line 2",
+        ),
+        ("sweep", "种子: 3".encode("gb18030"), "is not UTF-8"),
+        ("scheduler", b"- a\n- b\n", "planted.yaml:1: found a list, wanted `key: value` lines"),
+        ("experiment", b"!!python/object:os.system {}\n", "planted.yaml:1: not valid YAML"),
     ],
 )
 def test_broken_yaml(tmp_path, group, content, said):

@@ -22,29 +22,30 @@ def sweep_file(folder, params, head=""):
     return ["--config-dir", str(folder), "sweep=mine"]
 
 
+WRONG = {
+    "lora_rank": (["8", "16"], "abc", "`lora_rank`: found the text 'abc'"),
+    "lora_dropout": (["0", "0.5"], "1.5", "`lora_dropout`: found 1.5"),
+    "mode.use_rslora": (["true", "false"], "5", "`mode.use_rslora`: found 5"),
+    "optim": (["sgd", "adamw_torch"], "lino", "`optimizer` has no option 'lino'. Did you mean `lion`?"),
+    "experiment": (["quickstart", "qwen1_5_7b_lora"], "quick", "`experiment` has no option 'quick'"),
+    "tracker": (["wandb", "none"], "[wandb,nada]", "`tracker` has no option 'nada'"),
+    "fp16": (["true", "false"], "maybe", "`fp16`: found the text 'maybe'"),
+}
+
+
 @pytest.mark.parametrize("position", range(3))
-@pytest.mark.parametrize(
-    ("key", "right", "wrong", "said"),
-    [
-        ("lora_rank", ["8", "16"], "abc", "`lora_rank`: found the text 'abc'"),
-        ("lora_dropout", ["0", "0.5"], "1.5", "`lora_dropout`: found 1.5"),
-        ("mode", ["lora", "qlora"], "qlra", "`mode` has no option 'qlra'. Did you mean `qlora`?"),
-        ("optim", ["sgd", "adamw_torch"], "lino", "`optimizer` has no option 'lino'. Did you mean `lion`?"),
-        ("mode.use_rslora", ["true", "false"], "5", "`mode.use_rslora`: found 5"),
-        ("experiment", ["quickstart", "qwen1_5_7b_lora"], "quick", "`experiment` has no option 'quick'"),
-        ("tracker", ["wandb", "none"], "[wandb,nada]", "`tracker` has no option 'nada'"),
-        ("fp16", ["true", "false"], "maybe", "`fp16`: found the text 'maybe'"),
-    ],
-)
-def test_a_wrong_value_at_any_position(tmp_path, position, key, right, wrong, said):
-    values = list(right)
-    values.insert(position, wrong)
-    typed = f"{key}={','.join(values)}"
-    [found] = problems("-m", "seed=1,2", typed)
-    assert found.startswith(f"command line: `{typed}`: {said}")
-    argv = sweep_file(tmp_path, ["seed: 1,2", f"{key}: '{','.join(values)}'"])
-    [found] = problems(*argv)
-    assert found.startswith(f"{tmp_path}/sweep/mine.yaml:5: {said}")
+def test_a_wrong_value_at_any_position(tmp_path, position):
+    space = {}
+    for key, (right, wrong, _) in WRONG.items():
+        values = list(right)
+        values.insert(position, wrong)
+        space[key] = ",".join(values)
+    typed = problems("-m", *(f"{key}={values}" for key, values in space.items()))
+    written = problems(*sweep_file(tmp_path, [f"{key}: '{values}'" for key, values in space.items()]))
+    for line, (key, (_, _, said)) in enumerate(WRONG.items(), 4):
+        assert [p for p in typed if p.startswith(f"command line: `{key}={space[key]}`: {said}")], (key, typed)
+        assert [p for p in written if p.startswith(f"{tmp_path}/sweep/mine.yaml:{line}: {said}")], (key, written)
+    assert len(typed) == len(written) == len(WRONG)
 
 
 def test_all_wrong_values_together():

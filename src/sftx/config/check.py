@@ -83,15 +83,15 @@ def check_resolved(tree: Tree, origin: Origin, *, rules: bool = True) -> list[st
     """Return every problem of a configuration whose interpolations are resolved, with or without the rules."""
     problems = list(tree.problems)
     wrong = {k.split(".")[0] for k in tree.unresolved}
-    for key, value in tree.values.items():
-        if key in tree.unresolved:
+    for key in sorted(tree.values, key=lambda k: bool(tree.targets(k))):  # what names another key comes after it
+        if key in tree.unresolved or key in GROUPS or wrong.intersection(tree.targets(key)):
             continue
         if key in KNOBS:
-            found_here = check_knob(key, value, origin)
+            found_here = check_knob(key, tree.values[key], origin)
             wrong |= {key} if found_here else set()
             problems += found_here
-        elif key not in GROUPS:
-            problems.append(_unknown_key(key, value, origin))
+        else:
+            problems.append(_unknown_key(key, tree.values[key], origin))
     for key in [k for k in tree.values if k in GROUPS]:
         found_here = check_group(tree, key, wrong, origin)
         wrong |= {key} if found_here else set()

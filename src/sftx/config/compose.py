@@ -65,24 +65,28 @@ def prepare(argv: list[str]) -> Request:
     Errors:
         ConfigError: every problem found, wherever it stands (command line, JSON, experiment, sweep).
     """
+    return _prepared(argv)[0]
+
+
+def compose_checked(argv: list[str]) -> DictConfig:
+    """Compose a command line's configuration, a sweep's at its first point, for tests and notebooks."""
+    return _prepared(argv)[1]
+
+
+def _prepared(argv: list[str]) -> tuple[Request, DictConfig]:
     register_sources()
     line = read_command_line(argv)
     user_folders[:] = line.folders
     if line.bypass:
         raise_if(line.problems)
-        return Request(list(argv), line.notes, False, [], list(argv))
+        return Request(list(argv), line.notes, False, [], list(argv)), OmegaConf.create()
     collects = gc.isenabled()
     gc.disable()  # composing makes many small objects and little garbage: a quarter of the time is saved
     try:
-        return _Preparation(line).request(argv)
+        return _Preparation(line).finish(argv)
     finally:
         if collects:
             gc.enable()
-
-
-def compose_checked(overrides: list[str]) -> DictConfig:
-    """Compose one configuration as the command line would, for tests and notebooks."""
-    return _load(prepare(overrides).overrides)[0]
 
 
 def _load(overrides: list[str]) -> tuple[DictConfig, DictConfig]:
@@ -111,8 +115,8 @@ class _Preparation:
         self.hydra = OmegaConf.create()
         """Hydra's own node of the last composition."""
 
-    def request(self, argv: list[str]) -> Request:
-        """Check everything and return what Hydra shall run."""
+    def finish(self, argv: list[str]) -> tuple[Request, DictConfig]:
+        """Check everything; return what Hydra shall run, and the configuration at the first point."""
         line = self.line
         self._drop_unknown()
         with source.collecting(frozenset(map(bare, line.values))) as self.reading:
@@ -122,13 +126,15 @@ class _Preparation:
                 self.problems += check_space(self.axes, lambda p: base if p == point else self._compose(p), self.origin)
                 self.problems += self._check_hydra()
         raise_if(self.problems + self.reading.problems)
+        assert base is not None
         notes = list(dict.fromkeys(line.notes + self.reading.notes))
         values, flags = dict(line.values), line.flags
         if line.shows:  # a sweep is shown at its first point
             values |= first_point(self.axes)
             flags = [f for f in flags if f not in ("-m", "--multirun")]
         overrides = [override_text(self._key_for_hydra(k, v), v) for k, v in values.items()]
-        return Request(flags + overrides, notes, self.multirun and not line.shows, overrides, list(argv))
+        request = Request(flags + overrides, notes, self.multirun and not line.shows, overrides, list(argv))
+        return request, base
 
     def origin(self, key: str) -> str:
         """Say where a key got its value: the command line, the JSON file, or a YAML file and line."""

@@ -191,7 +191,8 @@ class _Module:
                 arguments |= inherited.arguments
                 is_open |= inherited.open
         if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-            arguments |= _fields(node)
+            fields = arguments | _fields(node)
+            arguments = {name: argument for name, argument in fields.items() if argument is not None}
         return Signature(arguments, is_open)
 
     def _of_base(self, base: ast.expr) -> Signature | None:
@@ -204,19 +205,21 @@ class _Module:
             return None
 
 
-def _fields(node: ast.ClassDef) -> dict[str, Argument]:
-    """Return a dataclass's own fields that its constructor takes."""
-    arguments = {}
+def _fields(node: ast.ClassDef) -> dict[str, Argument | None]:
+    """Return a dataclass's own fields; None for one that its constructor does not take, inherited or not."""
+    arguments: dict[str, Argument | None] = {}
     for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            written = ast.unparse(item.annotation)
-            given = ast.unparse(item.value) if item.value is not None else ""
-            if "ClassVar" in written or "KW_ONLY" in written or "init=False" in given:
-                continue
-            is_bare_field = given.startswith(("field(", "dataclasses.field(")) and "default" not in given
-            if written.startswith(("InitVar[", "dataclasses.InitVar[")):
-                written = written.partition("[")[2][:-1]
-            arguments[item.target.id] = Argument(item.target.id, written, not given or is_bare_field)
+        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+            continue
+        name, written = item.target.id, ast.unparse(item.annotation)
+        given = ast.unparse(item.value) if item.value is not None else ""
+        if "ClassVar" in written or "KW_ONLY" in written or "init=False" in given:
+            arguments[name] = None
+            continue
+        is_bare_field = given.startswith(("field(", "dataclasses.field(")) and "default" not in given
+        if written.startswith(("InitVar[", "dataclasses.InitVar[")):
+            written = written.partition("[")[2][:-1]
+        arguments[name] = Argument(name, written, not given or is_bare_field)
     return arguments
 
 

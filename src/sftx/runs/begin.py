@@ -126,7 +126,9 @@ def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effectiv
     skipped = data.train.skipped + data.held_out.skipped
     if skipped:
         write_text(folder.path / "skipped_rows.txt", "\n".join(skipped) + "\n")
-        effective.remark(f"rows that cannot be learned from: {len(skipped)} (all in skipped_rows.txt), first {skipped[0]}")
+        effective.remark(
+            f"rows that cannot be learned from: {len(skipped)} (all in skipped_rows.txt), first {skipped[0]}"
+        )
     cut = data.train.truncated + data.held_out.truncated
     if cut:
         longest = max(r.full_length for r in cut)

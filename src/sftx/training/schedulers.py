@@ -52,6 +52,8 @@ def _above(floor: float, factor: float) -> float:
 class Constant(Schedule):
     """The same rate at every step, without warm-up."""
 
+    warmup_steps: int | float = field(init=False, default=0)
+
 
 @dataclass
 class ConstantWithWarmup(Schedule):
