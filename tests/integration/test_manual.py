@@ -53,7 +53,7 @@ def records(config) -> list[dict[str, float]]:
 
 
 def test_output_dir(make_config, tmp_path: Path) -> None:
-    run([make_config(f"output_dir={tmp_path / 'here'}", "max_steps=1")])
+    run([make_config(f"output_dir={tmp_path / 'here'}", "max_steps=1", "max_seq_length=1024")])
     names = {p.name for p in (tmp_path / "here").iterdir()}
     assert names == {"config.yaml", "manifest.json", "metrics.jsonl", "train.log", "final", "README.md"}
 
@@ -68,7 +68,7 @@ def test_model_name_or_path(make_config, captured, tmp_path: Path) -> None:
 
     shutil.copytree(ensure_builtin(), folder)
     config = Qwen2Config.from_pretrained(folder)
-    config.num_hidden_layers, config.layer_types = 2, None
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
     Qwen2ForCausalLM(config).save_pretrained(folder)
     run([make_config(f"model_name_or_path={folder}", "max_steps=1")])
     assert len(captured.session.model.module.get_base_model().model.layers) == 2
@@ -88,9 +88,9 @@ def test_train_file_name(make_config, captured, corpus: Path) -> None:
 
 
 def test_template_name(make_config, captured) -> None:
-    run([make_config("template_name=phi3", "max_steps=1")])
+    run([make_config("template_name=gemma", "max_steps=1")])
     text = captured.session.template.tokenizer.decode(captured.session.rows[0].ids_T)
-    assert text.startswith("<|user|>\n")
+    assert text.startswith("<start_of_turn>user\n")
     assert "<|im_start|>" not in text
 
 
@@ -105,7 +105,13 @@ def test_train_mode(make_config, captured, mode: str) -> None:
 
 
 def test_num_train_epochs(make_config, captured) -> None:
-    run([make_config("num_train_epochs=3", "max_steps=null", "max_train_rows=16", "eval_ratio=0")])
+    run(
+        [
+            make_config(
+                "num_train_epochs=3", "max_steps=null", "max_train_rows=16", "eval_ratio=0", "max_seq_length=1024"
+            )
+        ]
+    )
     assert captured.trial.step == 12
     seen = [i for step in range(12) for i in captured.trial.plan.rows(step)]
     assert sorted(seen) == sorted(list(range(16)) * 3)

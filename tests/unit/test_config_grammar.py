@@ -138,7 +138,7 @@ PREFIXES = {
     "+experiment=quickstart": ["experiment=quickstart"],
     "++optim=adamw_torch": ["optimizer=adamw"],
     "~callback": ["callback=[]"],
-    "~experiment": [],
+    "~experiment": ["experiment=null"],
     "save_total_limit=null": ["save_total_limit=null"],
     "report_to=null": ["tracker=[]"],
     "+scheduler.warmup_steps=3": ["scheduler.warmup_steps=3"],
@@ -148,41 +148,45 @@ PREFIXES = {
 
 @pytest.mark.parametrize(("typed", "overrides"), PREFIXES.items(), ids=PREFIXES)
 def test_hydras_prefixes(typed, overrides):
-    assert prepare(typed.split()).overrides == overrides
+    line = read_command_line(typed.split())
+    assert line.problems == []
+    assert [override_text(key, value) for key, value in line.values.items()] == overrides
 
 
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [
-        ("lora_rank=", "`lora_rank`: found nothing, wanted a whole number, at least 1"),
-        ("output_dir=", "`output_dir`: found nothing, wanted text or null"),
-        ("lora_rank=null", "`lora_rank`: found null, wanted a whole number"),
-        ("~lora_rank", "`lora_rank` cannot be taken out"),
-        ("~mode", "`mode` cannot be taken out"),
-        ("~optim", "`optim` cannot be taken out"),
-        ("~scheduler.foo", "'scheduler.foo' does not exist"),
-        ("mode=null", "`mode` has no option 'null'"),
-        ("+lora_rnk=8", "Did you mean `lora_rank`?"),
-        ("++experimnt=quickstart", "Did you mean `experiment`?"),
-        ("lora_rank.x=3", "`lora_rank`: found a mapping {x:3}"),
-        ("lora_rank=[8]", "`lora_rank`: found a list [8]"),
-        ("lora_rank", "`lora_rank` is not an override"),
-        ("lora rank=8", "`lora rank=8` is not an override"),
-        ("秩=8", "`秩=8` is not an override"),
-        ("--lora_rank=8", "`--lora_rank=8` is no option of train.py"),
-        ("-lora_rank", "`-lora_rank` is no option"),
-        ("hydra.searchpath=[x]", "--config-dir"),
-        ("callback.early_stopping.patience=5", "Choose it too: callback=[early_stopping]"),
-        ("tracker.wnadb.name=x", "Did you mean `wandb`?"),
-        ("power=3", "Did you mean `scheduler.power`?"),
-    ],
-)
-def test_what_cannot_be_is_said(typed, said):
+REFUSED = {
+    "lora_rank=": "`lora_rank`: found nothing, wanted a whole number, at least 1",
+    "output_dir=": "`output_dir`: found nothing, wanted text or null",
+    "save_steps=null": "`save_steps`: found null, wanted a whole number",
+    "~lora_alpha": "`lora_alpha` cannot be taken out",
+    "~precision": "`precision` cannot be taken out",
+    "~optim": "`optim` cannot be taken out",
+    "~scheduler.foo": "'scheduler.foo' does not exist",
+    "mode=null": "`mode` has no option 'null'",
+    "+lora_rnk=8": "Did you mean `lora_rank`?",
+    "++experimnt=quickstart": "Did you mean `experiment`?",
+    "logging_steps.x=3": "`logging_steps`: found a mapping {x:3}",
+    "eval_steps=[8]": "`eval_steps`: found a list [8]",
+    "lora_rank": "`lora_rank` is not an override",
+    "lora rank=8": "`lora rank=8` is not an override",
+    "秩=8": "`秩=8` is not an override",
+    "--lora_rank=8": "`--lora_rank=8` is no option of train.py",
+    "-lora_rank": "`-lora_rank` is no option",
+    "hydra.searchpath=[x]": "--config-dir",
+    "callback.early_stopping.patience=5": "Choose it too: callback=[early_stopping]",
+    "tracker.wnadb.name=x": "Did you mean `wandb`?",
+    "power=3": "Did you mean `scheduler.power`?",
+    "max_steps=${": "`max_steps`: ${ is no interpolation",
+}
+
+
+def test_what_cannot_be_is_said():
+    """Each with the words that were typed, and none hiding another."""
     with pytest.raises(ConfigError) as error:
-        prepare([typed])
-    assert len(error.value.problems) == 1, error.value.problems
-    assert said in error.value.problems[0]
-    assert typed in error.value.problems[0]
+        prepare(list(REFUSED))
+    for typed, said in REFUSED.items():
+        about = [p for p in error.value.problems if p.startswith(f"command line: `{typed}`") and said in p]
+        assert len(about) == 1, (typed, error.value.problems)
+    assert len(error.value.problems) == len(REFUSED)
 
 
 def test_a_key_given_twice():

@@ -5,7 +5,9 @@ import os
 
 import pytest
 
+from sftx.config.argsfile import read_args_file
 from sftx.config.compose import prepare
+from sftx.config.yamlfile import read_yaml
 from sftx.errors import ConfigError
 
 PLACES = ["command line", "experiment", "sweep", "JSON"]
@@ -172,45 +174,71 @@ def test_a_wrong_knob_is_not_blamed_on_the_components_that_use_it():
 def test_broken_yaml(tmp_path, group, content, said):
     (tmp_path / group).mkdir()
     (tmp_path / group / "planted.yaml").write_bytes(content)
-    found = problems(["--config-dir", str(tmp_path), f"{group}=planted", "lora_rnk=3"])
-    assert [p for p in found if f"{tmp_path}/{group}/" in p and said in p], found
-    assert [p for p in found if "`lora_rnk`" in p], "it hides the others"
+    file = read_yaml(tmp_path / group / "planted.yaml")
+    assert len(file.problems) == 1
+    assert file.problems[0].startswith(f"{tmp_path}/{group}/")
+    assert said in file.problems[0]
+
+
+@pytest.mark.parametrize("group", ["experiment", "sweep", "debug", "scheduler", "callback"])
+def test_a_broken_file_hides_nothing(tmp_path, group):
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "planted.yaml").write_bytes(b"floor: [\n")
+    found = problems(["--config-dir", str(tmp_path), f"{group}=planted", "lora_rnk=3", "seed=x"])
+    for said in (f"{tmp_path}/{group}/planted.yaml:2: not valid YAML", "`lora_rnk=3`", "`seed=x`"):
+        assert [p for p in found if said in p], (said, found)
 
 
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("defaults:\n  - override /mode: qlra\n", "planted.yaml:2: `mode` has no option 'qlra'. Did you mean `qlora`?"),
-        ("defaults:\n  - override /modee: lora\n", "planted.yaml:2: there is no group `modee`. Did you mean `mode`?"),
         (
-            "defaults:\n  - baze\n",
-            "planted.yaml:2: `baze`: there is no such file beside this one. Did you mean `base`?",
+            "defaults:\n  - override /mode: qlra\n  - override /modee: lora\n  - baze\n",
+            [
+                "planted.yaml:2: `mode` has no option 'qlra'. Did you mean `qlora`?",
+                "planted.yaml:3: there is no group `modee`. Did you mean `mode`?",
+                "planted.yaml:4: `baze`: there is no such file beside this one. Did you mean `base`?",
+            ],
         ),
-        ("defaults: {mode: lora}\n", "planted.yaml:1: `defaults`: found"),
+        (
+            "defaults: {mode: lora}\nhydra: 3\nexperiment: base\n",
+            [
+                "planted.yaml:1: `defaults`: found",
+                "planted.yaml:2: `hydra`: found",
+                "planted.yaml:3: `experiment` is chosen on the command line",
+            ],
+        ),
         (
             "defaults:\n  - override /mode: lora\ntrain_mode: full\n",
-            "planted.yaml:3: the defaults list chooses mode=lora",
+            ["planted.yaml:3: the defaults list chooses mode=lora"],
         ),
-        ("experiment: base\n", "planted.yaml:1: `experiment` is chosen on the command line"),
-        ("hydra:\n  swep: {dir: x}\n", "planted.yaml:2: unknown key `hydra.swep`. Did you mean `sweep`?"),
-        ("hydra:\n  mode: FOO\n", "planted.yaml:2: `hydra.mode`: found the text 'FOO'"),
-        ("hydra: 3\n", "planted.yaml:1: `hydra`: found"),
-        ("output_dir: 2024\n", "planted.yaml:1: `output_dir`: found 2024, wanted text or null. Put it in quotes."),
-        ("mode: {rank: abc}\n", "planted.yaml:1: `mode.rank`: found the text 'abc'"),
         (
-            "scheduler: {_target_: sftx.training.schedulers.Cosin}\n",
-            "no class or function `Cosin` in sftx.training.schedulers. Did you mean `Cosine`?",
+            "hydra:\n  swep: {dir: x}\n  mode: FOO\n  callbacks: {x: {_target_: nope.Y}}\n",
+            [
+                "planted.yaml:2: unknown key `hydra.swep`. Did you mean `sweep`?",
+                "planted.yaml:3: `hydra.mode`: found the text 'FOO'",
+                "planted.yaml:4: `hydra.callbacks.x._target_=nope.Y`: no module",
+            ],
         ),
-        ("hydra:\n  callbacks: {x: {_target_: nope.Y}}\n", "planted.yaml:2: `hydra.callbacks.x._target_=nope.Y`"),
+        (
+            "output_dir: 2024\nmode: {rank: abc}\nscheduler: {_target_: sftx.training.schedulers.Cosin}\n",
+            [
+                "planted.yaml:1: `output_dir`: found 2024, wanted text or null. Put it in quotes.",
+                "planted.yaml:2: `mode.rank`: found the text 'abc'",
+                "no class or function `Cosin` in sftx.training.schedulers. Did you mean `Cosine`?",
+            ],
+        ),
     ],
+    ids=["defaults", "kinds", "conflict", "hydra", "values"],
 )
 def test_what_only_a_file_can_hold(tmp_path, body, said):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/base.yaml").write_text("seed: 1\n")
     (tmp_path / "experiment/planted.yaml").write_text(body, encoding="utf-8")
     found = problems(["--config-dir", str(tmp_path), "experiment=planted"])
-    assert len(found) == 1, found
-    assert said in found[0]
+    for words in said:
+        assert [p for p in found if words in p], (words, found)
+    assert len(found) == len(said), found
 
 
 def test_a_components_file_cannot_choose_another_group(tmp_path):
@@ -225,7 +253,7 @@ def test_a_components_file_cannot_choose_another_group(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read"),
+        (None, "args_file: cannot read"),
         (b"", ":1: not valid JSON"),
         (b'{\n"lora_rank": 8,\n}', ":3: not valid JSON"),
         (b'{"a": 1', "not valid JSON"),
@@ -233,47 +261,65 @@ def test_a_components_file_cannot_choose_another_group(tmp_path):
         (b'{\n"seed": 1,\n"seed": 2}', ":3: `seed` stands twice, first in line 2"),
         ('{"路径": 1}'.encode("gb18030"), "is not UTF-8"),
         ('{\n"秩 1": 1}'.encode(), ":2: unknown key '秩 1'"),
-        (b'{\n"seed": NaN}', ":2: `seed`: found nan"),
-        (b'{"scheduler":\n {\n"poewr": 2}}', ":3: unknown key `scheduler.poewr`"),
     ],
 )
 def test_broken_json(tmp_path, content, said):
     path = tmp_path / "my.json"
     if content is not None:
         path.write_bytes(content)
-    found = problems([f"args_file={path}", "lora_rnk=3"])
-    assert [p for p in found if str(path) in p and said.replace("cannot be read", "cannot read") in p], found
-    assert [p for p in found if "`lora_rnk`" in p], "it hides the others"
+    read = read_args_file(str(path))
+    assert len(read.problems) == 1
+    assert str(path) in read.problems[0]
+    assert said in read.problems[0]
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--config-dir", "nowhere"], "`--config-dir nowhere`: no such folder"),
-        (["--config-dir"], "`--config-dir `: no such folder"),
-        (["args_file="], "`args_file` names no file"),
-        (["--train_args_file"], "`args_file` names no file"),
-        (["experiment=quickstrat"], "`experiment` has no option 'quickstrat'. Did you mean `quickstart`?"),
-        (["sweep=rate"], "Allowed: rate_and_rank"),
-        (["debug=overfitt"], "Did you mean `overfit`?"),
-        (["hydra/launcher=baisc"], "`hydra/launcher` has no option 'baisc'. Did you mean `basic`?"),
-        (["hydra/lancher=basic"], "`hydra/lancher` has no option"),
-        (["modle/x=y"], "there is no config group `modle/x`"),
-        (["hydra.mode=FOO"], "expected one of [RUN, MULTIRUN]"),
-        (["hydra.job.nam=x"], "unknown key `hydra.job.nam`. Did you mean `name`?"),
-        (["--cfg", "jb"], "`--cfg`: found jb, wanted one of job, hydra, all. Did you mean `job`?"),
-        (["--config-name", "x"], "choose it by experiment=NAME"),
-        (["lora_rank=8,16"], "several values are a sweep: add -m"),
-        (["mode=lora,qlora"], "several values are a sweep: add -m"),
-        (["-m", "lora_rank=range(1,1)"], "a sweep over no values"),
-        (["data.formt=csv"], "Did you mean `format`?"),
-    ],
-)
-def test_what_only_the_command_line_can_hold(argv, said):
-    found = problems(argv)
-    assert len(found) == 1, found
-    assert said in found[0]
-    assert argv[-1] in found[0] or argv[0] in found[0] or "args_file" in found[0]
+def test_a_broken_json_file_hides_nothing(tmp_path):
+    (tmp_path / "my.json").write_text('{"scheduler":\n {\n"poewr": 2},\n"seed": NaN}')
+    found = problems([f"args_file={tmp_path}/my.json", "args_file=nowhere.json", "lora_rnk=3"])
+    for said in (
+        f"{tmp_path}/my.json:3: unknown key `scheduler.poewr`",
+        f"{tmp_path}/my.json:4: `seed`: found nan",
+        "args_file: cannot read nowhere.json",
+        "`lora_rnk`",
+    ):
+        assert [p for p in found if said in p], (said, found)
+    assert len(found) == 4
+
+
+ON_THE_COMMAND_LINE = {
+    "--config-dir nowhere": "`--config-dir nowhere`: no such folder",
+    "args_file=": "`args_file` names no file",
+    "experiment=quickstrat": "`experiment` has no option 'quickstrat'. Did you mean `quickstart`?",
+    "sweep=rate": "`sweep` has no option 'rate'",
+    "debug=overfitt": "Did you mean `overfit`?",
+    "hydra/launcher=baisc": "`hydra/launcher` has no option 'baisc'. Did you mean `basic`?",
+    "hydra/lancher=basic": "`hydra/lancher` has no option",
+    "modle/x=y": "there is no config group `modle/x`",
+    "hydra.mode=FOO": "expected one of [RUN, MULTIRUN]",
+    "hydra.job.nam=x": "unknown key `hydra.job.nam`. Did you mean `name`?",
+    "--cfg jb": "`--cfg`: found jb, wanted one of job, hydra, all. Did you mean `job`?",
+    "--config-name x": "choose it by experiment=NAME",
+    "lora_rank=8,16": "several values are a sweep: add -m",
+    "mode=lora,qlora": "several values are a sweep: add -m",
+    "data.formt=csv": "Did you mean `format`?",
+    "--cgf": "Did you mean `--cfg`?",
+    "--train_args_file": "`args_file` names no file",
+}
+
+
+def test_what_only_the_command_line_can_hold():
+    found = problems([word for words in ON_THE_COMMAND_LINE for word in words.split()])
+    for words, said in ON_THE_COMMAND_LINE.items():
+        about = [p for p in found if said in p]
+        assert about, (words, found)
+    assert len(found) == len(ON_THE_COMMAND_LINE) - 1  # the two that name no file say the same
+
+
+def test_a_sweep_over_nothing_and_a_flag_without_its_word():
+    [found] = problems(["-m", "lora_rank=range(1,1)"])
+    assert "a sweep over no values" in found
+    [found] = problems(["--config-dir"])
+    assert "no such folder" in found
 
 
 def test_several_processes_need_a_parallel_setting(monkeypatch):

@@ -52,8 +52,7 @@ SPELLINGS = [
     ),
     ({"report_to": "none", "fp16": False}, ["tracker=none", "precision=fp32"]),
     ({"report_to": "all", "fp16": False, "bf16": True}, ["tracker=[tensorboard,wandb]", "precision=bf16"]),
-    ({"fp16": True}, ["precision=fp16"]),
-    ({"bf16": False}, []),
+    ({"fp16": True, "bf16": False}, ["precision=fp16"]),
 ]
 
 
@@ -80,21 +79,18 @@ def test_every_option_and_other_name_is_reached_by_the_manuals_key(key):
 
 
 @pytest.mark.parametrize(
-    ("typed", "key", "value"),
+    ("typed", "mirrored"),
     [
-        ("mode=qlora", "train_mode", "qlora"),
-        ("optim=adamw_torch", "optim", "adamw"),
-        ("scheduler=linear", "lr_scheduler_type", "linear"),
-        ("tracker=[wandb,tensorboard]", "report_to", ["wandb", "tensorboard"]),
-        ("report_to=tensorboard,wandb", "report_to", ["tensorboard", "wandb"]),
-        ("tracker=none", "report_to", []),
-        ("precision=bf16", "bf16", True),
-        ("precision=bf16", "fp16", False),
-        ("precision=fp32", "fp16", False),
+        ("mode=qlora tracker=[wandb,tensorboard]", {"train_mode": "qlora", "report_to": ["wandb", "tensorboard"]}),
+        ("optim=adamw_torch report_to=tensorboard,wandb", {"optim": "adamw", "report_to": ["tensorboard", "wandb"]}),
+        ("scheduler=linear tracker=none", {"lr_scheduler_type": "linear", "report_to": []}),
+        ("precision=bf16", {"bf16": True, "fp16": False}),
+        ("precision=fp32", {"bf16": False, "fp16": False}),
     ],
 )
-def test_the_key_mirrors_the_choice(typed, key, value):
-    assert compose_checked([typed])[key] == value
+def test_the_key_mirrors_the_choice(typed, mirrored):
+    cfg = compose_checked(typed.split())
+    assert {key: cfg[key] for key in mirrored} == mirrored
 
 
 DISAGREEING = [
@@ -102,8 +98,10 @@ DISAGREEING = [
         {"mode": "lora", "train_mode": "qlora", "optimizer": "sgd", "optim": "adamw_torch"}
         | {"tracker": "wandb", "report_to": "none", "scheduler": "step", "lr_scheduler_type": "linear"}
         | {"fp16": True, "bf16": True},
-        ["`mode` chooses mode=lora and `train_mode` chooses mode=qlora. They are two spellings of one choice"]
-        + ["`optimizer` chooses", "`tracker` chooses", "`scheduler` chooses", "`fp16` and `bf16` are both true"],
+        [
+            "`mode` chooses mode=lora and `train_mode` chooses mode=qlora. They are two spellings of one choice",
+            *("`optimizer` chooses", "`tracker` chooses", "`scheduler` chooses", "`fp16` and `bf16` are both true"),
+        ],
     ),
     ({"precision": "fp32", "bf16": True}, ["`precision=fp32` and `bf16=true` choose differently"]),
 ]
