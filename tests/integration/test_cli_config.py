@@ -69,10 +69,7 @@ def test_mistakes_everywhere_at_once(tmp_path):
     [
         (["--cfg", "job", "lora_rnk=3"], "Did you mean `lora_rank`?"),
         (["-m", "lora_rank=8,16", "mode=lora,qlra"], "Did you mean `qlora`?"),
-        (["learning_rate=1e-4,2e-4"], "add -m"),
         (["args_file=nowhere.json"], "cannot read nowhere.json"),
-        (["--config-dir", "nowhere"], "no such folder"),
-        (["experiment=quickstrat"], "Did you mean `quickstart`?"),
     ],
 )
 def test_a_mistake_stops_with_2_and_runs_nothing(argv, said):

@@ -27,7 +27,6 @@ WRONG = {
     "lora_dropout": (["0", "0.5"], "1.5", "`lora_dropout`: found 1.5"),
     "mode.use_rslora": (["true", "false"], "5", "`mode.use_rslora`: found 5"),
     "optim": (["sgd", "adamw_torch"], "lino", "`optimizer` has no option 'lino'. Did you mean `lion`?"),
-    "tracker": (["wandb", "none"], "[wandb,nada]", "`tracker` has no option 'nada'"),
     "fp16": (["true", "false"], "maybe", "`fp16`: found the text 'maybe'"),
 }
 
