@@ -66,7 +66,7 @@ def test_wandb_works_offline(cli, tmp_path: Path) -> None:
 )
 def test_the_defaults_run_to_the_end(cli, words: list[str], tmp_path: Path) -> None:
     """With no other argument (but where to put it), without a network."""
-    done = cli(*words, f"hydra.run.dir={tmp_path / 'run'}", timeout=580)
+    done = cli(*words, f"output_dir={tmp_path / 'run'}", timeout=580)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "completed"
 
