@@ -45,7 +45,7 @@ def refused(path: Path, **options: str) -> list[str]:
     return [line.removeprefix(f"{path}:") for line in lines]
 
 
-def one_line(path: Path, line: int, *fragments: str, **options: str) -> None:
+def check_one_line(path: Path, line: int, *fragments: str, **options: str) -> None:
     found = refused(path, **options)
     assert len(found) == 1, found
     assert found[0].startswith(f"{line}: "), found
@@ -104,7 +104,7 @@ def test_other_legacy_encodings_by_their_letters(tmp_path: Path, text: str, code
 )
 def test_an_encoding_that_is_not_proved_is_refused_not_guessed(tmp_path: Path, text: str, codec: str) -> None:
     path = write(tmp_path, HEADER + text, encoding=codec)
-    one_line(path, 2, "is not valid utf-8", "byte 0x", "save the whole file as UTF-8", "give its encoding")
+    check_one_line(path, 2, "is not valid utf-8", "byte 0x", "save the whole file as UTF-8", "give its encoding")
     assert triples(read_file(path, encoding=codec)) == [tuple(text.strip().split(","))]
 
 
@@ -118,19 +118,21 @@ def test_the_refusal_names_the_likely_encoding(tmp_path: Path) -> None:
 def test_an_odd_bad_byte_in_utf8_is_an_error_with_its_place(tmp_path: Path, newline: str) -> None:
     good = (HEADER + CHINESE).replace("\n", newline).encode()
     raw = good + b"a,b\xff,c\n"
-    one_line(write(tmp_path, raw), 4, f"byte 0xFF at byte offset {len(good) + 3}", "not valid utf-8", "mend that place")
+    check_one_line(
+        write(tmp_path, raw), 4, f"byte 0xFF at byte offset {len(good) + 3}", "not valid utf-8", "mend that place"
+    )
 
 
 def test_a_replacement_character_of_the_file_itself_is_text(tmp_path: Path) -> None:
     assert triples(read_file(write(tmp_path, HEADER + "a,b\ufffd,c\n"))) == [("a", "b\ufffd", "c")]
     path = write(tmp_path, (HEADER + "a," + "\ufffd" * 99 + ",c\n").encode() + b"a,\xe4\xbd,c\n")
-    one_line(path, 3, "byte 0xE4")
+    check_one_line(path, 3, "byte 0xE4")
     assert "give its encoding" not in refused(path)[0]
 
 
 def test_a_damaged_gb18030_file_is_said_to_be_one(tmp_path: Path) -> None:
     good = (HEADER + CHINESE).encode("gb18030")
-    one_line(
+    check_one_line(
         write(tmp_path, good + b"a,b\xff,c\n"), 4, f"byte 0xFF at byte offset {len(good) + 3} is not valid gb18030"
     )
 
@@ -151,7 +153,7 @@ def test_a_damaged_gb18030_file_is_said_to_be_one(tmp_path: Path) -> None:
 def test_a_given_or_marked_encoding_is_strict(
     tmp_path: Path, raw: bytes, encoding: str, line: int, offset: int
 ) -> None:
-    one_line(write(tmp_path, raw), line, f"byte 0x{raw[offset]:02X} at byte offset {offset} ", encoding=encoding)
+    check_one_line(write(tmp_path, raw), line, f"byte 0x{raw[offset]:02X} at byte offset {offset} ", encoding=encoding)
 
 
 def test_a_given_encoding_wins(tmp_path: Path) -> None:
@@ -323,7 +325,7 @@ def test_a_given_delimiter_is_not_second_guessed(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_header_refusals(tmp_path: Path, text: str, line: int, fragments: list[str]) -> None:
-    one_line(write(tmp_path, text), line, *fragments)
+    check_one_line(write(tmp_path, text), line, *fragments)
 
 
 def test_each_missing_column_is_named(tmp_path: Path) -> None:
@@ -369,8 +371,8 @@ def test_an_empty_file(tmp_path: Path, raw: bytes, found: str, name: str) -> Non
     ],
 )
 def test_row_refusals(tmp_path: Path, rows: str, line: int, fragments: list[str]) -> None:
-    one_line(write(tmp_path, HEADER + rows), line, *fragments)
-    one_line(write(tmp_path, (HEADER + rows).encode("utf-16")), line, *fragments)
+    check_one_line(write(tmp_path, HEADER + rows), line, *fragments)
+    check_one_line(write(tmp_path, (HEADER + rows).encode("utf-16")), line, *fragments)
 
 
 def test_an_empty_category_is_allowed(tmp_path: Path) -> None:
@@ -440,7 +442,7 @@ def test_jsonl(tmp_path: Path, encoding: str, newline: str) -> None:
 )  # fmt: skip
 def test_jsonl_refusals(tmp_path: Path, line: str, fragments: list[str]) -> None:
     good = objects({"category": "a", "human": "b", "assistant": "c"})
-    one_line(write(tmp_path, f"{good}\n{line}\n{good}", "a.jsonl"), 3, *fragments)
+    check_one_line(write(tmp_path, f"{good}\n{line}\n{good}", "a.jsonl"), 3, *fragments)
 
 
 def test_jsonl_lists_all_problems(tmp_path: Path) -> None:
@@ -450,13 +452,13 @@ def test_jsonl_lists_all_problems(tmp_path: Path) -> None:
 
 
 def test_jsonl_of_blank_lines(tmp_path: Path) -> None:
-    one_line(write(tmp_path, " \n\t\n", "a.jsonl"), 1, "no rows", "only blank lines")
+    check_one_line(write(tmp_path, " \n\t\n", "a.jsonl"), 1, "no rows", "only blank lines")
 
 
 def test_jsonl_is_utf8_unless_an_encoding_is_given(tmp_path: Path) -> None:
     text = objects(*({"category": c, "human": h, "assistant": a} for c, h, a in CHINESE_ROWS))
     legacy = write(tmp_path, text, "a.jsonl", "gb18030")
-    one_line(legacy, 1, "is not valid utf-8", "byte offset 14")
+    check_one_line(legacy, 1, "is not valid utf-8", "byte offset 14")
     assert triples(read_file(legacy, encoding="gb18030")) == CHINESE_ROWS
     wide = write(tmp_path, text, "b.jsonl", "utf-16")
     with pytest.raises(DataError, match="JSONL must be UTF-8, this is utf-16"):
