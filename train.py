@@ -19,7 +19,7 @@ def main() -> None:
     from sftx.config.help import asks_for_help, help_text
 
     if asks_for_help(sys.argv[1:]):
-        print(help_text())
+        print(help_text(), flush=True)
         return
     request = prepare(sys.argv[1:])
 

@@ -7,6 +7,7 @@ Anything else is a fault of sftx or of the machine: traceback, exit code 1.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 
 EXIT_FAULT = 1
 EXIT_USER = 2
+EXIT_PIPE = 141
 
 
 class SftxError(Exception):
@@ -85,6 +87,9 @@ def reported() -> Iterator[None]:
     """Turn an error that leaves the block into its message and exit code."""
     try:
         yield
+    except BrokenPipeError:  # `python train.py --help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
     except KeyboardInterrupt:
         print("sftx: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from sftx import PROJECT_ROOT
 from sftx.build import build
-from sftx.config.compose import family_of_type, options
 from sftx.config.derive import Steps, derive_steps, with_output_dir
+from sftx.config.options import component_of, family_of_type, options
 from sftx.config.schema import TrainConfig
 from sftx.data.corpus import Corpus, LoadedFile, split
 from sftx.data.loader import Plan
@@ -157,8 +155,7 @@ def _family_named(name: str) -> Family | None:
     option = name if name in options("model") else family_of_type(name)
     if option is None:
         return None
-    tree = yaml.safe_load((PROJECT_ROOT / "conf" / "model" / f"{option}.yaml").read_text(encoding="utf-8"))
-    return build(tree.get("model", tree))
+    return build(component_of("model", option))
 
 
 def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: Effective, count_: int) -> Trial:

@@ -114,3 +114,15 @@ def test_hydras_own_help_is_left_to_hydra():
     code, out, _, _ = train("--hydra-help")
     assert code == 0
     assert "--multirun" in out
+
+
+def test_help_into_a_pipe_that_closes_leaves_no_traceback() -> None:
+    command = [sys.executable, "train.py", "--help"]
+    with subprocess.Popen(
+        command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # as `| head` does when it has seen enough
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

@@ -238,3 +238,15 @@ def test_the_family_follows_the_folder_unless_typed(tmp_path, place, config, fam
     setting = {"model_name_or_path": f"{tmp_path}/model"}
     assert composed(tmp_path, place, setting).model == in_one_spelling(f"model={family}").model
     assert composed(tmp_path, place, setting, "model=gemma").model.template == "gemma"
+
+
+def test_a_knob_that_nothing_uses_is_said() -> None:
+    """`lora_rank` means nothing to full mode, nor warm-up to a constant rate; where they are used nothing is said."""
+    from sftx.config.compose import prepare
+
+    notes = prepare(["mode=full", "scheduler=constant", "lora_rank=8", "warmup_steps=5", "weight_decay=0.1"]).notes
+    assert notes == [
+        "lora_rank has no effect with mode=full and scheduler=constant",
+        "warmup_steps has no effect with mode=full and scheduler=constant",
+    ]
+    assert prepare(["mode=qlora", "scheduler=cosine", "lora_rank=8", "warmup_steps=5"]).notes == []

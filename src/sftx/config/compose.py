@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from sftx.config.hydra_keys import check_key
 from sftx.config.options import ALL_GROUPS, family_of_type, options, unknown_option, user_folders
 from sftx.config.overlay import Reading, known_values
 from sftx.config.overrides import CommandLine, bare, override_text, read_command_line
+from sftx.config.schema import GROUPS
 from sftx.config.space import Axes, Point, check_space, first_point, is_sweep, values_of
 from sftx.config.spellings import Without, each, over, plain_name, raise_if, settle, show
 from sftx.config.yamlfile import interpolation_problem
@@ -32,6 +34,8 @@ from sftx.errors import did_you_mean
 __all__ = ["CONFIG_NAME", "Request", "compose_checked", "family_of_type", "options", "prepare"]
 
 CONFIG_NAME = "train"
+COMPONENT_KNOBS = ("lora_rank", "lora_alpha", "lora_dropout", "warmup_steps", "weight_decay")
+"""Knobs that act only where a component's YAML names them."""
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises over a configuration that does not compose."""
 
@@ -103,6 +107,16 @@ def _load(overrides: list[str]) -> tuple[DictConfig, DictConfig]:
     return cfg, hydra
 
 
+def _idle_knobs(cfg: DictConfig, typed: Iterable[str]) -> list[str]:
+    """Say which typed knobs nothing uses: they act through a component that was not chosen."""
+    used = str(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(GROUPS)), resolve=False))
+    return [
+        f"{knob} has no effect with mode={cfg.train_mode} and scheduler={cfg.lr_scheduler_type}"
+        for knob in COMPONENT_KNOBS
+        if knob in typed and f"${{{knob}}}" not in used
+    ]
+
+
 class _Preparation:
     """One command line on its way to a request; problems are collected, and what is right goes on."""
 
@@ -127,7 +141,8 @@ class _Preparation:
                 self.problems += self._check_hydra()
         raise_if(self.problems + self.reading.problems)
         assert base is not None
-        notes = list(dict.fromkeys(line.notes + self.reading.notes))
+        idle = [] if self.axes else _idle_knobs(base, self.line.origins)
+        notes = list(dict.fromkeys(line.notes + self.reading.notes + idle))
         values, flags = dict(line.values), line.flags
         if line.shows:  # a sweep is shown at its first point
             values |= first_point(self.axes)
