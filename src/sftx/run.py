@@ -63,9 +63,9 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
             folder.check(config.resume)
         effective = Effective(remarks=list(notes))
         session, data, source = _prepare(configs, engine, effective)
-        trials = [_trial(c, f, session, effective, len(configs)) for c, f in zip(configs, folders, strict=True)]
+        trials = [_trial(c, f, session, effective.copy(), len(configs)) for c, f in zip(configs, folders, strict=True)]
         command = command or manifest.command_line()
-        setting = Setting(data, source, effective, command, manifest.environment(), run_log)
+        setting = Setting(data, source, command, manifest.environment(), run_log)
         for trial in trials:
             open_trial(trial, session, setting)
         train(session, trials)
@@ -185,6 +185,7 @@ def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: 
         callbacks={n: build(node) for n, node in config.callback.items()},
         folder=folder,
         recorder=SilentRecorder(),
+        effective=effective,
     )
 
 

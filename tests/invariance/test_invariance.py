@@ -105,6 +105,8 @@ def test_two_adapters_in_one_call_each_equal_their_own_run(make_config, one_thre
     for t, a in zip(together, alone, strict=True):
         assert curve(Path(t.output_dir)) == curve(Path(a.output_dir))
         assert_same_weights(Path(t.output_dir), Path(a.output_dir))
+        settings = [json.loads((Path(c.output_dir) / "manifest.json").read_text())["effective"] for c in (t, a)]
+        assert settings[0] == settings[1], "each manifest tells of its own trial"
         evals = [
             [r["eval/loss"] for r in read_metrics(Path(c.output_dir) / "metrics.jsonl") if "eval/loss" in r]
             for c in (t, a)

@@ -46,7 +46,6 @@ class Setting:
 
     data: Data
     source: Source
-    effective: Effective
     command: str
     environment: dict[str, Any]
     run_log: RunLog
@@ -55,7 +54,7 @@ class Setting:
 def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
     """Make the run folder, or go on with the one that is there, and say what will happen."""
     config, folder = trial.config, trial.folder
-    data, source, effective = setting.data, setting.source, setting.effective
+    data, source, effective = setting.data, setting.source, trial.effective
     content = [f.sha256 for f in data.files] + [str(config.max_train_rows)]
     who = json.loads(json.dumps(identity(config, content, source.fingerprint(), _adapter_hash(config.adapter))))
     earlier = folder.earlier(who)

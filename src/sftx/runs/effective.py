@@ -27,6 +27,10 @@ class Effective:
     fallbacks: list[Fallback] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
+    def copy(self) -> Effective:
+        """Return a copy to which one trial adds what is its own."""
+        return Effective(dict(self.settings), list(self.fallbacks), list(self.remarks))
+
     def fall_back(self, key: str, asked: object, effective: str, reason: str) -> None:
         """Record a fallback, once."""
         new = Fallback(key, str(asked).lower() if isinstance(asked, bool) else str(asked), effective, reason)

@@ -21,6 +21,7 @@ from sftx.data.loader import Batch, Plan
 from sftx.data.template import ChatTemplate, Row
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.parallel.engine import Engine
+from sftx.runs.effective import Effective
 from sftx.runs.folder import RunFolder
 from sftx.runs.metrics import Recorder
 from sftx.training.evaluate import Evaluation
@@ -71,6 +72,7 @@ class Trial:
     callbacks: dict[str, Any]
     folder: RunFolder
     recorder: Recorder
+    effective: Effective
     step: int = 0
     """Optimizer steps made."""
     tokens_seen: int = 0
