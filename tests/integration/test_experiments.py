@@ -1,0 +1,64 @@
+"""Every experiment and debug option trains: big models with the embedded one in their place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sftx.config.options import options
+from sftx.errors import ConfigError
+from sftx.run import run
+
+QUICK = (
+    "max_steps=2",
+    "max_train_rows=40",
+    "eval_max_rows=4",
+    "gradient_accumulation_steps=1",
+    "report_to=none",
+    "disable_tqdm=true",
+)
+
+
+def test_none_is_left_out() -> None:
+    assert options("experiment") == ["quickstart", "qwen1_5_7b_lora", "qwen2_5_7b_qlora"]
+    assert options("debug") == ["fast_dev", "overfit", "profile"]
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_an_experiment_runs_two_steps(make_config, captured, experiment: str) -> None:
+    run([make_config(f"experiment={experiment}", "model_name_or_path=qwen-tiny", *QUICK, small=False)])
+    assert captured.trial.step == 2
+    assert captured.trial.adapter.is_lora
+
+
+def test_overfit_learns_eight_rows_by_heart(make_config, captured) -> None:
+    config = make_config(
+        "debug=overfit", "mode=full", "learning_rate=3e-3", "report_to=none", "disable_tqdm=true", small=False
+    )
+    run([config])
+    from sftx.runs.metrics import read_metrics
+
+    losses = [r["train/loss"] for r in read_metrics(Path(config.output_dir) / "metrics.jsonl")]
+    assert len(captured.session.rows) == 8
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_profile_writes_its_trace(make_config) -> None:
+    config = make_config(
+        "debug=profile", "report_to=none", "disable_tqdm=true", "gradient_accumulation_steps=1", small=False
+    )
+    run([config])
+    assert (Path(config.output_dir) / "profile" / "trace.json").is_file()
+
+
+def test_a_tracker_that_cannot_start_stops_the_run_unless_told_to_go_on(make_config, tmp_path: Path) -> None:
+    """wandb refuses an unknown mode; with on_tracker_error=continue it is left out, and said."""
+    broken = ["report_to=wandb", "tracker.wandb.project=a/b"]
+    with pytest.raises(ConfigError, match=r"tracker\.wandb.*cannot start"):
+        run([make_config(*broken, "max_steps=1", output="stops")])
+    config = make_config(*broken, "max_steps=1", "on_tracker_error=continue", output="goes")
+    run([config])
+    assert "tracker wandb cannot start and is left out" in (Path(config.output_dir) / "train.log").read_text()
+    assert json.loads((Path(config.output_dir) / "manifest.json").read_text())["status"] == "completed"
