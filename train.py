@@ -22,6 +22,9 @@ def main() -> None:
         print(help_text(), flush=True)
         return
     request = prepare(sys.argv[1:])
+    if request.shown is not None:
+        print(request.shown, end="", flush=True)
+        return
 
     import hydra
     from omegaconf import DictConfig

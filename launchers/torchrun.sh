@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Data parallel on this machine: launchers/torchrun.sh PROCESSES key=value ...
+# Several processes on this machine: launchers/torchrun.sh PROCESSES key=value ...   (parallel=ddp unless typed)
 set -euo pipefail
 processes=${1:?usage: launchers/torchrun.sh PROCESSES key=value ...}
 shift
-exec torchrun --standalone --nproc_per_node "$processes" train.py parallel=ddp "$@"
+case " $*" in *" parallel="* | *" experiment="*zero3*) how=() ;; *) how=(parallel=ddp) ;; esac
+exec torchrun --standalone --nproc_per_node "$processes" train.py "${how[@]}" "$@"

@@ -30,7 +30,7 @@ from sftx.runs import manifest
 from sftx.runs.begin import Data, Setting, open_trial
 from sftx.runs.effective import Effective
 from sftx.runs.end import Result, finish_trial, note_failure
-from sftx.runs.folder import RunFolder, RunLog
+from sftx.runs.folder import ONLY, RunFolder, RunLog
 from sftx.runs.metrics import SilentRecorder
 from sftx.training.loop import train
 from sftx.training.schedulers import warmup_length
@@ -67,7 +67,8 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
         command = command or manifest.command_line()
         setting = Setting(data, source, command, manifest.environment(), run_log)
         for trial in trials:
-            open_trial(trial, session, setting)
+            with trial.active(session):
+                open_trial(trial, session, setting)
         train(session, trials)
         return [finish_trial(trial, session) for trial in trials]
     except BaseException as error:
@@ -107,15 +108,16 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     data = Data(files, train_rows, eval_rows)
     numerics = build(config.precision).resolve(engine.device, effective)
     mode = build(config.mode)
-    base = load_base(
-        source,
-        dtype=mode.weights_dtype(numerics.dtype),
-        quantization=mode.quantization(numerics.dtype),
-        device=engine.device,
-    )
+    dtype = numerics.dtype if engine.sharded else mode.weights_dtype(numerics.dtype)
+    with engine.loading(dtype):
+        base = load_base(source, dtype=dtype, quantization=mode.quantization(numerics.dtype), device=engine.device)
     if isinstance(mode, Lora):
         base.requires_grad_(False)
-    model = AdaptedModel(base, gradient_checkpointing=config.gradient_checkpointing)
+    model = AdaptedModel(
+        base,
+        trained_dtype=numerics.dtype if engine.sharded else torch.float32,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
     session = Session(engine, model, numerics, template, train_rows.rows, eval_rows.rows, source.folder)
     return session, data, source
 
@@ -161,12 +163,14 @@ def _family_named(name: str) -> Family | None:
 def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: Effective, count_: int) -> Trial:
     """Build what belongs to one trial."""
     _seed(config.seed)
-    name = "default" if count_ == 1 else folder.path.name.replace(".", "_")
+    name = ONLY if count_ == 1 else folder.path.name.replace(".", "_")
     start = Path(config.adapter) if config.adapter else None
     adapter = session.model.add(name, build(config.mode), config.seed, start=start)
     steps = derive_steps(config, len(session.rows), session.engine.world_size)
     effective.settings |= {"steps": steps.total, "steps_per_epoch": steps.per_epoch, "steps_formula": steps.formula}
     _remark_on_warmup(config, steps, effective)
+    optimizer = build(config.optimizer).build(adapter.parameters, config.learning_rate, effective)
+    dtype = session.numerics.dtype
     return Trial(
         name=name,
         config=config,
@@ -179,9 +183,8 @@ def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: 
             config.seed,
         ),
         steps=steps,
-        optimizer=build(config.optimizer).build(adapter.parameters, config.learning_rate, effective),
+        stepper=session.engine.stepper(session.model, adapter, optimizer, dtype, config.max_grad_norm),
         schedule=build(config.scheduler),
-        scaler=torch.amp.GradScaler(session.engine.device.type, enabled=session.numerics.scales_loss),
         callbacks={n: build(node) for n, node in config.callback.items()},
         folder=folder,
         recorder=SilentRecorder(),

@@ -28,7 +28,7 @@ def test_half_precision_follows_fp32(make_config, captured, mode: str, precision
     half = make_config(f"mode={mode}", f"precision={precision}", "max_steps=5", output="half")
     run([half])
     assert captured.session.numerics.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    assert captured.trial.scaler.is_enabled() == (precision == "fp16")
+    assert captured.trial.stepper.scaler.is_enabled() == (precision == "fp16")
     assert captured.session.engine.device.type == "cuda"
     full = make_config(f"mode={mode}", "precision=fp32", "max_steps=5", output="full")
     run([full])
@@ -42,7 +42,7 @@ def test_an_overflow_lowers_the_scale_and_skips_the_step(
     config = make_config("mode=full", "precision=fp16", "max_steps=4", "learning_rate=1e-5")
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", _huge_scale(torch.amp.GradScaler.__init__))
     run([config])
-    assert captured.trial.scaler.get_scale() < 2.0**40
+    assert captured.trial.stepper.scaler.get_scale() < 2.0**40
     assert captured.trial.step == 4
 
 
@@ -57,8 +57,8 @@ def _huge_scale(init):
 def test_bitsandbytes_optimizers(make_config, captured, optimizer: str) -> None:
     config = make_config(f"optimizer={optimizer}", "max_steps=5")
     run([config])
-    assert type(captured.trial.optimizer).__module__.startswith("bitsandbytes")
-    assert captured.trial.optimizer.is_paged == optimizer.startswith("paged")
+    assert type(captured.trial.stepper.optimizer).__module__.startswith("bitsandbytes")
+    assert captured.trial.stepper.optimizer.is_paged == optimizer.startswith("paged")
     fallbacks = json.loads((Path(config.output_dir) / "manifest.json").read_text())["effective"]["fallbacks"]
     assert not [f for f in fallbacks if f["key"] == "optim"]
 

@@ -124,18 +124,20 @@ def test_per_device_train_batch_size(make_config, captured) -> None:
 
 
 def test_gradient_accumulation_steps(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sftx.parallel.single import SingleEngine
+    from sftx.parallel.whole import WholeStepper
 
     calls = []
-    backward = SingleEngine.backward
-    monkeypatch.setattr(SingleEngine, "backward", lambda self, loss: (calls.append(1), backward(self, loss)))
+    backward = WholeStepper.backward
+    monkeypatch.setattr(
+        WholeStepper, "backward", lambda self, loss, last: (calls.append(last), backward(self, loss, last=last))
+    )
     run([make_config("gradient_accumulation_steps=5", "max_steps=2")])
-    assert len(calls) == 10
+    assert calls == [False, False, False, False, True] * 2
 
 
 def test_learning_rate(make_config, captured) -> None:
     run([make_config("learning_rate=3e-5", "scheduler=constant")])
-    assert [g["lr"] for g in captured.trial.optimizer.param_groups] == [3e-5]
+    assert [g["lr"] for g in captured.trial.stepper.optimizer.param_groups] == [3e-5]
 
 
 def test_max_seq_length(make_config, captured) -> None:
@@ -248,7 +250,7 @@ def test_disable_tqdm(
 )
 def test_optim(make_config, captured, name: str, kind: type) -> None:
     run([make_config(f"optim={name}", "max_steps=1")])
-    assert type(captured.trial.optimizer) is kind
+    assert type(captured.trial.stepper.optimizer) is kind
 
 
 def test_seed(make_config, captured) -> None:

@@ -91,7 +91,7 @@ def test_full_trains_every_parameter(make_config, captured) -> None:
 
 
 def test_training_goes_on_from_an_adapter(make_config, captured) -> None:
-    """`adapter=` starts where that adapter ended, and the rank must be the same."""
+    """`adapter=` starts where that adapter ended, and rank and alpha must be the same."""
     from sftx.errors import ModelError
 
     first = make_config("mode=lora", output="first")
@@ -102,8 +102,9 @@ def test_training_goes_on_from_an_adapter(make_config, captured) -> None:
     run([second])
     for name, parameter in captured.trial.adapter.parameters.items():
         torch.testing.assert_close(parameter.detach(), ended[name], rtol=0, atol=1e-7)
-    with pytest.raises(ModelError, match="its rank is 8, but lora_rank=4"):
-        run([make_config("mode=lora", f"adapter={start}", "lora_rank=4", output="third")])
+    for typed in ("lora_rank=4", "lora_alpha=32"):
+        with pytest.raises(ModelError, match=f"it has rank 8 and alpha 16, but .*{typed}"):
+            run([make_config("mode=lora", f"adapter={start}", typed, output="third")])
 
 
 def test_keep_best_puts_the_best_state_into_final(make_config, captured) -> None:

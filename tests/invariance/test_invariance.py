@@ -112,6 +112,8 @@ def test_two_adapters_in_one_call_each_equal_their_own_run(make_config, one_thre
             for c in (t, a)
         ]
         assert evals[0] == evals[1]
+        logs = [(Path(c.output_dir) / "train.log").read_text() for c in (t, a)]
+        assert len({log.count(" step ") for log in logs}) == 1, "each log holds its own trial's messages"
 
 
 @pytest.mark.parametrize(

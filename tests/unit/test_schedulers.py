@@ -6,9 +6,11 @@ import math
 
 import pytest
 
+from sftx import PROJECT_ROOT
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked, options
 from sftx.training import schedulers as s
+from sftx.training.plot_schedules import svg
 
 CASES = [
     (s.Constant(), {0: 1, 50: 1, 99: 1}),
@@ -58,3 +60,8 @@ def test_every_option_has_warmup_but_constant(option: str) -> None:
         assert rates == [1.0] * 100
     else:
         assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+
+
+def test_the_picture_in_the_docs_is_current() -> None:
+    written = (PROJECT_ROOT / "docs/schedules.svg").read_text(encoding="utf-8")
+    assert written == svg(), "run: make docs"

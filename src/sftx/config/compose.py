@@ -50,6 +50,8 @@ class Request:
     overrides: list[str] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
     """The words after `train.py` as the user typed them."""
+    shown: str | None = None
+    """What `--cfg job` prints: it is composed already, and Hydra would take as long again."""
 
     def command(self) -> str:
         """Return the command, ready to be typed again."""
@@ -148,7 +150,8 @@ class _Preparation:
             values |= first_point(self.axes)
             flags = [f for f in flags if f not in ("-m", "--multirun")]
         overrides = [override_text(self._key_for_hydra(k, v), v) for k, v in values.items()]
-        request = Request(flags + overrides, notes, self.multirun and not line.shows, overrides, list(argv))
+        shown = _as_yaml(base, resolve="--resolve" in flags) if _shows_job(flags) else None
+        request = Request(flags + overrides, notes, self.multirun and not line.shows, overrides, list(argv), shown)
         return request, base
 
     def origin(self, key: str) -> str:
@@ -324,6 +327,19 @@ class _Preparation:
 
     def _at_hydra(self, key: str) -> str:
         return self.origin(f"hydra.{key}")
+
+
+def _shows_job(flags: list[str]) -> bool:
+    """True for `--cfg job` without flags that only Hydra knows, such as `--package`."""
+    words = [w for flag in flags for w in flag.split("=")]
+    return "job" in words and {"--cfg", "-c"} & {*words} != set() and {*words} <= {"--cfg", "-c", "job", "--resolve"}
+
+
+def _as_yaml(cfg: DictConfig, *, resolve: bool) -> str:
+    if resolve:
+        cfg = cfg.copy()
+        OmegaConf.resolve(cfg)
+    return OmegaConf.to_yaml(cfg)
 
 
 def _lenient_key(key: str, value: Any) -> str:

@@ -17,6 +17,7 @@ PRESENTATION = {
     "disable_tqdm", "logging_steps", "report_to", "tracker", "on_tracker_error", "callback", "resume",
     "save_steps", "save_strategy", "save_total_limit", "eval_steps", "dataloader_num_workers", "keep_best", "device",
 }  # fmt: skip
+MACHINES = {"parallel", "gradient_accumulation_steps"}
 LENGTH = {"num_train_epochs", "max_steps"}
 
 
@@ -59,10 +60,16 @@ def with_output_dir(config: TrainConfig, now: datetime) -> TrainConfig:
     return replace(config, output_dir=str(Path("outputs/runs") / f"{now:%Y-%m-%d}" / name))
 
 
-def identity(config: TrainConfig, data: Sequence[str], model: str, adapter: str | None) -> dict[str, Any]:
-    """Return what makes two runs the same: the config without paths, presentation and length, and the content."""
-    left_out = PATHS | PRESENTATION | LENGTH
+def identity(
+    config: TrainConfig, world_size: int, data: Sequence[str], model: str, adapter: str | None
+) -> dict[str, Any]:
+    """Return what makes two runs the same: the config without paths, presentation and length, and the content.
+
+    How many processes share a step's sequences does not matter, how many sequences make a step does.
+    """
+    left_out = PATHS | PRESENTATION | LENGTH | MACHINES
     values = {k: v for k, v in asdict(config).items() if k not in left_out}
+    values["sequences per step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
     return {"config": values, "data": list(data), "model": model, "adapter": adapter}
 
 

@@ -76,6 +76,9 @@ def _group(name: str, en: str, zh: str) -> Iterator[str]:
     others = [f"`{a}` = `{b}`" for a, b in OTHER_NAMES.get(name, {}).items()]
     if others:
         yield f"Other names: {', '.join(others)}."
+    if name == "scheduler":
+        yield ""
+        yield "![The factor of learning_rate over the steps of a run, with 10 % of warm-up](schedules.svg)"
     yield ""
     for option in options(name):
         yield f"- **`{option}`**: {_prose(file_of(name, option).comment())}"

@@ -100,6 +100,26 @@ def _checkpoint_to_resume(tree: Tree) -> str | None:
     return f"`resume`: found {resume!r}, wanted auto, never or the folder of a checkpoint.{hint}"
 
 
+def _splits(tree: Tree) -> bool:
+    return str(tree["parallel"].get("_target_", "")).endswith(".Zero3")
+
+
+@rule("parallel", "optim")
+def _splittable_optimizer(tree: Tree) -> str | None:
+    if not _splits(tree) or tree["optim"] in ("adamw", "sgd"):
+        return None
+    return (
+        f"`parallel=zero3` splits the optimizer's state value by value: "
+        f"found optim={tree['optim']}, wanted adamw or sgd."
+    )
+
+
+@rule("parallel", "train_mode")
+def _splittable_base(tree: Tree) -> str | None:
+    quantized = _splits(tree) and tree["train_mode"] == "qlora"
+    return "`parallel=zero3` cannot split a 4-bit base: use mode=lora, or parallel=ddp." if quantized else None
+
+
 @rule("parallel")
 def _one_process_or_more(tree: Tree) -> str | None:
     world = int(os.environ.get("WORLD_SIZE", "1"))

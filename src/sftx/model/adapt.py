@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,13 +100,20 @@ class Adapter:
 class AdaptedModel:
     """A base model and the adapters trained on it; full mode is one adapter that is the model itself."""
 
-    def __init__(self, base: Any, *, gradient_checkpointing: bool) -> None:
+    def __init__(self, base: Any, *, trained_dtype: torch.dtype, gradient_checkpointing: bool) -> None:
         self.module = base
+        self.forward: Callable[..., Any] | None = None
+        """What is called instead of the module, when an engine wraps it."""
+        self.trained_dtype = trained_dtype
         self.adapters: dict[str, Adapter] = {}
         self._targets: list[str] | None = None
         if gradient_checkpointing:
             with _quiet():
                 base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the forward pass."""
+        return (self.forward or self.module)(**inputs)
 
     @property
     def device(self) -> torch.device:
@@ -131,10 +139,9 @@ class AdaptedModel:
             parameters = {n: p for n, p in self.module.named_parameters() if f".{name}." in n and ".lora_" in n}
             adapter = Adapter(name, parameters, clock, config=config)
             self._initialise(adapter, seed, config.lora_dropout)
-            if start is not None:
-                load_adapter_weights(self.module, name, start)
-            for parameter in parameters.values():
-                parameter.data = parameter.data.float()
+            saved = read_adapter(start, adapter) if start is not None else {}
+            for key, parameter in parameters.items():
+                parameter.data = saved.get(key, parameter.data).to(parameter.device, self.trained_dtype)
                 parameter.requires_grad_(True)
         self.adapters[name] = adapter
         return adapter
@@ -175,12 +182,14 @@ class AdaptedModel:
 
     def facts(self) -> dict[str, int]:
         """Return the number of trained and of all parameters (a 4-bit weight counts as its values)."""
-        trained = sum(p.numel() for a in self.adapters.values() for p in a.parameters.values())
-        total = 0
-        for parameter in self.module.parameters():
-            state = getattr(parameter, "quant_state", None)
-            total += math.prod(state.shape) if state is not None else parameter.numel()
-        return {"trained_parameters": trained, "parameters": total}
+        trained = sum(size_of(p) for a in self.adapters.values() for p in a.parameters.values())
+        return {"trained_parameters": trained, "parameters": sum(map(size_of, self.module.parameters()))}
+
+
+def size_of(parameter: Any) -> int:
+    """Return the number of values of a parameter, also of one in 4 bits or split over ranks by DeepSpeed."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 @contextmanager
@@ -223,7 +232,7 @@ def linear_targets(model: Any) -> list[str]:
 
 
 def _parameter_count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(map(size_of, module.parameters()))
 
 
 def _saved_config(folder: Path, mode: Lora) -> Any:
@@ -232,31 +241,40 @@ def _saved_config(folder: Path, mode: Lora) -> Any:
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"adapter={folder}: holds no adapter_config.json, so it is not a LoRA adapter's folder.")
     config = LoraConfig.from_pretrained(folder)
-    if config.r != mode.rank:
+    if (config.r, config.lora_alpha) != (mode.rank, mode.alpha):  # another alpha would rescale what it has learned
         raise ModelError(
-            f"adapter={folder}: its rank is {config.r}, but lora_rank={mode.rank}. Type lora_rank={config.r} "
-            f"lora_alpha={config.lora_alpha:g} to go on with it."
+            f"adapter={folder}: it has rank {config.r} and alpha {config.lora_alpha:g}, but lora_rank={mode.rank} "
+            f"lora_alpha={mode.alpha:g}. Type lora_rank={config.r} lora_alpha={config.lora_alpha:g} to go on with it."
         )
+    if config.use_rslora != mode.use_rslora:
+        raise ModelError(f"adapter={folder}: it was trained with mode.use_rslora={str(config.use_rslora).lower()}.")
     config.lora_dropout = mode.dropout
-    config.lora_alpha = mode.alpha
     config.inference_mode = False
     return config
 
 
-def load_adapter_weights(module: Any, name: str, folder: Path) -> None:
-    """Put a saved adapter's weights into the model's adapter `name`.
+def read_adapter(folder: Path, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return a saved adapter's weights under their names in the model.
 
     Errors:
         ModelError: a tensor is missing, unknown, or of another shape.
     """
-    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        result = set_peft_model_state_dict(module, load_file(folder / "adapter_model.safetensors"), adapter_name=name)
-    except (RuntimeError, OSError) as error:
-        raise ModelError(f"{folder}: its adapter does not fit this model: {str(error).splitlines()[0]}") from error
-    missing = [k for k in result.missing_keys if f".{name}." in k and "lora_" in k]
-    if missing or result.unexpected_keys:
-        first = (missing or result.unexpected_keys)[0]
-        raise ModelError(f"{folder}: its adapter does not fit this model ({first}).")
+        saved = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: its adapter cannot be read: {error}") from error
+    found = {re.sub(r"\.(lora_[AB])\.weight$", rf".\1.{adapter.name}.weight", k): t for k, t in saved.items()}
+    shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in adapter.parameters.items()}
+    unfit = [n for n in shapes.keys() | found.keys() if n not in found or tuple(found[n].shape) != shapes.get(n)]
+    if unfit:
+        first = min(unfit)
+        there = f"shape {list(found[first].shape)}" if first in found else "nothing"
+        wanted = f"shape {list(shapes[first])}" if first in shapes else "nothing"
+        raise ModelError(
+            f"{folder}: its adapter does not fit this model: {len(unfit)} tensors differ, first {first}: "
+            f"found {there}, wanted {wanted}."
+        )
+    return found

@@ -11,14 +11,20 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from sftx.errors import ConfigError
-from sftx.parallel.engine import Engine, choose_device
+from sftx.parallel.engine import Engine, Stepper, choose_device
+from sftx.parallel.whole import WholeStepper
+
+if TYPE_CHECKING:
+    from sftx.model.adapt import AdaptedModel, Adapter
 
 BUCKET_ELEMENTS = 25 * 2**20
 """Gradients exchanged in one message (100 MB of fp32)."""
@@ -55,6 +61,8 @@ class Ddp:
 class DdpEngine:
     """One rank of several."""
 
+    sharded = False
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rank = dist.get_rank()
@@ -65,9 +73,15 @@ class DdpEngine:
         """True on rank 0."""
         return self.rank == 0
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add this rank's gradients; they are summed over ranks at the end of the step."""
-        loss.backward()
+    def loading(self, dtype: torch.dtype) -> AbstractContextManager[object]:
+        """Return a context that changes nothing: every rank holds the whole model."""
+        return nullcontext()
+
+    def stepper(
+        self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
+    ) -> Stepper:
+        """Return the stepper of whole parameters, whose gradients are summed over ranks."""
+        return WholeStepper(adapter.parameters, optimizer, dtype, max_grad_norm, self.sum_gradients, self.is_main)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum gradients over ranks, a bucket at a time; a rank without a gradient adds zeros."""

@@ -6,10 +6,50 @@ ranks; an engine therefore *sums* gradients over ranks, and never averages.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from sftx.model.adapt import AdaptedModel, Adapter
+
+Weights = dict[str, torch.Tensor]
+
+
+class Stepper(Protocol):
+    """Makes the optimizer steps of one adapter, and knows what must be kept to go on after one.
+
+    Optimizer, loss scaler and clipping belong to the adapter, not to the run.
+    """
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The factor that keeps fp16 gradients from vanishing; None without one."""
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradients of a micro-batch; `last` tells that a step follows."""
+
+    def step(self, learning_rate: float) -> float:
+        """Sum gradients over ranks, clip them, step; return their norm before clipping.
+
+        A gradient that is not finite changes nothing, and its norm is returned as it is.
+        """
+
+    def weights(self) -> Weights:
+        """Return the trained parameters, whole, on the main rank's CPU; every rank calls it, others get {}."""
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Set the trained parameters; every rank calls it."""
+
+    def state(self) -> tuple[Weights, dict[str, Any]]:
+        """Return optimizer tensors keyed `parameter|state`, and what fits JSON; as `weights` does."""
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
+        """Take back what `state` returned; every rank calls it."""
 
 
 class Engine(Protocol):
@@ -18,16 +58,21 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    sharded: bool
+    """Parameters are split over ranks: all ranks must run every forward pass together, and an
+    optimizer keeps fp32 copies of half-precision parameters."""
 
     @property
     def is_main(self) -> bool:
         """True on the rank that writes files."""
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a scalar loss."""
+    def loading(self, dtype: torch.dtype) -> AbstractContextManager[object]:
+        """Return the context in which a base is loaded that computes in `dtype`."""
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum the gradients of parameters over ranks, in place."""
+    def stepper(
+        self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
+    ) -> Stepper:
+        """Return what makes an adapter's steps; `max_grad_norm` 0 is no clipping."""
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor summed over ranks."""
@@ -53,5 +98,6 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise ConfigError("`device=cuda`: torch sees no GPU here. Use device=auto, or install torch's CUDA build.")
     if asked == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it finds it
         return torch.device("cpu")
     return torch.device("cuda", local_rank)

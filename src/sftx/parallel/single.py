@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 
-from sftx.parallel.engine import Engine, choose_device
+from sftx.parallel.engine import Engine, Stepper, choose_device
+from sftx.parallel.whole import WholeStepper
+
+if TYPE_CHECKING:
+    from sftx.model.adapt import AdaptedModel, Adapter
 
 
 @dataclass(frozen=True)
@@ -26,16 +31,20 @@ class SingleEngine:
     rank = 0
     world_size = 1
     is_main = True
+    sharded = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a scalar loss."""
-        loss.backward()
+    def loading(self, dtype: torch.dtype) -> AbstractContextManager[object]:
+        """Return a context that changes nothing."""
+        return nullcontext()
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Do nothing: the gradients are whole."""
+    def stepper(
+        self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
+    ) -> Stepper:
+        """Return the stepper of whole parameters; there is nothing to sum."""
+        return WholeStepper(adapter.parameters, optimizer, dtype, max_grad_norm)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor."""

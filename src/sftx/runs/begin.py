@@ -56,7 +56,8 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
     config, folder = trial.config, trial.folder
     data, source, effective = setting.data, setting.source, trial.effective
     content = [f.sha256 for f in data.files] + [str(config.max_train_rows)]
-    who = json.loads(json.dumps(identity(config, content, source.fingerprint(), _adapter_hash(config.adapter))))
+    world = session.engine.world_size
+    who = json.loads(json.dumps(identity(config, world, content, source.fingerprint(), _adapter_hash(config.adapter))))
     earlier = folder.earlier(who)
     resumed = _resume(trial, session, earlier)
     if not session.engine.is_main:
@@ -76,7 +77,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
             "attempts": [*(earlier or {}).get("attempts", []), attempt],
         },
     )
-    setting.run_log.to_file(folder.log)
+    setting.run_log.to_file(folder.log, trial.name)
     _remark_on_rows(data, folder, config, effective)
     if source.is_builtin:
         effective.remark(
@@ -115,8 +116,7 @@ def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> s
     said = [f"damaged, not used: {p}" for p in problems]
     if chosen is None:
         return "\n".join([*said, f"resume: {trial.folder.path} holds no checkpoint: starting from step 0"])
-    with session.model.using(trial.adapter.name):
-        trial.restore(checkpoint.load(chosen, session.model, trial.adapter, trial.optimizer))
+    trial.restore(checkpoint.load(chosen, session.model, trial.adapter, trial.stepper))
     return "\n".join([*said, f"resumed from {chosen} (step {trial.step} of {trial.steps.total})"])
 
 

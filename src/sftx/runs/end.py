@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftx.files import write_text
-from sftx.model.export import load_weights, save_final
+from sftx.model.export import read_weights, save_final
 from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
+from sftx.runs.folder import speaking
 from sftx.training import checkpoint
 from sftx.training.trial import Session, Trial
 
@@ -38,14 +39,17 @@ def finish_trial(trial: Trial, session: Session) -> Result:
     config = trial.config
     final_loss = trial.last_eval.loss if trial.last_eval else None
     chosen = trial.step
-    with session.model.using(trial.adapter.name):
+    with trial.active(session):
         if config.keep_best and trial.best_step is not None:
-            load_weights(session.model, trial.adapter, checkpoint.folder_of(trial.folder.checkpoints, trial.best_step))
+            best = checkpoint.folder_of(trial.folder.checkpoints, trial.best_step)
+            trial.stepper.load_weights(read_weights(session.model, trial.adapter, best))
             chosen, final_loss = trial.best_step, trial.best_loss
         before = trial.first_eval.loss if trial.first_eval else None
         result = Result(trial.folder.path, trial.step, before, final_loss, trial.stop_reason)
+        weights = trial.stepper.weights()
         if session.engine.is_main:
-            save_final(session.model, trial.adapter, session.template, trial.folder.final, session.base_folder)
+            final = trial.folder.final
+            save_final(session.model, trial.adapter, weights, session.template, final, session.base_folder)
             facts = {
                 "steps": result.steps,
                 "final_step": chosen,
@@ -90,4 +94,5 @@ def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException) 
     for trial in trials:
         if trial.folder.manifest:
             trial.folder.update(status="failed", error=f"{type(error).__name__}: {error}")
-            log.error("failed: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            with speaking(trial.name):
+                log.error("failed: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from sftx.files import check_writable, explained, write_json, write_text
 from sftx.runs.manifest import scrub
 
 MANIFEST = "manifest.json"
+ONLY = "default"
+"""Name of the trial of a run that has only one."""
 
 
 class RunFolder:
@@ -100,8 +105,28 @@ class TqdmHandler(logging.Handler):
         tqdm.write(self.format(record))
 
 
+_speaking: ContextVar[str | None] = ContextVar("speaking", default=None)
+
+
+@contextmanager
+def speaking(trial: str) -> Iterator[None]:
+    """Let the messages inside the block be those of one trial."""
+    token = _speaking.set(trial)
+    try:
+        yield
+    finally:
+        _speaking.reset(token)
+
+
+def _labelled(record: logging.LogRecord) -> bool:
+    """Put the speaking trial's name before its messages, when there are several trials."""
+    name = _speaking.get()
+    record.label = "" if name in (None, ONLY) else f"[{name}] "
+    return True
+
+
 class RunLog:
-    """The run's messages: on the terminal, and in `train.log` with the time."""
+    """The run's messages: on the terminal, and in each trial's `train.log` with the time."""
 
     def __init__(self, *, is_main: bool) -> None:
         self.logger = logging.getLogger("sftx")
@@ -109,14 +134,16 @@ class RunLog:
         self.logger.propagate = False
         self.close()
         self.terminal = TqdmHandler()
-        self.terminal.setFormatter(logging.Formatter("%(message)s"))
+        self.terminal.setFormatter(logging.Formatter("%(label)s%(message)s"))
+        self.terminal.addFilter(_labelled)
         self.logger.addHandler(self.terminal)
 
-    def to_file(self, path: Path) -> None:
-        """Write further messages to a file as well."""
+    def to_file(self, path: Path, trial: str) -> None:
+        """Write further messages to a trial's file as well, but not those of other trials."""
         with explained(path):
             handler = logging.FileHandler(path, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.addFilter(lambda record: _speaking.get() in (None, trial))
         self.logger.addHandler(handler)
 
     def close(self) -> None:

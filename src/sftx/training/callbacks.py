@@ -85,15 +85,16 @@ class GenerateSamples(Callback):
     def on_end(self, session: Session, trial: Trial) -> None:
         """Generate once more, unless the last step was evaluated."""
         if self.last_step != trial.step:
-            with session.model.using(trial.adapter.name):
-                self._generate(session, trial)
+            self._generate(session, trial)
 
     def _generate(self, session: Session, trial: Trial) -> None:
         self.last_step = trial.step
-        if not session.engine.is_main:
+        if not session.engine.is_main and not session.engine.sharded:
             return
         for prompt_ids in self._prompts(session):
             answer = generate(session, prompt_ids, self.max_new_tokens)
+            if not session.engine.is_main:
+                continue
             prompt = session.template.tokenizer.decode(prompt_ids)
             record = {"step": trial.step, "prompt": prompt, "answer": answer}
             append_line(trial.folder.path / "samples.jsonl", json.dumps(record, ensure_ascii=False))

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.optim import Optimizer
 
 from sftx.data.read import sha256_file
 from sftx.errors import CheckpointError
 from sftx.files import write_folder
 from sftx.model.adapt import AdaptedModel, Adapter
-from sftx.model.export import load_weights, save_weights
+from sftx.model.export import read_weights
+from sftx.parallel.engine import Stepper, Weights
 
 MANIFEST = "manifest.json"
 
@@ -45,17 +43,18 @@ def listed(root: Path) -> list[Path]:
 def save(
     root: Path,
     step: int,
-    model: AdaptedModel,
-    adapter: Adapter,
-    optimizer: Optimizer,
+    write_weights: Callable[[Path], None],
+    optimizer: tuple[Weights, dict[str, Any]],
     state: dict[str, Any],
-    base: Path,
 ) -> Path:
-    """Publish the checkpoint of a step."""
+    """Publish the checkpoint of a step; `optimizer` is what a stepper's `state` returned."""
+    from safetensors.torch import save_file
 
     def fill(into: Path) -> None:
-        save_weights(model, adapter, into, base)
-        _save_optimizer(optimizer, into)
+        tensors, rest = optimizer
+        write_weights(into)
+        save_file(tensors, into / "optimizer.safetensors")
+        (into / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
         (into / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         hashes = {str(p.relative_to(into)): sha256_file(p) for p in sorted(into.rglob("*")) if p.is_file()}
         (into / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2), encoding="utf-8")
@@ -112,46 +111,18 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def load(folder: Path, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer) -> dict[str, Any]:
+def load(folder: Path, model: AdaptedModel, adapter: Adapter, stepper: Stepper) -> dict[str, Any]:
     """Restore weights and optimizer from a checkpoint, and return its state.
 
     Errors:
         CheckpointError: it is damaged.
     """
+    from safetensors.torch import load_file
+
     problem = problem_of(folder)
     if problem:
         raise CheckpointError(f"{folder}: {problem}. Resume from another checkpoint, or remove it.")
-    load_weights(model, adapter, folder)
-    _load_optimizer(optimizer, folder, adapter.parameters)
+    stepper.load_weights(read_weights(model, adapter, folder))
+    rest = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    stepper.load_state(load_file(folder / "optimizer.safetensors"), rest)
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-
-
-def _save_optimizer(optimizer: Optimizer, folder: Path) -> None:
-    """Write state keyed `parameter name|state key`; what is no tensor goes into the JSON."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{name}|{key}"] = value.detach().cpu().contiguous().clone()
-                else:
-                    scalars.setdefault(name, {})[key] = value
-    save_file(tensors, folder / "optimizer.safetensors")
-    (folder / "optimizer.json").write_text(json.dumps({"scalars": scalars}), encoding="utf-8")
-
-
-def _load_optimizer(optimizer: Optimizer, folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    from safetensors.torch import load_file
-
-    optimizer.state.clear()
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
-        name, _, part = key.rpartition("|")
-        parameter = parameters[name]
-        optimizer.state[parameter][part] = tensor.to(parameter.device)
-    for name, values in json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["scalars"].items():
-        optimizer.state[parameters[name]].update(values)
-    if hasattr(optimizer, "initialized"):  # bitsandbytes fills its lookup tables at its first step
-        optimizer.initialized = False

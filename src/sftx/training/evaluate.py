@@ -56,10 +56,13 @@ def evaluate(
     number = {c: i for i, c in enumerate(categories)}
     sums_C2 = torch.zeros(len(categories), 2, dtype=torch.float64, device=engine.device)
     model.module.eval()
-    for indices in groups_by_length(rows, token_budget)[engine.rank :: engine.world_size]:
+    groups = groups_by_length(rows, token_budget)
+    if engine.sharded:  # every rank must take part in every forward pass
+        groups += [()] * (-len(groups) % engine.world_size)
+    for indices in groups[engine.rank :: engine.world_size]:
         batch = collate(rows, indices, pad_id)
         with numerics.autocast():
-            losses_N, rows_N = token_losses(model.module, batch, engine.device)
+            losses_N, rows_N = token_losses(model, batch, engine.device)
         place_B = torch.tensor([number[rows[i].category] for i in indices], device=engine.device)
         place_N = place_B[rows_N]
         sums_C2[:, 0].index_add_(0, place_N, losses_N.double())

@@ -17,6 +17,7 @@ import torch
 from sftx.data.loader import Batch, stream
 from sftx.errors import TrainingError
 from sftx.model.dropout import key_of
+from sftx.model.export import save_weights
 from sftx.training import checkpoint
 from sftx.training.evaluate import Evaluation, evaluate
 from sftx.training.loss import token_losses
@@ -34,18 +35,19 @@ def train(session: Session, trials: Sequence[Trial]) -> None:
             _start(session, trial)
         while running := [t for t in trials if not t.finished]:
             for trial in running:
-                with session.model.using(trial.adapter.name):
+                with trial.active(session):
                     _advance(session, trial)
                 progress.update(trial)
         for trial in trials:
-            for callback in trial.callbacks.values():
-                callback.on_end(session, trial)
+            with trial.active(session):
+                for callback in trial.callbacks.values():
+                    callback.on_end(session, trial)
 
 
 def _start(session: Session, trial: Trial) -> None:
     """Evaluate before the first step, and open the stream of batches where the trial stands."""
     config = trial.config
-    with session.model.using(trial.adapter.name):
+    with trial.active(session):
         if trial.step == 0 and trial.evaluates:
             _evaluate(session, trial)
         for callback in trial.callbacks.values():
@@ -84,27 +86,19 @@ def _step(session: Session, trial: Trial, batches: Sequence[Batch]) -> tuple[flo
     engine, config = session.engine, trial.config
     supervised = sum(session.rows[i].supervised_tokens for i in trial.plan.rows(trial.step))
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for batch in batches:
-        if not batch.rows:
+    for number, batch in enumerate(batches):
+        if not batch.rows and not engine.sharded:
             continue  # this rank has no rows left in a step that is smaller than the others
         _set_random_state(trial, batch.index)
         with session.numerics.autocast():
-            losses_N, _ = token_losses(session.model.module, batch, engine.device)
+            losses_N, _ = token_losses(session.model, batch, engine.device)
         loss = losses_N.sum()
-        engine.backward(trial.scaler.scale(loss / supervised))
+        trial.stepper.backward(loss / supervised, last=number == len(batches) - 1)
         loss_sum += loss.detach()
-    parameters = list(trial.adapter.parameters.values())
-    engine.sum_gradients(parameters)
-    trial.scaler.unscale_(trial.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf).item()
     loss_mean = engine.sum(loss_sum).item() / supervised
-    _stop_if_not_finite(session, trial, loss_mean, grad_norm)
     rate = config.learning_rate * trial.schedule.at(trial.step, trial.steps.total)
-    for group in trial.optimizer.param_groups:
-        group["lr"] = rate
-    trial.scaler.step(trial.optimizer)
-    trial.scaler.update()
-    trial.optimizer.zero_grad(set_to_none=True)
+    grad_norm = trial.stepper.step(rate)
+    _stop_if_not_finite(session, trial, loss_mean, grad_norm)
     window = trial.window
     window.loss += loss_mean * supervised
     window.supervised_tokens += supervised
@@ -122,12 +116,12 @@ def _set_random_state(trial: Trial, micro_batch: int) -> None:
 
 
 def _stop_if_not_finite(session: Session, trial: Trial, loss: float, grad_norm: float) -> None:
-    """Raise before a step that would destroy the weights.
+    """Raise after a step that was not made, so that nothing follows it.
 
     Errors:
         TrainingError: the loss is not finite, or a gradient is and no loss scaler will skip the step.
     """
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or trial.scaler.is_enabled()):
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or trial.stepper.loss_scale is not None):
         return
     rows = [session.rows[i].origin for i in trial.plan.rows(trial.step)]
     raise TrainingError(
@@ -150,19 +144,15 @@ def _record(session: Session, trial: Trial, grad_norm: float, rate: float) -> No
         "perf/tokens_per_second": window.tokens / seconds,
         "perf/supervised_tokens_per_second": window.supervised_tokens / seconds,
     }
-    if trial.scaler.is_enabled():
-        metrics["train/loss_scale"] = trial.scaler.get_scale()
+    if trial.stepper.loss_scale is not None:
+        metrics["train/loss_scale"] = trial.stepper.loss_scale
     trial.recorder.log(trial.step, metrics)
     log.info(
-        "%sstep %d/%d  loss %.4f  grad norm %.3f  rate %.2e  %s tokens/s",
-        _label(trial), trial.step, trial.steps.total, metrics["train/loss"], grad_norm, rate,
+        "step %d/%d  loss %.4f  grad norm %.3f  rate %.2e  %s tokens/s",
+        trial.step, trial.steps.total, metrics["train/loss"], grad_norm, rate,
         f"{metrics['perf/tokens_per_second']:,.0f}",
     )  # fmt: skip
     trial.window = Window()
-
-
-def _label(trial: Trial) -> str:
-    return "" if trial.name == "default" else f"[{trial.name}] "
 
 
 def _evaluate(session: Session, trial: Trial) -> bool:
@@ -181,7 +171,7 @@ def _evaluate(session: Session, trial: Trial) -> bool:
     trial.last_eval, trial.eval_step = result, trial.step
     improved = trial.best_loss is None or result.loss < trial.best_loss
     change = f" ({result.loss / trial.first_eval.loss - 1:+.1%} since the start)" if trial.step else ""
-    log.info("%sstep %d/%d  eval loss %.4f%s", _label(trial), trial.step, trial.steps.total, result.loss, change)
+    log.info("step %d/%d  eval loss %.4f%s", trial.step, trial.steps.total, result.loss, change)
     if trial.step == 0:
         return False
     if improved:
@@ -194,15 +184,14 @@ def _evaluate(session: Session, trial: Trial) -> bool:
 
 def _save(session: Session, trial: Trial) -> None:
     """Publish a checkpoint, then remove those beyond the limit."""
+    weights, optimizer = trial.stepper.weights(), trial.stepper.state()  # every rank gives its part
     if session.engine.is_main:
         checkpoint.save(
             trial.folder.checkpoints,
             trial.step,
-            session.model,
-            trial.adapter,
-            trial.optimizer,
+            lambda into: save_weights(session.model, trial.adapter, weights, into, session.base_folder),
+            optimizer,
             trial.state(),
-            session.base_folder,
         )
         best = trial.best_step if trial.config.keep_best else None
         checkpoint.rotate(trial.folder.checkpoints, trial.config.save_total_limit, best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from sftx.data.loader import IGNORE, Batch
 
 
-def token_losses(module: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(model: Callable[..., Any], batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cross entropy of each supervised token, fp32 [N], and the batch row it is in, [N].
 
     The head runs on positions that carry loss in at least one row, not on the prompt. No attention
@@ -19,7 +20,7 @@ def token_losses(module: Any, batch: Batch, device: torch.device) -> tuple[torch
     targets_BT = batch.targets_BT.to(device)
     learned_BT = targets_BT != IGNORE
     positions_P = learned_BT.any(dim=0).nonzero().flatten()
-    logits_BPV = module(input_ids=batch.ids_BT.to(device), logits_to_keep=positions_P, use_cache=False).logits
+    logits_BPV = model(input_ids=batch.ids_BT.to(device), logits_to_keep=positions_P, use_cache=False).logits
     learned_BP = learned_BT[:, positions_P]
     rows_N = learned_BP.nonzero()[:, 0]
     logits_NV = logits_BPV[learned_BP].float()

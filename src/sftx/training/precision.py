@@ -18,7 +18,6 @@ class Numerics:
 
     dtype: torch.dtype
     device: torch.device
-    scales_loss: bool
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context that the forward pass runs in."""
@@ -51,4 +50,4 @@ class Precision:
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             effective.settings["tf32"] = self.tf32
         effective.settings["compute_dtype"] = str(asked).removeprefix("torch.")
-        return Numerics(asked, device, scales_loss=asked == torch.float16)
+        return Numerics(asked, device)

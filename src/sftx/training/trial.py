@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.optim import Optimizer
 
 from sftx.config.derive import Steps
 from sftx.config.schema import TrainConfig
 from sftx.data.loader import Batch, Plan
 from sftx.data.template import ChatTemplate, Row
 from sftx.model.adapt import AdaptedModel, Adapter
-from sftx.parallel.engine import Engine
+from sftx.parallel.engine import Engine, Stepper
 from sftx.runs.effective import Effective
-from sftx.runs.folder import RunFolder
+from sftx.runs.folder import RunFolder, speaking
 from sftx.runs.metrics import Recorder
 from sftx.training.evaluate import Evaluation
 from sftx.training.precision import Numerics
@@ -66,9 +64,8 @@ class Trial:
     adapter: Adapter
     plan: Plan
     steps: Steps
-    optimizer: Optimizer
+    stepper: Stepper
     schedule: Schedule
-    scaler: torch.amp.GradScaler
     callbacks: dict[str, Any]
     folder: RunFolder
     recorder: Recorder
@@ -85,6 +82,12 @@ class Trial:
     stop_reason: str | None = None
     batches: Iterator[list[Batch]] = field(default_factory=lambda: iter(()))
     started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def active(self, session: Session) -> Iterator[None]:
+        """Let this trial's adapter be the active one inside the block, and the messages its own."""
+        with session.model.using(self.adapter.name), speaking(self.name):
+            yield
 
     @property
     def finished(self) -> bool:
@@ -119,7 +122,6 @@ class Trial:
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "eval_loss_before": self.first_eval.loss if self.first_eval else None,
-            "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state(),
             "callbacks": {n: c.state() for n, c in self.callbacks.items()},
         }
@@ -132,8 +134,6 @@ class Trial:
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
         if state["eval_loss_before"] is not None:
             self.first_eval = Evaluation(state["eval_loss_before"], {}, 0, 0.0)
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
         self.schedule.restore(state["schedule"])
         for name, callback in self.callbacks.items():
             if name in state["callbacks"]:

@@ -1,0 +1,250 @@
+"""ZeRO-3 (arXiv:1910.02054) by DeepSpeed: parameters, gradients and optimizer split over ranks; option `zero3`.
+
+Loss, gradient norm and weights equal those of one process. What is saved is whole and in the same
+files as any other run's, so a checkpoint may be gone on with on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from sftx.errors import ConfigError
+from sftx.parallel.ddp import DdpEngine
+from sftx.parallel.engine import Engine, Stepper, Weights, choose_device
+
+if TYPE_CHECKING:
+    from sftx.model.adapt import AdaptedModel, Adapter
+
+MASTER = "master"
+"""State key of the fp32 copy of a half-precision parameter."""
+STEP = "step"
+"""State key of AdamW's counter: one value for all parameters."""
+
+
+@dataclass(frozen=True)
+class Zero3:
+    """Several processes that share one model; `offload_*` keep what a GPU has no room for in host memory."""
+
+    offload_parameters: bool
+    offload_optimizer: bool
+    bucket_elements: int
+    timeout_seconds: int
+
+    def start(self, device: str) -> Engine:
+        """Join the process group that torchrun started, or be a group of one.
+
+        Errors:
+            ConfigError: DeepSpeed is not installed, or ranks are missing.
+        """
+        local = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # its kernels are not used: torch's optimizers are
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        from accelerate import PartialState
+
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ConfigError("`parallel=zero3` needs DeepSpeed: pip install -c constraints.txt deepspeed.") from error
+        if "RANK" not in os.environ:
+            os.environ |= _group_of_one()
+        PartialState(cpu=local.type == "cpu", timeout=datetime.timedelta(seconds=self.timeout_seconds))
+        deepspeed.init_distributed(dist_backend="gloo" if local.type == "cpu" else "nccl", verbose=False)
+        if dist.get_world_size() != int(os.environ["WORLD_SIZE"]):
+            raise ConfigError(
+                f"`parallel=zero3`: {dist.get_world_size()} ranks joined, {os.environ['WORLD_SIZE']} were started."
+            )
+        return Zero3Engine(local, self)
+
+
+def _group_of_one() -> dict[str, str]:
+    """Return torchrun's variables for a process that is alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {k: str(v) for k, v in alone.items()}
+
+
+class Zero3Engine(DdpEngine):
+    """One rank of several that hold a part of the model each."""
+
+    sharded = True
+
+    def __init__(self, device: torch.device, settings: Zero3) -> None:
+        super().__init__(device)
+        self.settings = settings
+        self.trained: Any = None
+
+    def config(self, dtype: torch.dtype, max_grad_norm: float = 0.0) -> dict[str, Any]:
+        """Return DeepSpeed's configuration; the loop owns accumulation, batches and the schedule."""
+        offload = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        zero: dict[str, Any] = {
+            "stage": 3,
+            "reduce_bucket_size": self.settings.bucket_elements,
+            "contiguous_gradients": True,
+        }
+        if self.settings.offload_parameters:
+            zero["offload_param"] = offload
+        if self.settings.offload_optimizer:
+            zero["offload_optimizer"] = offload
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_grad_norm,
+            "zero_optimization": zero,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+        }
+
+    @contextmanager
+    def loading(self, dtype: torch.dtype) -> Iterator[None]:
+        """Let transformers split each weight as it reads it: no rank ever holds the whole model."""
+        from transformers.integrations import HfDeepSpeedConfig
+
+        held = HfDeepSpeedConfig(self.config(dtype))  # transformers keeps a weak reference only
+        yield
+        del held
+
+    def stepper(
+        self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
+    ) -> Stepper:
+        """Let DeepSpeed split what is trained.
+
+        Errors:
+            ConfigError: there is a trial already: DeepSpeed trains one set of parameters a process.
+        """
+        import deepspeed
+
+        if self.trained is not None:
+            raise ConfigError("`parallel=zero3` trains one trial at a time: use parallel=ddp for several on one base.")
+        self.trained, *_ = deepspeed.initialize(
+            model=model.module,
+            optimizer=optimizer,
+            config=self.config(dtype, max_grad_norm),
+            dist_init_required=False,
+        )
+        model.forward = self.trained
+        return Zero3Stepper(self, self.trained, adapter.parameters, optimizer)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.trained is not None:
+            self.trained.destroy()
+        super().close()
+
+
+class Zero3Stepper:
+    """Steps what DeepSpeed has split; see `Stepper`."""
+
+    def __init__(
+        self, engine: Zero3Engine, trained: Any, parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
+    ) -> None:
+        self.engine, self.trained, self.parameters, self.optimizer = engine, trained, dict(parameters), optimizer
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The factor of DeepSpeed's fp16."""
+        return float(self.trained.optimizer.loss_scale) if self.trained.fp16_enabled() else None
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add and split the gradients; DeepSpeed's mean over ranks is made the sum that the loop wants."""
+        self.trained.set_gradient_accumulation_boundary(last)
+        self.trained.backward(loss * self.engine.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and step; DeepSpeed skips a step whose gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped = self.trained.skipped_steps
+        self.trained.step()
+        if self.trained.skipped_steps > skipped:
+            return float("nan")
+        return float(self.trained.get_global_grad_norm())
+
+    def weights(self) -> Weights:
+        """Gather the trained parameters one after the other."""
+        import deepspeed
+
+        out: Weights = {}
+        for name, parameter in self.parameters.items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.engine.is_main:
+                    out[name] = parameter.detach().cpu().clone()
+        return out
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Set the trained parameters and their fp32 copies."""
+        import deepspeed
+
+        for name, parameter in self.parameters.items():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if self.engine.is_main:
+                    parameter.copy_(weights[name])
+            self._set_own_part(parameter, weights[name])
+
+    def state(self) -> tuple[Weights, dict[str, Any]]:
+        """Gather the optimizer's state and the fp32 copies one parameter after the other."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        out: Weights = {}
+        first: Mapping[str, Any] = next(iter(self.optimizer.state.values()), {})
+        split = sorted(k for k, v in first.items() if isinstance(v, torch.Tensor) and v.ndim > 0)  # alike on all ranks
+        for name, parameter in self.parameters.items():
+            whole = {k: safe_get_full_optimizer_state(parameter, k) for k in split}
+            if STEP in first:
+                whole[STEP] = first[STEP]
+            if parameter.dtype != torch.float32:
+                whole[MASTER] = safe_get_full_fp32_param(parameter)
+            if self.engine.is_main:
+                out |= {f"{name}|{k}": v.detach().cpu().clone() for k, v in whole.items()}
+        return out, {"scalars": {}, "zero_scaler": self._scaler_numbers()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
+        """Give every rank its part of the optimizer's state."""
+        shared = {k.rpartition("|")[2]: t for k, t in tensors.items() if t.ndim == 0}
+        split = {k.rpartition("|")[2] for k, t in tensors.items() if t.ndim > 0} - {MASTER}
+        for flat in self.trained.optimizer.fp32_partitioned_groups_flat:  # empty before the first step
+            self.optimizer.state[flat] = {k: t.clone() for k, t in shared.items()}
+            self.optimizer.state[flat] |= {k: torch.zeros_like(flat) for k in split}
+        for name, parameter in self.parameters.items():
+            for key in split:
+                self._set_own_part(parameter, tensors[f"{name}|{key}"], key)
+            if f"{name}|{MASTER}" in tensors:
+                self._set_own_part(parameter, tensors[f"{name}|{MASTER}"])
+        if self.trained.fp16_enabled():
+            vars(self.trained.optimizer.loss_scaler).update(rest.get("zero_scaler", {}))
+
+    def _scaler_numbers(self) -> dict[str, float]:
+        if not self.trained.fp16_enabled():
+            return {}
+        return {k: v for k, v in vars(self.trained.optimizer.loss_scaler).items() if isinstance(v, int | float)}
+
+    def _set_own_part(self, parameter: Any, whole: torch.Tensor, key: str | None = None) -> None:
+        """Set this rank's part of a state, or of the fp32 copy; the last part is padded."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.numel()
+        start = size * self.engine.rank
+        part = torch.zeros(size)
+        own = whole.flatten()[start : start + size].float()
+        part[: own.numel()] = own
+        if key is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, key)
