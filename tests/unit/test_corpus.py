@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sftx import PROJECT_ROOT
 from sftx.data import corpus as corpus_module
 from sftx.data.corpus import Corpus, LoadedFile, find_file, split
-from sftx.data.read import Record
+from sftx.data.record import Record, pair
 from sftx.errors import DataError
 
 HEADER = "category,human,assistant"
@@ -220,7 +220,7 @@ def test_processes_may_convert_the_same_file_at_once(tmp_path: Path, cache: Path
 
 
 def rows(*prompts: tuple[str, str]) -> list[Record]:
-    return [Record(category, human, f"answer {i}", "f", i + 2, {}) for i, (category, human) in enumerate(prompts)]
+    return [pair(category, human, f"answer {i}", "f", i + 2, {}) for i, (category, human) in enumerate(prompts)]
 
 
 def distinct(**sizes: int) -> list[Record]:

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sftx.data.read import Record
+from sftx.data.record import Record, pair
 from sftx.data.template import TEMPLATES, ChatTemplate, Row, template_source
 from sftx.errors import ConfigError, DataError, ModelError
 from sftx.model.builtin import PATTERN, ensure_builtin
@@ -87,7 +87,7 @@ ROWS = [
 
 
 def record(human: str, assistant: str, line: int = 7) -> Record:
-    return Record("c", human, assistant, "corpus.csv", line, {})
+    return pair("c", human, assistant, "corpus.csv", line, {})
 
 
 def conversation(human: str, assistant: str) -> list[dict[str, str]]:

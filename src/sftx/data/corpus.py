@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sftx.data.read import Reading, Record, read_file, sha256_file
+from sftx.data.read import Reading, read_file, sha256_file
+from sftx.data.record import Record, pair
 from sftx.errors import DataError, nearest
 from sftx.files import cache_root, write_text
 
@@ -135,7 +136,7 @@ def _read_jsonl(jsonl: Path, origin: Path, lines: list[int]) -> list[Record]:
         for number, text in zip(lines, file, strict=True):
             row = json.loads(text)
             category, human, assistant = row.pop("category"), row.pop("human"), row.pop("assistant")
-            records.append(Record(category, human, assistant, str(origin), number, row))
+            records.append(pair(category, human, assistant, str(origin), number, row))
     return records
 
 

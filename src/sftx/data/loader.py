@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sftx.data.template import Row
+from sftx.data.rows import Row
 from sftx.model.dropout import key_of
 
 IGNORE = -100

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
+from sftx.data.record import Record, pair
 from sftx.errors import DataError, did_you_mean, nearest
 
 COLUMNS = ("category", "human", "assistant")
@@ -49,18 +50,6 @@ _FOREIGN_LETTER = re.compile(r"[^\W\x00-\x7f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Line and what is wrong there.
 Problems: TypeAlias = list[tuple[int, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One row; `line` (from 1) is where it begins, `extra` holds the other columns."""
-
-    category: str
-    human: str
-    assistant: str
-    file: str
-    line: int
-    extra: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -261,7 +250,7 @@ def _record(path: Path, line: int, cells: list[str], extra: dict[str, object], p
         if not cell.strip():
             state = "only white space" if cell else "empty"
             problems.append((line, f"the `{name}` of this row is {state}; fill it or delete the row"))
-    return Record(category, human, assistant, str(path), line, extra)
+    return pair(category, human, assistant, str(path), line, extra)
 
 
 def _quote_problem(error: csv.Error, line: int) -> str:

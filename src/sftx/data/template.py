@@ -15,55 +15,19 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sftx.data.read import Record
+from sftx.data.record import Record
+from sftx.data.rows import Encoding, Row
 from sftx.errors import ConfigError, DataError, ModelError, did_you_mean
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROBE = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
 """The conversation by which a template is tried out before any row is rendered."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record as tokens: `ids_T` int32, `supervised_T` bool (true where the token is learned)."""
-
-    ids_T: np.ndarray
-    supervised_T: np.ndarray
-    category: str
-    origin: str
-    """`file:line` of the record."""
-    full_length: int
-    """Tokens before truncation."""
-
-    @property
-    def truncated(self) -> bool:
-        """True when the end of the answer was cut off."""
-        return self.full_length > len(self.ids_T)
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Tokens that carry loss; the first token of a sequence never does, nothing predicts it."""
-        return int(self.supervised_T[1:].sum())
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """The rows of a corpus, and those that could not be used, as `file:line: reason`."""
-
-    rows: list[Row]
-    skipped: list[str]
-
-    @property
-    def truncated(self) -> list[Row]:
-        """The rows whose answer lost its end."""
-        return [r for r in self.rows if r.truncated]
 
 
 def template_source(name: str) -> str:
@@ -154,8 +118,8 @@ class ChatTemplate:
                 f"whole answer; raise max_seq_length to {len(prompt_ids) + len(answer_ids)} to use it"
             )
         ids = np.asarray(prompt_ids + answer_ids[:room], dtype=np.int32)
-        supervised = np.arange(len(ids)) >= len(prompt_ids)
-        return Row(ids, supervised, record.category, f"{record.file}:{record.line}", len(prompt_ids) + len(answer_ids))
+        weights = np.where(np.arange(len(ids)) >= len(prompt_ids), record.weight, 0.0).astype(np.float32)
+        return Row(ids, weights, record.category, record.origin, len(prompt_ids) + len(answer_ids))
 
     def encode_all(self, records: Sequence[Record], max_length: int) -> Encoding:
         """Encode a corpus.
@@ -167,7 +131,7 @@ class ChatTemplate:
         for record in records:
             row = self.encode(record, max_length)
             if isinstance(row, str):
-                skipped.append(f"{record.file}:{record.line}: {row}")
+                skipped.append(f"{record.origin}: {row}")
             else:
                 rows.append(row)
         if records and not rows:
@@ -182,7 +146,7 @@ class ChatTemplate:
         try:
             prompt, completion = self._rendered(messages)
         except ModelError as error:
-            raise ModelError(f"{record.file}:{record.line}: {error}") from error
+            raise ModelError(f"{record.origin}: {error}") from error
         answer = messages[-1]["content"]
         answer = answer if answer in completion else answer.strip()  # a template may trim it
         rest = completion.rpartition(answer)[2]  # all of it, when the template changed the answer

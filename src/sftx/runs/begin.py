@@ -15,7 +15,7 @@ from sftx.config.derive import identity
 from sftx.config.schema import TrainConfig
 from sftx.data.corpus import LoadedFile
 from sftx.data.read import sha256_file
-from sftx.data.template import Encoding
+from sftx.data.rows import Encoding
 from sftx.errors import ConfigError, ModelError
 from sftx.files import write_text
 from sftx.model.load import Source

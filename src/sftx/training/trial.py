@@ -16,7 +16,8 @@ from typing import Any
 from sftx.config.derive import Steps
 from sftx.config.schema import TrainConfig
 from sftx.data.loader import Batch, Plan
-from sftx.data.template import ChatTemplate, Row
+from sftx.data.rows import Row
+from sftx.data.template import ChatTemplate
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.parallel.engine import Engine, Stepper
 from sftx.runs.effective import Effective
