@@ -20,7 +20,7 @@ from sftx.config.derive import Steps, derive_steps, with_output_dir
 from sftx.config.options import component_of, family_of_type, options
 from sftx.config.schema import TrainConfig
 from sftx.data.corpus import Corpus, LoadedFile, split
-from sftx.data.loader import Plan
+from sftx.data.plan import Plan
 from sftx.errors import ConfigError, DataError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import Family
@@ -32,6 +32,7 @@ from sftx.runs.effective import Effective
 from sftx.runs.end import Result, finish_trial, note_failure
 from sftx.runs.folder import ONLY, RunFolder, RunLog
 from sftx.runs.metrics import SilentRecorder
+from sftx.training.documents import documents_leak
 from sftx.training.loop import train
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
@@ -64,6 +65,7 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
         effective = Effective(remarks=list(notes))
         session, data, source = _prepare(configs, engine, effective)
         trials = [_trial(c, f, session, effective.copy(), len(configs)) for c, f in zip(configs, folders, strict=True)]
+        session.flat = _laid_end_to_end(configs[0], session, trials)
         command = command or manifest.command_line()
         setting = Setting(data, source, command, manifest.environment(), run_log)
         for trial in trials:
@@ -166,7 +168,17 @@ def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: 
     name = ONLY if count_ == 1 else folder.path.name.replace(".", "_")
     start = Path(config.adapter) if config.adapter else None
     adapter = session.model.add(name, build(config.mode), config.seed, start=start)
-    steps = derive_steps(config, len(session.rows), session.engine.world_size)
+    world = session.engine.world_size
+    plan = Plan(
+        session.rows.lengths.tolist(),
+        config.batching,
+        config.max_seq_length,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        world,
+        config.seed,
+    )
+    steps = derive_steps(config, plan.unit_count, world)
     effective.settings |= {"steps": steps.total, "steps_per_epoch": steps.per_epoch, "steps_formula": steps.formula}
     _remark_on_warmup(config, steps, effective)
     optimizer = build(config.optimizer).build(adapter.parameters, config.learning_rate, effective)
@@ -175,13 +187,7 @@ def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: 
         name=name,
         config=config,
         adapter=adapter,
-        plan=Plan(
-            len(session.rows),
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            session.engine.world_size,
-            config.seed,
-        ),
+        plan=plan,
         steps=steps,
         stepper=session.engine.stepper(session.model, adapter, optimizer, dtype, config.max_grad_norm),
         schedule=build(config.scheduler),
@@ -190,6 +196,24 @@ def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: 
         recorder=SilentRecorder(),
         effective=effective,
     )
+
+
+def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> bool:
+    """Tell whether rows are laid end to end, which the model must prove to keep apart.
+
+    Errors:
+        ConfigError: rows were to be packed, and the model does not keep them apart.
+    """
+    if config.batching not in ("padding_free", "packed"):
+        return False
+    reason = documents_leak(session.model, session.numerics, session.engine.device)
+    if reason is None:
+        return True
+    if config.batching == "packed":
+        raise ConfigError(f"`batching=packed`: this model cannot keep rows apart: {reason}. Use batching=padded.")
+    for trial in trials:
+        trial.effective.fall_back("batching", "padding_free", "padded", f"this model cannot keep rows apart: {reason}")
+    return False
 
 
 def _seed(seed: int) -> None:

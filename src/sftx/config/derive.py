@@ -30,14 +30,15 @@ class Steps:
     formula: str
 
 
-def derive_steps(config: TrainConfig, rows: int, world_size: int) -> Steps:
-    """Return the run's steps: whole passes over the rows, unless `max_steps` says otherwise."""
+def derive_steps(config: TrainConfig, units: int, world_size: int) -> Steps:
+    """Return the run's steps: whole passes over the rows (or packs of them), unless `max_steps` says otherwise."""
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    per_epoch = -(-rows // (batch * accumulation * world_size))
+    per_epoch = -(-units // (batch * accumulation * world_size))
     total = per_epoch * config.num_train_epochs
     ranks = f" x {world_size} ranks" if world_size > 1 else ""
     epochs = f" x {config.num_train_epochs} epochs" if config.num_train_epochs > 1 else ""
-    formula = f"{rows} rows / ({batch} a batch x {accumulation} accumulated{ranks}) = {per_epoch} steps{epochs}"
+    word = "packs" if config.batching == "packed" else "rows"
+    formula = f"{units} {word} / ({batch} a batch x {accumulation} accumulated{ranks}) = {per_epoch} steps{epochs}"
     if config.num_train_epochs > 1:
         formula += f" = {total} steps"
     if config.max_steps is not None:

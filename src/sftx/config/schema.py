@@ -158,6 +158,12 @@ class TrainConfig:
         "final/ holds the checkpoint with the lowest eval loss instead of the last state",
         "final/ 保存评估损失最低的检查点，而不是最后的状态",
     )
+    batching: Literal["padding_free", "padded", "length_bucketed", "packed"] = knob(
+        "how rows make a micro-batch: padding_free lays them end to end, padded pads them, length_bucketed pads rows "
+        "of like length together, packed fills max_seq_length with several rows and so makes fewer steps of an epoch",
+        "样本如何组成微批次：padding_free 首尾相接不填充，padded 填充，length_bucketed 将长度相近的样本放在一起填充，"
+        "packed 将多个样本装满 max_seq_length（会减少每轮的步数）",
+    )
     device: Literal["auto", "cpu", "cuda"] = knob(
         "where to train; auto takes the GPU when there is one", "训练设备；auto 表示有 GPU 则用 GPU"
     )

@@ -1,17 +1,16 @@
-"""Rows to batches: which rows make which step is a pure function of (seed, epoch, step)."""
+"""Batches: how the rows of a micro-batch are laid out, and the stream of them."""
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sftx.data.plan import Plan
 from sftx.data.rows import Row
-from sftx.model.dropout import key_of
 
 IGNORE = -100
 """Target of a position that carries no loss, as torch's cross entropy spells it."""
@@ -19,84 +18,66 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: `ids_BT` int64, right-padded; `targets_BT` the next token where it is learned."""
+    """One micro-batch: rows padded to one width `[B, T]`, or laid end to end `[1, T]`.
+
+    `targets_BT` is the next token where it is learned and `weights_BT` what it weighs; `place_BT` says
+    which of `rows` a position belongs to. Laid end to end, `lengths` holds the rows' lengths and
+    `positions_BT` begins anew with each row.
+    """
 
     ids_BT: torch.Tensor
     targets_BT: torch.Tensor
+    weights_BT: torch.Tensor
+    place_BT: torch.Tensor
     rows: tuple[int, ...]
     """Indices of its rows in the corpus."""
     index: int
     """Its place among the micro-batches of the step, over all ranks."""
     tokens: int
     """Real tokens; padding is never counted."""
+    positions_BT: torch.Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+
+    def digest(self) -> str:
+        """Return a hash of tokens and targets, to compare two runs by."""
+        digest = hashlib.sha256()
+        for tensor in (self.ids_BT, self.targets_BT, self.weights_BT):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which rows make which optimizer step."""
-
-    row_count: int
-    batch_size: int
-    accumulation: int
-    world_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass; the last one of a pass may be smaller."""
-        return math.ceil(self.row_count / self.rows_per_step)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Sequences per optimizer step, over all ranks and micro-batches."""
-        return self.batch_size * self.accumulation * self.world_size
-
-    def rows(self, step: int) -> list[int]:
-        """Return the rows of a step (counted from 0)."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, self.row_count)
-        return order[within * self.rows_per_step : (within + 1) * self.rows_per_step]
-
-    def micro_batches(self, step: int) -> list[tuple[int, ...]]:
-        """Return the rows of each micro-batch of a step, over all ranks."""
-        rows = self.rows(step)
-        return [tuple(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
-
-    def share(self, step: int, rank: int) -> list[tuple[int, tuple[int, ...]]]:
-        """Return (index, rows) of one rank's micro-batches; every rank gets equally many, some without rows."""
-        micro = self.micro_batches(step)
-        each = math.ceil(len(micro) / self.world_size)
-        micro += [()] * (each * self.world_size - len(micro))
-        return [(i, micro[i]) for i in range(rank, len(micro), self.world_size)]
-
-
-@lru_cache(maxsize=8)
-def _order(seed: int, epoch: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(key_of(seed, epoch))
-    return torch.randperm(count, generator=generator).tolist()
-
-
-def collate(rows: Sequence[Row], indices: tuple[int, ...], pad_id: int, index: int = 0) -> Batch:
-    """Pad rows on the right and shift the targets; causal attention never looks at right padding."""
-    width = max((len(rows[i].ids_T) for i in indices), default=1)
-    ids_BT = torch.full((max(1, len(indices)), width), pad_id, dtype=torch.long)
-    targets_BT = torch.full_like(ids_BT, IGNORE)
-    for b, i in enumerate(indices):
-        row = rows[i]
-        ids_T = torch.from_numpy(row.ids_T.astype("int64"))
-        ids_BT[b, : len(ids_T)] = ids_T
-        next_T = ids_T[1:].masked_fill(~torch.from_numpy(row.supervised_T[1:]), IGNORE)
-        targets_BT[b, : len(next_T)] = next_T
-    return Batch(ids_BT, targets_BT, indices, index, sum(len(rows[i].ids_T) for i in indices))
+def collate(rows: Sequence[Row], indices: tuple[int, ...], *, flat: bool, pad_id: int, index: int = 0) -> Batch:
+    """Lay rows end to end (`flat`), or pad them on the right; a batch without rows is one token without loss."""
+    chosen = [rows[i] for i in indices]
+    lengths = [len(r.ids_T) for r in chosen] or [1]
+    total = sum(len(r.ids_T) for r in chosen)
+    shape = (1, sum(lengths)) if flat else (len(lengths), max(lengths))
+    ids = torch.full(shape, pad_id, dtype=torch.long)
+    targets = torch.full(shape, IGNORE, dtype=torch.long)
+    weights, place = torch.zeros(shape), torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(shape, dtype=torch.long) if flat else None
+    start = 0
+    for number, row in enumerate(chosen):
+        b, t, length = (0, start, len(row.ids_T)) if flat else (number, 0, len(row.ids_T))
+        here, before_last = slice(t, t + length), slice(t, t + length - 1)
+        ids_T, weights_T = torch.from_numpy(row.ids_T.astype("int64")), torch.from_numpy(row.weights_T.copy())
+        ids[b, here] = ids_T
+        targets[b, before_last] = ids_T[1:].masked_fill(weights_T[1:] <= 0, IGNORE)
+        weights[b, before_last] = weights_T[1:]
+        place[b, here] = number
+        if positions is not None:
+            positions[b, here] = torch.arange(length)
+        start += length
+    return Batch(ids, targets, weights, place, indices, index, total, positions, tuple(lengths) if flat else None)
 
 
 class _MicroBatches(Dataset[Batch]):
-    def __init__(self, rows: Sequence[Row], pad_id: int) -> None:
-        self.rows, self.pad_id = rows, pad_id
+    def __init__(self, rows: Sequence[Row], flat: bool, pad_id: int) -> None:
+        self.rows, self.flat, self.pad_id = rows, flat, pad_id
 
     def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> Batch:
         index, indices = item
-        return collate(self.rows, indices, self.pad_id, index)
+        return collate(self.rows, indices, flat=self.flat, pad_id=self.pad_id, index=index)
 
 
 class _Order(Sampler[tuple[int, tuple[int, ...]]]):
@@ -108,11 +89,19 @@ class _Order(Sampler[tuple[int, tuple[int, ...]]]):
 
 
 def stream(
-    rows: Sequence[Row], plan: Plan, *, rank: int, first_step: int, last_step: int, pad_id: int, workers: int
+    rows: Sequence[Row],
+    plan: Plan,
+    *,
+    rank: int,
+    first_step: int,
+    last_step: int,
+    flat: bool,
+    pad_id: int,
+    workers: int,
 ) -> Iterator[list[Batch]]:
     """Yield this rank's micro-batches of each step from `first_step` up to `last_step` (exclusive)."""
     loader = DataLoader(
-        _MicroBatches(rows, pad_id),
+        _MicroBatches(rows, flat, pad_id),
         sampler=_Order(plan, rank, first_step, last_step),
         batch_size=None,
         num_workers=workers,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from sftx.data.record import Record
-from sftx.data.rows import Encoding, Row
+from sftx.data.rows import Encoding, MemoryRows, Row
 from sftx.errors import ConfigError, DataError, ModelError, did_you_mean
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -136,7 +136,7 @@ class ChatTemplate:
                 rows.append(row)
         if records and not rows:
             raise DataError(f"no row can be learned from. The first of {len(skipped)}: {skipped[0]}")
-        return Encoding(rows, skipped)
+        return Encoding(MemoryRows(rows), skipped)
 
     def _texts(self, record: Record) -> tuple[str, str]:
         """Return the prompt and what the model shall say, up to and with the end of its turn."""

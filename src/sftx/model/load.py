@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftx.data.template import ChatTemplate, template_source
 from sftx.errors import ConfigError, ModelError
-from sftx.model import builtin
+from sftx.model import attention, builtin
 from sftx.model.family import Family
 from sftx.model.find import local_folder, missing_files, weight_files
 
@@ -186,7 +186,7 @@ def load_base(source: Source, *, dtype: torch.dtype, quantization: Any, device: 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention.register()}
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:

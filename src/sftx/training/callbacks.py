@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from sftx.data.loader import Batch
 from sftx.errors import ConfigError
 from sftx.files import append_line, write_text
 from sftx.training.evaluate import Evaluation
@@ -23,6 +25,9 @@ class Callback:
 
     def on_start(self, session: Session, trial: Trial) -> None:
         """Before the first step of this attempt."""
+
+    def on_batches(self, session: Session, trial: Trial, batches: Sequence[Batch]) -> None:
+        """Before the optimizer step that this rank's micro-batches make."""
 
     def on_step(self, session: Session, trial: Trial) -> None:
         """After an optimizer step; `trial.step` counts it."""
@@ -125,6 +130,25 @@ def generate(session: Session, prompt_ids: list[int], max_new_tokens: int) -> st
         )
     module.train()
     return session.template.tokenizer.decode(out_BT[0, len(prompt_ids) :], skip_special_tokens=True)
+
+
+@dataclass
+class LogBatches(Callback):
+    """Writes a hash of each micro-batch to `batches.jsonl`, so that two runs can be compared."""
+
+    def on_batches(self, session: Session, trial: Trial, batches: Sequence[Batch]) -> None:
+        """Write a line for each micro-batch of this rank."""
+        rank = session.engine.rank
+        name = "batches.jsonl" if session.engine.world_size == 1 else f"batches-rank{rank}.jsonl"
+        for batch in batches:
+            record = {
+                "step": trial.step + 1,
+                "micro_batch": batch.index,
+                "rows": [session.rows[i].origin for i in batch.rows],
+                "tokens": batch.tokens,
+                "sha256": batch.digest(),
+            }
+            append_line(trial.folder.path / name, json.dumps(record, ensure_ascii=False))
 
 
 @dataclass

@@ -58,6 +58,7 @@ def _start(session: Session, trial: Trial) -> None:
         rank=session.engine.rank,
         first_step=trial.step,
         last_step=trial.steps.total,
+        flat=session.flat,
         pad_id=session.pad_id,
         workers=config.dataloader_num_workers,
     )
@@ -67,6 +68,8 @@ def _advance(session: Session, trial: Trial) -> None:
     """Make one optimizer step, then what is due after it: a record, an evaluation, a checkpoint."""
     config = trial.config
     batches = next(trial.batches)
+    for callback in trial.callbacks.values():
+        callback.on_batches(session, trial, batches)
     grad_norm, rate = _step(session, trial, batches)
     trial.step += 1
     for callback in trial.callbacks.values():
@@ -84,25 +87,26 @@ def _step(session: Session, trial: Trial, batches: Sequence[Batch]) -> tuple[flo
     """Make one optimizer step; return the gradient norm before clipping and the learning rate."""
     started = time.perf_counter()
     engine, config = session.engine, trial.config
-    supervised = sum(session.rows[i].supervised_tokens for i in trial.plan.rows(trial.step))
+    rows = trial.plan.rows(trial.step)
+    weight = float(session.rows.loss_weights[rows].sum())
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches):
         if not batch.rows and not engine.sharded:
             continue  # this rank has no rows left in a step that is smaller than the others
         _set_random_state(trial, batch.index)
         with session.numerics.autocast():
-            losses_N, _ = token_losses(session.model, batch, engine.device)
-        loss = losses_N.sum()
-        trial.stepper.backward(loss / supervised, last=number == len(batches) - 1)
+            loss = token_losses(session.model, batch, engine.device).weighted_sum()
+        trial.stepper.backward(loss / weight, last=number == len(batches) - 1)
         loss_sum += loss.detach()
-    loss_mean = engine.sum(loss_sum).item() / supervised
+    loss_mean = engine.sum(loss_sum).item() / weight
     rate = config.learning_rate * trial.schedule.at(trial.step, trial.steps.total)
     grad_norm = trial.stepper.step(rate)
     _stop_if_not_finite(session, trial, loss_mean, grad_norm)
     window = trial.window
-    window.loss += loss_mean * supervised
-    window.supervised_tokens += supervised
-    tokens = sum(len(session.rows[i].ids_T) for i in trial.plan.rows(trial.step))
+    window.loss += loss_mean * weight
+    window.weight += weight
+    window.supervised_tokens += int(session.rows.supervised[rows].sum())
+    tokens = int(session.rows.lengths[rows].sum())
     window.tokens += tokens
     trial.tokens_seen += tokens
     window.seconds += time.perf_counter() - started
@@ -137,7 +141,7 @@ def _record(session: Session, trial: Trial, grad_norm: float, rate: float) -> No
     seconds = max(window.seconds, 1e-9)
     metrics = {
         "epoch": trial.step / trial.steps.per_epoch,
-        "train/loss": window.loss / max(window.supervised_tokens, 1),
+        "train/loss": window.loss / (window.weight or 1.0),
         "train/grad_norm": grad_norm,
         "train/learning_rate": rate,
         "train/tokens": trial.tokens_seen,
@@ -164,6 +168,7 @@ def _evaluate(session: Session, trial: Trial) -> bool:
         session.numerics,
         session.eval_rows,
         token_budget=config.max_seq_length * config.per_device_train_batch_size,
+        flat=session.flat,
         pad_id=session.pad_id,
     )
     trial.recorder.log(trial.step, result.metrics())

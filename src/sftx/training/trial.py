@@ -7,7 +7,7 @@ own optimizer, schedule, loss scaler, clipping, data order, metrics and run fold
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 
 from sftx.config.derive import Steps
 from sftx.config.schema import TrainConfig
-from sftx.data.loader import Batch, Plan
-from sftx.data.rows import Row
+from sftx.data.loader import Batch
+from sftx.data.plan import Plan
+from sftx.data.rows import Rows
 from sftx.data.template import ChatTemplate
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.parallel.engine import Engine, Stepper
@@ -36,9 +37,11 @@ class Session:
     model: AdaptedModel
     numerics: Numerics
     template: ChatTemplate
-    rows: Sequence[Row]
-    eval_rows: Sequence[Row]
+    rows: Rows
+    eval_rows: Rows
     base_folder: Path
+    flat: bool = False
+    """Rows are laid end to end instead of padded."""
 
     @property
     def pad_id(self) -> int:
@@ -51,6 +54,7 @@ class Window:
     """Sums since the last train-loss record."""
 
     loss: float = 0.0
+    weight: float = 0.0
     supervised_tokens: int = 0
     tokens: int = 0
     seconds: float = 0.0

@@ -1,0 +1,136 @@
+"""Which rows make which optimizer step: a pure function of (seed, step) and the rows' lengths.
+
+There is no state to save: a run that is resumed asks for its next step. Nothing depends on the
+number of loader processes, and ranks share a step without loss or repetition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from sftx.model.dropout import key_of
+
+Batching = Literal["padding_free", "padded", "length_bucketed", "packed"]
+BUCKET_STEPS = 32
+"""Optimizer steps whose rows `length_bucketed` sorts by length together."""
+
+
+@dataclass
+class Plan:
+    """The order of training.
+
+    A unit is what a micro-batch counts `batch_size` of: a row, or with `packed` several rows that
+    together fill `max_length` tokens.
+    """
+
+    lengths: Sequence[int] = field(repr=False)
+    """Tokens of each row."""
+    batching: Batching
+    max_length: int
+    batch_size: int
+    accumulation: int
+    world_size: int
+    seed: int
+    _epochs: dict[int, list[tuple[int, ...]]] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def unit_count(self) -> int:
+        """Units of one pass over the rows; the same in every epoch."""
+        return len(self._epoch(0))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass; the last one of a pass may be smaller."""
+        return math.ceil(self.unit_count / self.units_per_step)
+
+    @property
+    def units_per_step(self) -> int:
+        """Units of an optimizer step, over all ranks and micro-batches."""
+        return self.batch_size * self.accumulation * self.world_size
+
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of a step (counted from 0)."""
+        return [i for unit in self._units(step) for i in unit]
+
+    def micro_batches(self, step: int) -> list[tuple[int, ...]]:
+        """Return the rows of each micro-batch of a step, over all ranks."""
+        units = self._units(step)
+        groups = [units[i : i + self.batch_size] for i in range(0, len(units), self.batch_size)]
+        return [tuple(i for unit in group for i in unit) for group in groups]
+
+    def share(self, step: int, rank: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Return (index, rows) of one rank's micro-batches; every rank gets equally many, some without rows."""
+        micro = self.micro_batches(step)
+        each = math.ceil(len(micro) / self.world_size)
+        micro += [()] * (each * self.world_size - len(micro))
+        return [(i, micro[i]) for i in range(rank, len(micro), self.world_size)]
+
+    def waste(self) -> float:
+        """Return the share of a pack that stays empty, on average; 0 where rows are not packed."""
+        if self.batching != "packed":
+            return 0.0
+        return 1 - sum(self.lengths) / (self.unit_count * self.max_length)
+
+    def _units(self, step: int) -> list[tuple[int, ...]]:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[within * self.units_per_step : (within + 1) * self.units_per_step]
+
+    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
+        """Return the units of an epoch in their order; the last two asked for are kept."""
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:
+                self._epochs.pop(next(iter(self._epochs)))
+            self._epochs[epoch] = self._ordered(epoch)
+        return self._epochs[epoch]
+
+    def _ordered(self, epoch: int) -> list[tuple[int, ...]]:
+        generator = torch.Generator().manual_seed(key_of(self.seed, epoch))
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if self.batching == "packed":
+            packs = pack(order, self.lengths, self.max_length)
+            return [packs[i] for i in torch.randperm(len(packs), generator=generator).tolist()]
+        if self.batching == "length_bucketed":
+            order = _bucketed(order, self.lengths, self.units_per_step, generator)
+        return [(i,) for i in order]
+
+
+def _bucketed(order: list[int], lengths: Sequence[int], step_rows: int, generator: torch.Generator) -> list[int]:
+    """Sort by length within spans of some steps, then shuffle the steps; a last, smaller step stays last."""
+    span = BUCKET_STEPS * step_rows
+    spans = (order[i : i + span] for i in range(0, len(order), span))
+    ordered = [i for rows in spans for i in sorted(rows, key=lambda i: -lengths[i])]
+    steps = [ordered[i : i + step_rows] for i in range(0, len(ordered), step_rows)]
+    last = [steps.pop()] if len(steps[-1]) < step_rows else []
+    shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+    return [i for rows in shuffled + last for i in rows]
+
+
+def pack(order: Sequence[int], lengths: Sequence[int], max_length: int) -> list[tuple[int, ...]]:
+    """Fill packs of `max_length` tokens, longest rows first, each into the fullest pack that has room (best fit).
+
+    `order` decides among rows of equal length, so that epochs pack differently and equally well.
+    """
+    packs: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}
+    rooms = 0  # bit r is set when some pack has room for exactly r more tokens
+    for row in sorted(order, key=lambda i: -lengths[i]):
+        length = lengths[row]
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            number = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, number = max(max_length, length), len(packs)
+            packs.append([])
+        packs[number].append(row)
+        left = room - length
+        by_room.setdefault(left, []).append(number)
+        rooms |= 1 << left
+    return [tuple(p) for p in packs]
