@@ -26,7 +26,7 @@ from sftx.data.rows import Row
 from sftx.data.template import ChatTemplate
 from sftx.errors import SftxError
 
-BATCH = 256
+BATCH = 1000
 """Records that go to the template at a time, at most."""
 BATCH_LETTERS = 1 << 20
 """... and their letters: the next record waits when there are so many."""
