@@ -446,6 +446,23 @@ def test_a_template_that_cannot_be_made_elsewhere_is_said_at_once(
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("where", ["here", pytest.param("there", marks=pytest.mark.slow)])
+def test_what_cannot_be_sent_is_tokenised_here(
+    template: ChatTemplate, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    class Local(list[Record]):
+        """It has no name that another process could find it by."""
+
+    records: list[Record] = Local(corpus(40))
+    if where == "there":
+        named = type("Named", (list,), {"__module__": "__main__"})
+        monkeypatch.setattr(sys.modules["__main__"], "Named", named, raising=False)
+        records = named(records)
+    rows = open_rows(records, FILES, template, POLICY, workers=1)
+    assert all(same(a, b) for a, b in zip(rows, encoded(template, corpus(40))[0], strict=True))
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_an_interrupt_ends_all(template: ChatTemplate) -> None:
     before = descendants()
     Path(os.environ["SFTX_CACHE"]).mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import subprocess
@@ -18,6 +19,7 @@ from sftx.data.template import ChatTemplate
 from sftx.data.worker import Job, encode_chunk
 from sftx.errors import SftxError
 
+log = logging.getLogger("sftx")
 CHUNK = 1000
 """Records that a process is asked for at a time."""
 ALONE = 2000
@@ -49,9 +51,13 @@ def encode_blocks(
     chunks = [range(at, min(at + CHUNK, len(records))) for at in range(0, len(records), CHUNK)]
     job = Job.of(template, policy, records)
     count = worker_count(workers, len(records))
-    packed = _packed(job) if count else None
-    if packed is not None:
-        with closing(_Workers(packed, count)) as pool:
+    try:
+        pool = _Workers(job, count) if count else None
+    except _CannotLeaveError as error:
+        log.info("tokenising in this process, since another cannot be told what to do (%s)", error)
+        pool = None
+    if pool is not None:
+        with closing(pool):
             yield from pool.blocks(chunks)
         return
     own = job.template()
@@ -60,12 +66,15 @@ def encode_blocks(
             yield from encode_chunk(own, records, policy, chunk)
 
 
-def _packed(job: Job) -> bytes | None:
-    """Return a job as bytes; None for a tokenizer with parts that cannot leave this process."""
+class _CannotLeaveError(Exception):
+    """The tokenizer or the records cannot be sent to another process."""
+
+
+def _packed(job: Job) -> bytes:
     try:
         return pickle.dumps(job)
-    except Exception:  # noqa: BLE001 - tokenizers raises a plain Exception
-        return None
+    except Exception as error:
+        raise _CannotLeaveError(str(error)) from error
 
 
 @contextmanager
@@ -86,7 +95,8 @@ def _without_threads() -> Iterator[None]:
 class _Workers:
     """Processes that encode chunks of one corpus."""
 
-    def __init__(self, job: bytes, count: int) -> None:
+    def __init__(self, job: Job, count: int) -> None:
+        packed = _packed(job)
         pairs = [Pipe() for _ in range(count + 1)]
         self._control, *self._connections = (ours for ours, _ in pairs)
         theirs = [end.fileno() for _, end in pairs]
@@ -103,7 +113,7 @@ class _Workers:
         for _, end in pairs:
             end.close()
         try:
-            self._control.send_bytes(job)
+            self._control.send_bytes(packed)
             answer = self._control.recv()
         except (EOFError, OSError) as error:
             self.close()
@@ -113,7 +123,7 @@ class _Workers:
             raise
         if answer is not None:
             self.close()
-            raise answer
+            raise _CannotLeaveError(answer) if isinstance(answer, str) else answer
 
     def blocks(self, chunks: Sequence[range]) -> Iterator[Block]:
         """Yield the blocks of all chunks, in order."""

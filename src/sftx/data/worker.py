@@ -106,14 +106,21 @@ def main() -> None:
     """Load the tokenizer, fork a process for each connection but the first, and end with the first."""
     control, *ends = (Connection(int(word)) for word in sys.argv[1:])
     try:
-        job: Job = pickle.loads(control.recv_bytes())
-        template = job.template()
+        packed = control.recv_bytes()
     except EOFError:
         return
+    try:
+        job: Job = pickle.loads(packed)
+    except Exception as error:  # noqa: BLE001 - a class of the caller's own script, for example
+        control.send(f"{type(error).__name__}: {error}")
+        return
+    try:
+        template = job.template()
     except Exception as error:  # noqa: BLE001 - raised again where the job came from
         control.send(_portable(error))
         return
     control.send(None)
+    del packed
     gc.collect()
     gc.freeze()  # the collector would touch, and so copy, every page that is shared
     children = []
