@@ -1,0 +1,5 @@
+"""`python -m sftx` is `sftx`."""
+
+from sftx.cli import main
+
+main()

@@ -1,0 +1,52 @@
+"""`sftx`: what there is beside training. `sftx data cache ls`; every command: `sftx --help`.
+
+A command is a module of `sftx.commands` with a function `add(groups)`; it is listed in COMMANDS, and
+imports what is heavy only when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sftx import __version__
+from sftx.commands import data_cache
+from sftx.errors import reported
+
+GROUPS = {"data": "look at corpora, and at what is kept of them"}
+"""Words that stand before a command's own name."""
+COMMANDS = (data_cache,)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; the command chosen is its `run`."""
+    top = argparse.ArgumentParser(prog="sftx", description="Supervised fine-tuning; to train: python train.py.")
+    top.add_argument("--version", action="version", version=f"sftx {__version__}")
+    words = top.add_subparsers(required=True, metavar="|".join(GROUPS))
+    groups = {
+        name: words.add_parser(name, help=text).add_subparsers(required=True, metavar="COMMAND")
+        for name, text in GROUPS.items()
+    }
+    groups[""] = words  # for a command of one word
+    for command in COMMANDS:
+        command.add(groups)
+    return top
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command and return its exit code.
+
+    Errors:
+        SftxError: what the command's own errors are.
+    """
+    asked = parser().parse_args(words)
+    code: int = asked.run(asked)
+    sys.stdout.flush()
+    return code
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    with reported():
+        sys.exit(run(sys.argv[1:]))
