@@ -21,6 +21,7 @@ from sftx.config.options import component_of, family_of_type, options
 from sftx.config.schema import TrainConfig
 from sftx.data.corpus import Corpus, LoadedFile, split
 from sftx.data.loader import Plan
+from sftx.data.policy import EncodePolicy
 from sftx.errors import ConfigError, DataError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import Family
@@ -101,8 +102,9 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     files, records, held_out = _read(config)
     source = find_model(config.model_name_or_path)
     template = load_template(source, _family(config, source, effective), config.template_name, _family_named)
-    train_rows = template.encode_all(records, config.max_seq_length)
-    eval_rows = template.encode_all(held_out, config.max_seq_length)
+    policy = EncodePolicy(max_length=config.max_seq_length)
+    train_rows = template.encode_all(records, policy)
+    eval_rows = template.encode_all(held_out, policy)
     if held_out and not any(r.supervised_tokens for r in eval_rows.rows):
         raise DataError("no held-out row can be evaluated.")
     data = Data(files, train_rows, eval_rows)

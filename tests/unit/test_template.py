@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sftx.data.policy import EncodePolicy
 from sftx.data.record import Record, pair
 from sftx.data.template import TEMPLATES, ChatTemplate, Row, template_source
 from sftx.errors import ConfigError, DataError, ModelError
@@ -100,8 +101,13 @@ def qwen() -> ChatTemplate:
 
 
 def encoded(template: ChatTemplate, human: str, assistant: str, room: int = 10_000) -> Row:
-    row = template.encode(record(human, assistant), room)
-    assert isinstance(row, Row), row
+    rows = template.encode(record(human, assistant), EncodePolicy(room))
+    assert isinstance(rows, list), rows
+    assert (
+        template.encode_batch([record(human, assistant)], EncodePolicy(room))[0][0].ids_T.tolist()
+        == rows[0].ids_T.tolist()
+    )
+    (row,) = rows
     return row
 
 
@@ -211,7 +217,8 @@ def test_truncation_keeps_part_of_the_answer_or_skips_the_row() -> None:
     whole = encoded(qwen(), "Count to five", "one two three four five")
     prompt = int((~whole.supervised_T).sum())
     for length in range(prompt - 2, len(whole.ids_T) + 2):
-        row = qwen().encode(record("Count to five", "one two three four five"), length)
+        found = qwen().encode(record("Count to five", "one two three four five"), EncodePolicy(length))
+        row = found if isinstance(found, str) else found[0]
         if length <= prompt:
             assert isinstance(row, str)
             assert f"has {prompt} tokens" in row
@@ -230,7 +237,7 @@ def test_truncation_keeps_part_of_the_answer_or_skips_the_row() -> None:
 def test_skipped_and_cut_rows_name_their_file_and_line() -> None:
     short, long = record("q", "a", 2), record("word " * 50, "a", 3)
     cut = record("q", "word " * 50, 9)
-    encoding = qwen().encode_all([short, long, cut], 45)
+    encoding = qwen().encode_all([short, long, cut], EncodePolicy(45))
     assert [r.origin for r in encoding.rows] == ["corpus.csv:2", "corpus.csv:9"]
     assert [r.origin for r in encoding.truncated] == ["corpus.csv:9"]
     assert len(encoding.skipped) == 1
@@ -239,7 +246,7 @@ def test_skipped_and_cut_rows_name_their_file_and_line() -> None:
 
 def test_a_corpus_without_one_usable_row_is_an_error_with_the_line_and_the_length() -> None:
     with pytest.raises(DataError, match=r"no row can be learned from.*first of 2: corpus\.csv:4: .*raise max_seq_leng"):
-        qwen().encode_all([record("q", "a", 4), record("q", "a", 5)], 3)
+        qwen().encode_all([record("q", "a", 4), record("q", "a", 5)], EncodePolicy(3))
 
 
 def test_a_tokenizer_file_that_asks_for_truncation_and_padding_is_not_obeyed() -> None:
@@ -345,7 +352,7 @@ def test_a_row_for_which_the_template_is_not_stable_names_its_line() -> None:
     )
     template = ChatTemplate(byte_tokenizer("</s>", eos_token="</s>"), source, [])
     with pytest.raises(ModelError, match=r"corpus\.csv:7: the chat template renders another text"):
-        template.encode(record("odd", "x"), 100)
+        template.encode(record("odd", "x"), EncodePolicy(100))
 
 
 def test_a_template_that_cannot_render_is_refused_with_its_reason() -> None:
