@@ -12,6 +12,7 @@ import time
 
 from transformers import AutoTokenizer
 
+from sftx import PROJECT_ROOT
 from sftx.data.policy import EncodePolicy
 from sftx.data.record import Record, pair
 from sftx.data.template import ChatTemplate
@@ -19,13 +20,16 @@ from sftx.model.load import find_model
 
 
 def records(count: int) -> list[Record]:
-    """Make records of about 110 English words, each with other words."""
+    """Make records of about 160 tokens: words of the embedded corpus in another order each."""
+    with (PROJECT_ROOT / "data" / "aspcoder_train.csv").open(encoding="utf-8") as file:
+        words = [w for w in file.read().split() if w.isascii()]
     rng = random.Random(0)
-    letters = "etaoinshrdlu"
-    words = ["".join(rng.choices(letters, k=rng.randint(2, 8))) for _ in range(3000)]
-    weights = [1 / (i + 1) for i in range(len(words))]
-    text = lambda n: " ".join(rng.choices(words, weights, k=n))  # noqa: E731
-    return [pair("c", text(20) + "?", text(60) + ".", "a.csv", i, {}) for i in range(count)]
+
+    def text(length: int) -> str:
+        start = rng.randrange(len(words) - 8 * length)
+        return " ".join(words[start : start + 8 * length : rng.randint(1, 8)][:length])
+
+    return [pair("c", text(20), text(60), "a.csv", i, {}) for i in range(count)]
 
 
 def cpu() -> float:
@@ -34,7 +38,8 @@ def cpu() -> float:
 
 
 def main() -> None:
-    name, count = (sys.argv[1:] + ["qwen-tiny"])[0], int((sys.argv[2:] + ["100000"])[0])
+    name = sys.argv[1] if len(sys.argv) > 1 else "qwen-tiny"
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 100_000
     source = find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     template = ChatTemplate(tokenizer, tokenizer.chat_template, ["<|im_end|>", "<|endoftext|>"])

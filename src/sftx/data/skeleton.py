@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import nodes
 
 from sftx.data.render import Marks, Renderer
-from sftx.data.turns import Piece, Turn
+from sftx.data.turns import Piece
 
 FORBIDDEN = (nodes.Concat, nodes.Macro, nodes.FilterBlock, nodes.AssignBlock, nodes.Include, nodes.ImportedName)
 """Jinja constructs whose result is copied text: a later question about it would not be noticed."""
@@ -173,7 +173,7 @@ Parts = tuple[str | Slot, ...]
 class Skeleton:
     """The learned turns of all conversations of one shape, with slots for their texts."""
 
-    rows: list[list[tuple[Piece, Parts, Parts, Parts, Parts]]]
+    rows: list[list[tuple[Piece, Parts, Parts, Parts]]]
     questions: tuple[tuple[Slot, str, Any], ...]
 
     def fill(self, cells: Sequence[str]) -> list[list[Piece]] | None:
@@ -183,33 +183,28 @@ class Skeleton:
                 return None
         return [
             [
-                Piece(
-                    _fill(head, cells), _fill(tail, cells), _fill(joint, cells),
-                    piece.cut, piece.continues, piece.swallows, Turn(piece.turn.index, "", _fill(answer, cells)),
-                )
-                for piece, head, tail, joint, answer in row
+                Piece(_fill(head, cells), _fill(tail, cells), _fill(joint, cells), *piece[3:])
+                for piece, head, tail, joint in row
             ]
             for row in self.rows
-        ]  # fmt: skip
+        ]
 
 
 def _fill(parts: Parts, cells: Sequence[str]) -> str:
     if len(parts) == 1 and isinstance(parts[0], str):
         return parts[0]
-    return "".join([p if isinstance(p, str) else p.fill(cells) for p in parts])
+    return "".join([p if isinstance(p, str) else cells[p.number] if not p.trims else p.fill(cells) for p in parts])
 
 
 def skeleton(rows: Sequence[Sequence[Piece]], notes: Notes) -> Skeleton | None:
     """Return the skeleton of rendered pieces; None when a stand-in was changed, or parts of answers are marked."""
-    out = []
+    if any(piece.marks is not None for row in rows for piece in row):
+        return None
     try:
-        for row in rows:
-            if any(piece.turn.marks is not None for piece in row):
-                return None
-            out.append([(p, *(_parts(text, notes) for text in (p.head, p.tail, p.joint, p.turn.answer))) for p in row])
+        out = [[(p, _parts(p.head, notes), _parts(p.tail, notes), _parts(p.joint, notes)) for p in row] for row in rows]
     except Peeked:
         return None
-    return Skeleton(out, tuple(sorted(notes.questions, key=repr)))  # type: ignore[arg-type]
+    return Skeleton(out, tuple(sorted(notes.questions, key=repr)))
 
 
 def _parts(text: str, notes: Notes) -> Parts:

@@ -37,6 +37,8 @@ CHUNK = 2048
 TRIALS = 2
 """The first fillings of a skeleton are compared with what the template renders."""
 Pieces = list[list[Piece]]
+Weights = Sequence[float]
+PAIR = (0.0, 1.0)
 
 
 def template_source(name: str) -> str:
@@ -124,19 +126,20 @@ class ChatTemplate:
 
         Learned are the learned turns' tokens and the token that ends each; nothing else.
         """
-        weighed = _weighed(record, policy)
-        return self._fitted(weighed, policy, self._drafts(weighed))
+        weights = _weights(record, policy)
+        return self._fitted(record, weights, policy, self._drafts(record, weights))
 
     def encode_batch(self, records: Sequence[Record], policy: EncodePolicy) -> list[list[Row] | str]:
         """Return what `encode` returns for each record, faster."""
         out: list[list[Row] | str] = []
         for start in range(0, len(records), CHUNK):
-            weighed = [_weighed(r, policy) for r in records[start : start + CHUNK]]
-            found = [self._filled(r) for r in weighed]
+            chunk = records[start : start + CHUNK]
+            weights = [_weights(r, policy) for r in chunk]
+            found = [self._filled(r, w) for r, w in zip(chunk, weights, strict=True)]
             ids = self._tokenised(row for p in found if not isinstance(p, str) for row in p)
-            for record, rows in zip(weighed, found, strict=True):
-                drafts = rows if isinstance(rows, str) else self._drafted(record, rows, ids)
-                out.append(self._fitted(record, policy, drafts))
+            for record, weighed, rows in zip(chunk, weights, found, strict=True):
+                drafts = rows if isinstance(rows, str) else self._drafted(rows, weighed, ids)
+                out.append(self._fitted(record, weighed, policy, drafts))
         return out
 
     def encode_all(self, records: Sequence[Record], policy: EncodePolicy) -> Encoding:
@@ -155,19 +158,29 @@ class ChatTemplate:
             raise DataError(f"no row can be learned from. The first of {len(skipped)}: {skipped[0]}")
         return Encoding(rows, skipped)
 
-    def _fitted(self, record: Record, policy: EncodePolicy, drafts: list[Draft] | str) -> list[Row] | str:
+    def _fitted(
+        self, record: Record, weights: Weights, policy: EncodePolicy, drafts: list[Draft] | str
+    ) -> list[Row] | str:
         if isinstance(drafts, str):
             return drafts
-        return fit(drafts, record, policy, lambda m: self._drafts(replace(record, messages=tuple(m))))
+        if all(len(d) <= policy.max_length for d in drafts):
+            return [d.row(record) for d in drafts]
+        weighed = [replace(m, weight=w) for m, w in zip(record.messages, weights, strict=True)]
 
-    def _drafts(self, record: Record) -> list[Draft] | str:
+        def again(messages: Sequence[Message]) -> list[Draft] | str:
+            part = replace(record, messages=tuple(messages))
+            return self._drafts(part, [m.weight or 0.0 for m in messages])
+
+        return fit(drafts, replace(record, messages=tuple(weighed)), policy, again)
+
+    def _drafts(self, record: Record, weights: Weights) -> list[Draft] | str:
         """Return a record's rows at full length, from what the template renders of it."""
-        rows = self._rendered(record)
-        return rows if isinstance(rows, str) else self._drafted(record, rows, self._tokenised(rows))
+        rows = self._rendered(record, weights)
+        return rows if isinstance(rows, str) else self._drafted(rows, weights, self._tokenised(rows))
 
-    def _rendered(self, record: Record) -> Pieces | str:
+    def _rendered(self, record: Record, weights: Weights) -> Pieces | str:
         """Return the pieces of a record's rows."""
-        learned = [i for i, m in enumerate(record.messages) if m.role == "assistant" and m.weight]
+        learned = [i for i, weight in enumerate(weights) if weight]
         if not learned:
             return "none of its turns is learned: each has weight 0"
         if learned[0] == 0:
@@ -187,41 +200,47 @@ class ChatTemplate:
         turns = [reader.turn(messages, i) for i in learned]
         return [pieces(row, self._letters) for row in reader.rows(turns)]
 
-    def _filled(self, record: Record) -> Pieces | str:
+    def _filled(self, record: Record, weights: Weights) -> Pieces | str:
         """Return what `_rendered` does, from the skeleton of the conversation's shape where there is one."""
-        if not self._can_probe or record.tools or any(m.tool_calls or m.name for m in record.messages):
-            return self._rendered(record)
-        learned = tuple([m.role == "assistant" and bool(m.weight) for m in record.messages])
-        if not any(learned) or learned[0]:
-            return self._rendered(record)
-        shape = (learned, tuple([(m.role, bool(m.content), bool(m.reasoning)) for m in record.messages]))
-        if shape not in self._skeletons:
-            found = self._probed(*shape)
-            self._skeletons[shape] = (found, itertools.count()) if found else None
-        known = self._skeletons[shape]
-        guard = self._letters.guard
-        filled = known and known[0].fill([guard(t or "") for m in record.messages for t in (m.content, m.reasoning)])
+        cells: list[str] = []
+        shape: list[tuple[str, bool, bool, bool]] = []
+        for m, weight in zip(record.messages, weights, strict=True):
+            if m.tool_calls or m.name is not None:
+                return self._rendered(record, weights)
+            cells += (self._letters.guard(m.content), self._letters.guard(m.reasoning) if m.reasoning else "")
+            shape.append((m.role, bool(weight), bool(m.content), bool(m.reasoning)))
+        if not self._can_probe or record.tools:
+            return self._rendered(record, weights)
+        key = tuple(shape)
+        if key not in self._skeletons:
+            found = self._probed(key)
+            self._skeletons[key] = (found, itertools.count()) if found else None
+        known = self._skeletons[key]
+        filled = known and known[0].fill(cells)
         if not known or not filled:
-            return self._rendered(record)
-        if next(known[1]) < TRIALS and not _alike(filled, self._rendered(record)):
-            self._skeletons[shape] = None
-            return self._rendered(record)
+            return self._rendered(record, weights)
+        if next(known[1]) < TRIALS and filled != self._rendered(record, weights):
+            self._skeletons[key] = None
+            return self._rendered(record, weights)
         return filled
 
     @cached_property
     def _can_probe(self) -> bool:
         return can_probe(self._renderer)
 
-    def _probed(self, learned: Sequence[bool], shape: Sequence[tuple[str, bool, bool]]) -> Skeleton | None:
+    def _probed(self, shape: Sequence[tuple[str, bool, bool, bool]]) -> Skeleton | None:
         """Return the skeleton of a conversation's shape; None when the template looks into its texts."""
+        learned = [i for i, (_, is_learned, _, _) in enumerate(shape) if is_learned]
+        if not learned or learned[0] == 0:
+            return None
         probe = Probe(self._renderer)
         messages = []
-        for i, (role, has_content, has_reasoning) in enumerate(shape):
+        for i, (role, _, has_content, has_reasoning) in enumerate(shape):
             content = probe.notes.unknown(Slot(2 * i)) if has_content else ""
             reasoning = probe.notes.unknown(Slot(2 * i + 1)) if has_reasoning else ""
             messages.append(self._renderer.dict_of(role, content, reasoning))
         try:
-            rows = self._cut(self._reader(probe), messages, [i for i, yes in enumerate(learned) if yes])
+            rows = self._cut(self._reader(probe), messages, learned)
         except (Peeked, ModelError):
             return None
         except Exception:  # noqa: BLE001 - whatever a template does to an unknown text: it is rendered instead
@@ -246,7 +265,7 @@ class ChatTemplate:
             self._tails[text] = ids[text]
         return self._tails[text]
 
-    def _drafted(self, record: Record, rows: Pieces, ids: dict[str, list[int]]) -> list[Draft]:
+    def _drafted(self, rows: Pieces, weights: Weights, ids: dict[str, list[int]]) -> list[Draft]:
         """Put tokenised pieces together; a turn whose answer melts into its prompt ends a row."""
         drafts: list[Draft] = []
         for row in rows:
@@ -257,13 +276,12 @@ class ChatTemplate:
                 before = before + (head[1:] if piece.continues else head)
                 prompt = before + tail[1:] if piece.cut else before + tail
                 clean = joint[: len(tail)] == tail
-                if piece.swallows and piece.turn.answer[:1].isspace():
+                if piece.swallows and piece.answer[:1].isspace():
                     clean = False
-                answer = joint[len(tail) :] if clean else self._letters.apart(piece.turn.answer)
+                answer = joint[len(tail) :] if clean else self._letters.apart(piece.answer)
                 whole = prompt + answer
-                mask = None if piece.turn.marks is None else self._mask(piece, tail if clean else None)
-                weight = (record.messages[piece.turn.index].weight or 0.0) * record.weight
-                answers.append(Answer(len(prompt), len(whole), weight, mask, piece.turn.index))
+                mask = None if piece.marks is None else self._mask(piece, tail if clean else None)
+                answers.append(Answer(len(prompt), len(whole), weights[piece.message], mask, piece.message))
                 if clean:
                     before = whole
                 if not clean or piece is row[-1]:
@@ -273,7 +291,7 @@ class ChatTemplate:
 
     def _mask(self, piece: Piece, tail: list[int] | None) -> np.ndarray:
         """Return which of an answer's tokens the template marks for learning."""
-        marks, answer = piece.turn.marks or [], piece.turn.answer
+        marks, answer = piece.marks or [], piece.answer
         places = sorted({0, len(answer), *itertools.chain(*marks)})
         parts = [answer[a:b] for a, b in itertools.pairwise(places)]
         found, offsets, ends = self._letters.ends([piece.tail if tail else "\n", *parts])
@@ -287,19 +305,15 @@ class ChatTemplate:
         return np.array([any(a < end and start < b for a, b in spans) for start, end in offsets], dtype=bool)
 
 
-def _weighed(record: Record, policy: EncodePolicy) -> Record:
-    """Return a record whose messages each have a weight of their own."""
-    messages = record.messages
-    last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
+def _weights(record: Record, policy: EncodePolicy) -> Weights:
+    """Return what a token of each message weighs: 0 is not learned."""
+    if len(record.messages) == 2 and record.weight == 1.0:
+        asked, told = record.messages
+        if asked.role == "user" and told.role == "assistant" and told.weight is None:
+            return PAIR
+    last = max((i for i, m in enumerate(record.messages) if m.role == "assistant"), default=-1)
     out = []
-    for i, m in enumerate(messages):
-        usual = 1.0 if m.role == "assistant" and (policy.learn == "all" or i == last) else 0.0
-        out.append(m if m.weight is not None else Message(m.role, m.content, usual, m.reasoning, m.tool_calls, m.name))
-    return replace(record, messages=tuple(out))
-
-
-def _alike(filled: Pieces, rendered: Pieces | str) -> bool:
-    """True when a skeleton gave the pieces that the template renders."""
-    return not isinstance(rendered, str) and [
-        [(p.head, p.tail, p.joint, p.turn.answer, p.turn.marks) for p in row] for row in filled
-    ] == [[(p.head, p.tail, p.joint, p.turn.answer, p.turn.marks) for p in row] for row in rendered]
+    for i, m in enumerate(record.messages):
+        usual = 1.0 if m.weight is None and (policy.learn == "all" or i == last) else m.weight or 0.0
+        out.append(usual * record.weight if m.role == "assistant" else 0.0)
+    return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sftx.data.letters import Letters
 from sftx.data.render import Marks, Reader
@@ -35,8 +35,7 @@ class Turn:
         return self.prompt + self.answer
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A turn as the texts that are tokenised; each but the first begins with the control token before it.
 
     Control tokens cut a text cleanly: what stands between two is tokenised alike in any surroundings.
@@ -54,7 +53,15 @@ class Piece:
     """True when `head` begins with the control token that ended the turn before."""
     swallows: bool
     """True when the token before the answer takes white space behind it: an answer's own is not its to take."""
-    turn: Turn
+    message: int
+    """The turn's number in the conversation."""
+    marks: Marks | None
+    """The parts of the answer that the template marks for learning; None is all of it."""
+
+    @property
+    def answer(self) -> str:
+        """What is learned."""
+        return self.joint[len(self.tail) :]
 
 
 class TurnReader:
@@ -174,7 +181,9 @@ def pieces(row: Sequence[Turn], letters: Letters) -> list[Piece]:
             head, token, rest = "", last, between
         swallows = token in letters.swallowing and not rest.strip()
         tail = token + rest
-        out.append(Piece(head, tail, tail + turn.answer, bool(token), bool(last and head), swallows, turn))
+        out.append(
+            Piece(head, tail, tail + turn.answer, bool(token), bool(last and head), swallows, turn.index, turn.marks)
+        )
         done, last = turn.text, last_cut(turn.answer, letters.cuts)
     return out
 
