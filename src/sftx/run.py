@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,8 +21,13 @@ from sftx.build import build
 from sftx.config.derive import Steps, derive_steps, with_output_dir
 from sftx.config.options import component_of, family_of_type, options
 from sftx.config.schema import TrainConfig
+from sftx.data.cache import Names, RecordFile, open_rows
 from sftx.data.corpus import Corpus, LoadedFile, split
 from sftx.data.plan import Plan
+from sftx.data.policy import EncodePolicy
+from sftx.data.record import Record
+from sftx.data.store import MemoryRows, Rows
+from sftx.data.template import ChatTemplate
 from sftx.errors import ConfigError, DataError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import Family
@@ -103,9 +110,9 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     files, records, held_out = _read(config)
     source = find_model(config.model_name_or_path)
     template = load_template(source, _family(config, source, effective), config.template_name, _family_named)
-    train_rows = template.encode_all(records, config.max_seq_length)
-    eval_rows = template.encode_all(held_out, config.max_seq_length)
-    if held_out and not any(r.supervised_tokens for r in eval_rows.rows):
+    train_rows = _tokens(config, records, files[0], template)
+    eval_rows = _tokens(config, held_out, files[-1], template)
+    if len(held_out) and not eval_rows.supervised.any():
         raise DataError("no held-out row can be evaluated.")
     data = Data(files, train_rows, eval_rows)
     numerics = build(config.precision).resolve(engine.device, effective)
@@ -120,7 +127,7 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
         trained_dtype=numerics.dtype if engine.sharded else torch.float32,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    session = Session(engine, model, numerics, template, train_rows.rows, eval_rows.rows, source.folder)
+    session = Session(engine, model, numerics, template, train_rows, eval_rows, source.folder)
     return session, data, source
 
 
@@ -142,6 +149,16 @@ def _read(config: TrainConfig) -> tuple[list[LoadedFile], list[Any], list[Any]]:
             f"{train_file.path}: {len(records)} rows are too few to hold some out: set eval_ratio=0 or eval_file_name."
         )
     return [train_file], records, held_out
+
+
+def _tokens(config: TrainConfig, records: Sequence[Record], file: LoadedFile, template: ChatTemplate) -> Rows:
+    """Return the rows of some records of a file; they are tokenised once and kept."""
+    if not len(records):
+        return MemoryRows([])
+    policy = EncodePolicy(max_length=config.max_seq_length)
+    names = Names(file.path.name, config.model_name_or_path, config.template_name or "")
+    lines = hashlib.sha256(json.dumps([r.line for r in records]).encode()).hexdigest()
+    return open_rows(records, [RecordFile(str(file.path), file.sha256)], template, policy, selection=lines, names=names)
 
 
 def _family(config: TrainConfig, source: Source, effective: Effective) -> Family:

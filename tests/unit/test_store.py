@@ -71,7 +71,7 @@ def corpus(count: int, seed: int = 0) -> list[Record]:
 
 def encoded(template: ChatTemplate, records: list[Record], max_length: int = 64) -> tuple[list[Row], list[str]]:
     """Return the rows and the reasons that `encode_batch` alone gives."""
-    found = worker.encode_batch(template, records, EncodePolicy(max_length))
+    found = template.encode_batch(records, EncodePolicy(max_length))
     rows = [row for rows in found if not isinstance(rows, str) for row in rows]
     return rows, [f"{r.origin}: {why}" for r, why in zip(records, found, strict=True) if isinstance(why, str)]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sftx.data.cache import RecordFile, open_rows
+from sftx.data.policy import EncodePolicy
 from sftx.data.record import Record, pair
 from sftx.data.template import TEMPLATES, ChatTemplate, Row, template_source
 from sftx.errors import ConfigError, DataError, ModelError
@@ -100,8 +103,13 @@ def qwen() -> ChatTemplate:
 
 
 def encoded(template: ChatTemplate, human: str, assistant: str, room: int = 10_000) -> Row:
-    row = template.encode(record(human, assistant), room)
-    assert isinstance(row, Row), row
+    rows = template.encode(record(human, assistant), EncodePolicy(room))
+    assert isinstance(rows, list), rows
+    assert (
+        template.encode_batch([record(human, assistant)], EncodePolicy(room))[0][0].ids_T.tolist()
+        == rows[0].ids_T.tolist()
+    )
+    (row,) = rows
     return row
 
 
@@ -211,7 +219,8 @@ def test_truncation_keeps_part_of_the_answer_or_skips_the_row() -> None:
     whole = encoded(qwen(), "Count to five", "one two three four five")
     prompt = int((~whole.supervised_T).sum())
     for length in range(prompt - 2, len(whole.ids_T) + 2):
-        row = qwen().encode(record("Count to five", "one two three four five"), length)
+        found = qwen().encode(record("Count to five", "one two three four five"), EncodePolicy(length))
+        row = found if isinstance(found, str) else found[0]
         if length <= prompt:
             assert isinstance(row, str)
             assert f"has {prompt} tokens" in row
@@ -227,19 +236,24 @@ def test_truncation_keeps_part_of_the_answer_or_skips_the_row() -> None:
             assert row.full_length == len(whole.ids_T)
 
 
-def test_skipped_and_cut_rows_name_their_file_and_line() -> None:
+FILES = [RecordFile("corpus.csv", "0")]
+
+
+def test_skipped_and_cut_rows_name_their_file_and_line(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SFTX_CACHE", str(tmp_path))
     short, long = record("q", "a", 2), record("word " * 50, "a", 3)
     cut = record("q", "word " * 50, 9)
-    encoding = qwen().encode_all([short, long, cut], 45)
-    assert [r.origin for r in encoding.rows] == ["corpus.csv:2", "corpus.csv:9"]
-    assert [r.origin for r in encoding.truncated] == ["corpus.csv:9"]
-    assert len(encoding.skipped) == 1
-    assert encoding.skipped[0].startswith("corpus.csv:3: its prompt alone has ")
+    rows = open_rows([short, long, cut], FILES, qwen(), EncodePolicy(45))
+    assert [r.origin for r in rows] == ["corpus.csv:2", "corpus.csv:9"]
+    assert [rows.origin(i) for i in rows.truncated] == ["corpus.csv:9"]
+    assert len(rows.skipped) == 1
+    assert str(rows.skipped[0]).startswith("corpus.csv:3: its prompt alone has ")
 
 
-def test_a_corpus_without_one_usable_row_is_an_error_with_the_line_and_the_length() -> None:
+def test_a_corpus_without_one_usable_row_is_an_error_with_the_line_and_the_length(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SFTX_CACHE", str(tmp_path))
     with pytest.raises(DataError, match=r"no row can be learned from.*first of 2: corpus\.csv:4: .*raise max_seq_leng"):
-        qwen().encode_all([record("q", "a", 4), record("q", "a", 5)], 3)
+        open_rows([record("q", "a", 4), record("q", "a", 5)], FILES, qwen(), EncodePolicy(3))
 
 
 def test_a_tokenizer_file_that_asks_for_truncation_and_padding_is_not_obeyed() -> None:
@@ -345,7 +359,7 @@ def test_a_row_for_which_the_template_is_not_stable_names_its_line() -> None:
     )
     template = ChatTemplate(byte_tokenizer("</s>", eos_token="</s>"), source, [])
     with pytest.raises(ModelError, match=r"corpus\.csv:7: the chat template renders another text"):
-        template.encode(record("odd", "x"), 100)
+        template.encode(record("odd", "x"), EncodePolicy(100))
 
 
 def test_a_template_that_cannot_render_is_refused_with_its_reason() -> None:

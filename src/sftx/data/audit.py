@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from sftx.config.derive import propose_length
-from sftx.data.choose import Facts, conflicts, exact_duplicates, near_duplicates, shingles
+from sftx.data.choose import Facts, conflicts, exact_duplicates, near_duplicates
 from sftx.data.record import Record
-from sftx.data.rows import Rows
+from sftx.data.store import Rows
 
 SHARE = 0.99
 """The share of rows that the proposed `max_seq_length` covers."""
@@ -74,7 +74,13 @@ class Audit:
 
 
 def audit(
-    records: Sequence[Record], facts: Facts, rows: Rows, max_seq_length: int, *, held_out: Sequence[Record] = (), near: float | None = None
+    records: Sequence[Record],
+    facts: Facts,
+    rows: Rows,
+    max_seq_length: int,
+    *,
+    held_out: Sequence[Record] = (),
+    near: float | None = None,
 ) -> Audit:
     """Look a corpus through; `near` is the likeness from which rows are near-duplicates, None does not look."""
     repeated = dict(exact_duplicates(facts, records))
@@ -98,10 +104,12 @@ def audit(
 def lengths_of(full_lengths: np.ndarray, max_seq_length: int) -> Lengths:
     """Return the distribution of the rows' lengths."""
     ordered = np.sort(full_lengths)
-    at = [int(ordered[min(len(ordered) - 1, int(share * len(ordered)))]) for share in (0.5, 0.9, 0.99)]
+    median, p90, p99 = (int(ordered[min(len(ordered) - 1, int(share * len(ordered)))]) for share in (0.5, 0.9, 0.99))
     proposed = propose_length(ordered.tolist(), SHARE)
     return Lengths(
-        *at,
+        median,
+        p90,
+        p99,
         longest=int(ordered[-1]),
         max_seq_length=max_seq_length,
         covered=float((ordered <= max_seq_length).mean()),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 
@@ -41,59 +38,3 @@ class Row:
     def loss_weight(self) -> float:
         """The sum of the weights of the tokens that carry loss."""
         return float(self.weights_T[1:].sum(dtype=np.float64))
-
-
-class Rows(Sequence[Row]):
-    """A corpus of rows, which may lie on disk, with what a plan must know of each without reading it."""
-
-    lengths: np.ndarray
-    """Tokens of each row, int32."""
-    loss_weights: np.ndarray
-    """`loss_weight` of each row, float64."""
-    supervised: np.ndarray
-    """`supervised_tokens` of each row, int32."""
-
-    @abstractmethod
-    def row(self, index: int) -> Row:
-        """Return one row; `index` is not negative."""
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self.row(i) for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self.row(index % len(self))
-
-
-class MemoryRows(Rows):
-    """Rows held in memory."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = list(rows)
-        self.lengths = np.array([len(r.ids_T) for r in rows], dtype=np.int32)
-        self.loss_weights = np.array([r.loss_weight for r in rows], dtype=np.float64)
-        self.supervised = np.array([r.supervised_tokens for r in rows], dtype=np.int32)
-
-    def row(self, index: int) -> Row:
-        """Return one row."""
-        return self._rows[index]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """The rows of a corpus, and those that could not be used, as `file:line: reason`."""
-
-    rows: MemoryRows
-    skipped: list[str]
-
-    @property
-    def truncated(self) -> list[Row]:
-        """The rows that lost tokens."""
-        return [r for r in self.rows if r.truncated]

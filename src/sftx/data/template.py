@@ -1,33 +1,44 @@
-"""Records to token ids and the mask of what is learned.
+"""Records to token ids and to what each token weighs in the loss.
 
 The text is what the chat template renders. It is tokenised as inference would tokenise it: the
 template's control tokens become control tokens, the same letters inside a cell stay letters, and
-the answer is tokenised apart from the prompt, because at inference the prompt ends there.
+an answer's first token is a token of its own, because at inference the prompt ends there.
 
-Two spellings keep letters and control tokens apart, both with a random part that no text can hold:
-while the template renders, a control token inside a cell has a stand-in; and where there was one,
-the text is tokenised by a copy of the tokenizer in which the true control tokens have other names.
+`encode` renders a record; `encode_batch` gives the same rows, but renders each shape of conversation
+once where the template allows it, and tokenises many texts at a time.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import secrets
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sftx.data.record import Record
-from sftx.data.rows import Encoding, MemoryRows, Row
-from sftx.errors import ConfigError, DataError, ModelError, did_you_mean
+from sftx.data.fit import Answer, Draft, fit
+from sftx.data.letters import Letters
+from sftx.data.policy import EncodePolicy
+from sftx.data.record import Message, Record
+from sftx.data.render import Conversation, Renderer
+from sftx.data.rows import Row
+from sftx.data.skeleton import Peeked, Probe, Skeleton, Slot, can_probe, skeleton
+from sftx.data.spans import Piece, TurnReader, pieces
+from sftx.errors import ConfigError, ModelError, did_you_mean
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROBE = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
 """The conversation by which a template is tried out before any row is rendered."""
+CHUNK = 2048
+"""Records encoded at a time."""
+TRIALS = 2
+"""The first fillings of a skeleton are compared with what the template renders."""
+Pieces = list[list[Piece]]
+Weights = Sequence[float]
+PAIR = (0.0, 1.0)
 
 
 def template_source(name: str) -> str:
@@ -57,161 +68,236 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, source: str, stop_tokens: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.source = source
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()  # a tokenizer.json may ask for it, or for padding
-        backend.no_padding()
-        backend.encode_special_tokens = False
-        added = {t.content: t.special for t in tokenizer.added_tokens_decoder.values()}
+        added = {t.content for t in tokenizer.added_tokens_decoder.values()}
         self.stop_tokens = [t for t in dict.fromkeys(stop_tokens) if t in added]
         if not self.stop_tokens and tokenizer.eos_token is not None:
             self.stop_tokens = [tokenizer.eos_token]
-        self._control = [t for t, special in added.items() if special or t in self.stop_tokens]
-        longest_first = sorted(self._control, key=len, reverse=True)
-        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        nonce = secrets.token_hex(8)
-        self._stand_ins = {t: f"\ue000{nonce}.{i}\ue001" for i, t in enumerate(self._control)}
-        self._stand_in_pattern = re.compile(f"\ue000{nonce}\\.([0-9]+)\ue001")
-        self._aliases = {t: f"\ue002{nonce}.{i}\ue003" for i, t in enumerate(self._control)}
+        self._letters = Letters(tokenizer, self.stop_tokens)
+        self._renderer = Renderer(tokenizer, source)
+        self._skeletons: dict[Any, tuple[Skeleton, itertools.count[int]] | None] = {}
+        self._tails: dict[str, list[int]] = {}
         self._adopt_end_token()
 
     def _adopt_end_token(self) -> None:
         """Let generation end at the token that ends the template's own turns, whatever the family says."""
-        answer = PROBE[-1]["content"]
-        rest = self._rendered(PROBE)[1].rpartition(answer)[2]
-        ends = self._control_pattern.findall(rest)
+        completion = self._reader(Conversation(self._renderer, ())).rendered(PROBE, 1, None)[1]
+        rest = completion.rpartition(PROBE[-1]["content"])[2]
+        ends = self._letters.pattern.findall(rest)
         if ends and not set(ends) & set(self.stop_tokens):
             self.stop_tokens.insert(0, ends[0])
         if not self.stop_tokens:
             raise ModelError("the tokenizer has no end-of-sequence token: the model could never stop.")
 
+    def _reader(self, reader: Conversation | Probe) -> TurnReader:
+        return TurnReader(reader, self.stop_tokens, self._letters, switches_thinking=self._renderer.switches_thinking)
+
     def stop_ids(self) -> list[int]:
         """Return the ids at which generation ends."""
         return [self.tokenizer.convert_tokens_to_ids(t) for t in self.stop_tokens]
 
-    def render(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
-        """Return the text that the template makes of messages."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except Exception as error:  # Jinja's errors, and whatever a template raises itself
-            raise ModelError(
-                f"the chat template cannot render a conversation ({error}). Choose another template_name."
-            ) from error
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] = (),
+        thinking: bool | None = None,
+    ) -> str:
+        """Return the text that the template makes of messages; `thinking` is Qwen3's switch `enable_thinking`."""
+        return self._renderer.text(messages, generation_prompt=generation_prompt, tools=tools, thinking=thinking)
 
-    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens that generation starts from: the same that training put before the answer."""
-        return self._tokenise(self.render(self._guarded(messages), generation_prompt=True))
+    def prompt_ids(
+        self, messages: list[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = (), thinking: bool | None = None
+    ) -> list[int]:
+        """Return the tokens that generation starts from: the same that training put before the answer.
 
-    def encode(self, record: Record, max_length: int) -> Row | str:
-        """Return a record's tokens and mask, or the reason why it cannot be learned from.
-
-        Learned are the answer's tokens and the token that ends the turn. A row longer than
-        `max_length` loses the end of its answer, never all of it.
+        Training asks a template with a switch for thinking for none where an answer has no reasoning.
         """
-        prompt, completion = self._texts(record)
-        prompt_ids, answer_ids = self._tokenise(prompt), self._continue(completion)
-        room = max_length - len(prompt_ids)
-        if room < 1:
-            return (
-                f"its prompt alone has {len(prompt_ids)} tokens, so max_seq_length={max_length} would cut the "
-                f"whole answer; raise max_seq_length to {len(prompt_ids) + len(answer_ids)} to use it"
-            )
-        ids = np.asarray(prompt_ids + answer_ids[:room], dtype=np.int32)
-        weights = np.where(np.arange(len(ids)) >= len(prompt_ids), record.weight, 0.0).astype(np.float32)
-        return Row(ids, weights, record.category, record.origin, len(prompt_ids) + len(answer_ids))
-
-    def encode_all(self, records: Sequence[Record], max_length: int) -> Encoding:
-        """Encode a corpus.
-
-        Errors:
-            DataError: no row can be learned from.
-        """
-        rows, skipped = [], []
-        for record in records:
-            row = self.encode(record, max_length)
-            if isinstance(row, str):
-                skipped.append(f"{record.origin}: {row}")
-            else:
-                rows.append(row)
-        if records and not rows:
-            raise DataError(f"no row can be learned from. The first of {len(skipped)}: {skipped[0]}")
-        return Encoding(MemoryRows(rows), skipped)
-
-    def _texts(self, record: Record) -> tuple[str, str]:
-        """Return the prompt and what the model shall say, up to and with the end of its turn."""
-        messages = self._guarded(
-            [{"role": "user", "content": record.human}, {"role": "assistant", "content": record.assistant}]
+        text = self.render(
+            self._letters.guarded(messages),
+            generation_prompt=True,
+            tools=self._letters.guarded(tools),
+            thinking=thinking,
         )
+        return self._letters.tokenise(text)
+
+    def encode(self, record: Record, policy: EncodePolicy) -> list[Row] | str:
+        """Return a record's rows, or the reason why it cannot be learned from.
+
+        Learned are the learned turns' tokens and the token that ends each; nothing else.
+        """
+        weights = _weights(record, policy)
+        return self._fitted(record, weights, policy, self._drafts(record, weights))
+
+    def encode_batch(self, records: Sequence[Record], policy: EncodePolicy) -> list[list[Row] | str]:
+        """Return what `encode` returns for each record, faster."""
+        out: list[list[Row] | str] = []
+        for start in range(0, len(records), CHUNK):
+            chunk = records[start : start + CHUNK]
+            weights = [_weights(r, policy) for r in chunk]
+            found = [self._filled(r, w) for r, w in zip(chunk, weights, strict=True)]
+            ids = self._tokenised(row for p in found if not isinstance(p, str) for row in p)
+            for record, weighed, rows in zip(chunk, weights, found, strict=True):
+                drafts = rows if isinstance(rows, str) else self._drafted(rows, weighed, ids)
+                out.append(self._fitted(record, weighed, policy, drafts))
+        return out
+
+    def _fitted(
+        self, record: Record, weights: Weights, policy: EncodePolicy, drafts: list[Draft] | str
+    ) -> list[Row] | str:
+        if isinstance(drafts, str):
+            return drafts
+        if all(len(d) <= policy.max_length for d in drafts):
+            return [d.row(record) for d in drafts]
+        weighed = [replace(m, weight=w) for m, w in zip(record.messages, weights, strict=True)]
+
+        def again(messages: Sequence[Message]) -> list[Draft] | str:
+            part = replace(record, messages=tuple(messages))
+            return self._drafts(part, [m.weight or 0.0 for m in messages])
+
+        return fit(drafts, replace(record, messages=tuple(weighed)), policy, again)
+
+    def _drafts(self, record: Record, weights: Weights) -> list[Draft] | str:
+        """Return a record's rows at full length, from what the template renders of it."""
+        rows = self._rendered(record, weights)
+        return rows if isinstance(rows, str) else self._drafted(rows, weights, self._tokenised(rows))
+
+    def _rendered(self, record: Record, weights: Weights) -> Pieces | str:
+        """Return the pieces of a record's rows."""
+        learned = [i for i, weight in enumerate(weights) if weight]
+        if not learned:
+            return "none of its turns is learned: each has weight 0"
+        if learned[0] == 0:
+            return "it begins with an answer: there is no prompt to learn it after"
+        tools = self._letters.guarded(record.tools)
+        reader = self._reader(Conversation(self._renderer, tools))
+        failed: list[ModelError] = []
+        for json_arguments in (False, True) if any(m.tool_calls for m in record.messages) else (False,):
+            messages = self._renderer.dicts(record.messages, self._letters, json_arguments=json_arguments)
+            try:
+                return self._cut(reader, messages, learned)
+            except ModelError as error:
+                failed.append(error)
+        raise ModelError(f"{record.origin}: {failed[0]}") from failed[0]
+
+    def _cut(self, reader: TurnReader, messages: list[dict[str, Any]], learned: Sequence[int]) -> Pieces:
+        turns = [reader.turn(messages, i) for i in learned]
+        return [pieces(row, self._letters) for row in reader.rows(turns)]
+
+    def _filled(self, record: Record, weights: Weights) -> Pieces | str:
+        """Return what `_rendered` does, from the skeleton of the conversation's shape where there is one."""
+        cells: list[str] = []
+        shape: list[tuple[str, bool, bool, bool]] = []
+        for m, weight in zip(record.messages, weights, strict=True):
+            if m.tool_calls or m.name is not None:
+                return self._rendered(record, weights)
+            cells += (self._letters.guard(m.content), self._letters.guard(m.reasoning) if m.reasoning else "")
+            shape.append((m.role, bool(weight), bool(m.content), bool(m.reasoning)))
+        if not self._can_probe or record.tools:
+            return self._rendered(record, weights)
+        key = tuple(shape)
+        if key not in self._skeletons:
+            found = self._probed(key)
+            self._skeletons[key] = (found, itertools.count()) if found else None
+        known = self._skeletons[key]
+        filled = known and known[0].fill(cells)
+        if not known or not filled:
+            return self._rendered(record, weights)
+        if next(known[1]) < TRIALS and filled != self._rendered(record, weights):
+            self._skeletons[key] = None
+            return self._rendered(record, weights)
+        return filled
+
+    @cached_property
+    def _can_probe(self) -> bool:
+        return can_probe(self._renderer)
+
+    def _probed(self, shape: Sequence[tuple[str, bool, bool, bool]]) -> Skeleton | None:
+        """Return the skeleton of a conversation's shape; None when the template looks into its texts."""
+        learned = [i for i, (_, is_learned, _, _) in enumerate(shape) if is_learned]
+        if not learned or learned[0] == 0:
+            return None
+        probe = Probe(self._renderer)
+        messages = []
+        for i, (role, _, has_content, has_reasoning) in enumerate(shape):
+            content = probe.notes.unknown(Slot(2 * i)) if has_content else ""
+            reasoning = probe.notes.unknown(Slot(2 * i + 1)) if has_reasoning else ""
+            messages.append(self._renderer.dict_of(role, content, reasoning))
         try:
-            prompt, completion = self._rendered(messages)
-        except ModelError as error:
-            raise ModelError(f"{record.origin}: {error}") from error
-        answer = messages[-1]["content"]
-        answer = answer if answer in completion else answer.strip()  # a template may trim it
-        rest = completion.rpartition(answer)[2]  # all of it, when the template changed the answer
-        ends = list(self._control_pattern.finditer(rest))
-        end = next((m for m in ends if m.group() in self.stop_tokens), ends[0] if ends else None)
-        kept = rest[: end.end()] if end else rest.rstrip() + self.stop_tokens[0]
-        return prompt, completion[: len(completion) - len(rest)] + kept
+            rows = self._cut(self._reader(probe), messages, learned)
+        except (Peeked, ModelError):
+            return None
+        except Exception:  # noqa: BLE001 - whatever a template does to an unknown text: it is rendered instead
+            return None
+        return skeleton(rows, probe.notes)
 
-    def _rendered(self, messages: list[dict[str, str]]) -> tuple[str, str]:
-        """Render a conversation that ends with an answer: what stands before the answer, and what follows."""
-        prompt = self.render(messages[:-1], generation_prompt=True)
-        whole = self.render(messages, generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise ModelError(
-                "the chat template renders another text before the answer in training than at inference, so what is "
-                f"learned would never be asked for. Prompt ends with {prompt[-40:]!r}; choose another template_name."
-            )
-        return prompt, whole[len(prompt) :]
+    def _tokenised(self, rows: Sequence[list[Piece]] | Iterator[list[Piece]]) -> dict[str, list[int]]:
+        """Return the tokens of all pieces' texts."""
+        texts: dict[str, list[int]] = {}
+        for row in rows:
+            for piece in row:
+                texts[piece.head] = texts[piece.joint] = []
+                if piece.tail not in self._tails:
+                    texts[piece.tail] = []
+        return dict(zip(texts, self._letters.tokenise_all(list(texts)), strict=True))
 
-    def _guarded(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        """Put a stand-in for each control token that is written inside a cell."""
-        return [
-            m | {"content": self._control_pattern.sub(lambda f: self._stand_ins[f.group()], m["content"])}
-            for m in messages
-        ]
+    def _tail(self, text: str, ids: dict[str, list[int]]) -> list[int]:
+        """Return the tokens of what stands before an answer: mostly the same for all records."""
+        if text not in self._tails:
+            if len(self._tails) >= CHUNK:
+                self._tails.clear()
+            self._tails[text] = ids[text]
+        return self._tails[text]
 
-    def _tokenise(self, text: str) -> list[int]:
-        """Tokenise rendered text: its control tokens are the template's, since cells are guarded."""
-        if not self._stand_in_pattern.search(text):
-            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        text = self._control_pattern.sub(lambda f: self._aliases[f.group()], text)
-        text = self._stand_in_pattern.sub(lambda f: self._control[int(f.group(1))], text)
-        return self._letters_only.encode(text, add_special_tokens=False).ids
+    def _drafted(self, rows: Pieces, weights: Weights, ids: dict[str, list[int]]) -> list[Draft]:
+        """Put tokenised pieces together; a turn whose answer melts into its prompt ends a row."""
+        drafts: list[Draft] = []
+        for row in rows:
+            before: list[int] = []
+            answers: list[Answer] = []
+            for piece in row:
+                head, tail, joint = ids[piece.head], self._tail(piece.tail, ids), ids[piece.joint]
+                before = before + (head[1:] if piece.continues else head)
+                prompt = before + tail[1:] if piece.cut else before + tail
+                clean = joint[: len(tail)] == tail
+                if piece.swallows and piece.answer[:1].isspace():
+                    clean = False
+                answer = joint[len(tail) :] if clean else self._letters.apart(piece.answer)
+                whole = prompt + answer
+                mask = None if piece.marks is None else self._mask(piece, tail if clean else None)
+                answers.append(Answer(len(prompt), len(whole), weights[piece.message], mask, piece.message))
+                if clean:
+                    before = whole
+                if not clean or piece is row[-1]:
+                    drafts.append(Draft(whole, answers))
+                    before, answers = (before + joint[1:] if piece.cut else before + joint), []
+        return drafts
 
-    def _continue(self, text: str) -> list[int]:
-        """Tokenise what follows a prompt: without the space that some tokenizers put before any text."""
-        newline, both = self._tokenise("\n"), self._tokenise("\n" + text)
-        if self._adds_space and both[: len(newline)] == newline:
-            return both[len(newline) :]
-        return self._tokenise(text)
-
-    @cached_property
-    def _adds_space(self) -> bool:
-        """True for a tokenizer such as Llama 2's, to which a text's first word is another one than a later one."""
-        newline, both = self._tokenise("\n"), self._tokenise("\na")
-        return both[: len(newline)] == newline and both[len(newline) :] != self._tokenise("a")
-
-    @cached_property
-    def _letters_only(self) -> Any:
-        """The tokenizer with its control tokens under other names, so that to it their letters are only letters."""
-        backend, names = self.tokenizer.backend_tokenizer, self._aliases
-        tree = json.loads(backend.to_str()) | {"post_processor": None}
-        for token in tree["added_tokens"]:
-            if token["content"] in names:
-                token |= {"content": names[token["content"]], "normalized": False}
-        model = tree["model"]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {names.get(t, t): i for t, i in model["vocab"].items()}
+    def _mask(self, piece: Piece, tail: list[int] | None) -> np.ndarray:
+        """Return which of an answer's tokens the template marks for learning."""
+        marks, answer = piece.marks or [], piece.answer
+        places = sorted({0, len(answer), *itertools.chain(*marks)})
+        parts = [answer[a:b] for a, b in itertools.pairwise(places)]
+        found, offsets, ends = self._letters.ends([piece.tail if tail else "\n", *parts])
+        if not tail:
+            own = self._letters.apart(answer)
+            offsets = offsets[len(found) - len(own) :]
         else:
-            model["vocab"] = [[names.get(t, t), score] for t, score in model["vocab"]]
-        if model.get("unk_token") in names:
-            model["unk_token"] = names[model["unk_token"]]
-        if "merges" in model:
-            pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-            model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
-        renamed = type(backend).from_str(json.dumps(tree))
-        assert all(renamed.token_to_id(names[t]) == backend.token_to_id(t) for t in names), "control tokens have moved"
-        return renamed
+            offsets = offsets[len(tail) :]
+        lies = dict(zip(places, ends, strict=True))
+        spans = [(lies[a], lies[b]) for a, b in marks]
+        return np.array([any(a < end and start < b for a, b in spans) for start, end in offsets], dtype=bool)
+
+
+def _weights(record: Record, policy: EncodePolicy) -> Weights:
+    """Return what a token of each message weighs: 0 is not learned."""
+    if len(record.messages) == 2 and record.weight == 1.0:
+        asked, told = record.messages
+        if asked.role == "user" and told.role == "assistant" and told.weight is None:
+            return PAIR
+    last = max((i for i, m in enumerate(record.messages) if m.role == "assistant"), default=-1)
+    out = []
+    for i, m in enumerate(record.messages):
+        usual = 1.0 if m.weight is None and (policy.learn == "all" or i == last) else m.weight or 0.0
+        out.append(usual * record.weight if m.role == "assistant" else 0.0)
+    return out

@@ -55,15 +55,6 @@ class Job:
         return ChatTemplate(self.tokenizer, self.source, self.stop_tokens)
 
 
-def encode_batch(template: Any, records: Sequence[Record], policy: EncodePolicy) -> list[list[Row] | str]:
-    """Return each record's rows, or why it has none."""
-    batched = getattr(template, "encode_batch", None)
-    if batched is not None:
-        return batched(records, policy)
-    single = [template.encode(record, policy.max_length) for record in records]
-    return [encoded if isinstance(encoded, str) else [encoded] for encoded in single]
-
-
 def encode_chunk(
     template: ChatTemplate, records: Sequence[Record], policy: EncodePolicy, chunk: range
 ) -> Iterator[Block]:
@@ -73,7 +64,7 @@ def encode_chunk(
     skipped: list[Skipped] = []
     tokens = 0
     for batch in _batches(records, chunk):
-        encodings = encode_batch(template, [record for _, record in batch], policy)
+        encodings = template.encode_batch([record for _, record in batch], policy)
         for (number, record), encoded in zip(batch, encodings, strict=True):
             if isinstance(encoded, str):
                 skipped.append(Skipped(number, record.file, record.line, encoded))

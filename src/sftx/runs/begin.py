@@ -15,7 +15,7 @@ from sftx.config.derive import identity
 from sftx.config.schema import TrainConfig
 from sftx.data.corpus import LoadedFile
 from sftx.data.read import sha256_file
-from sftx.data.rows import Encoding
+from sftx.data.store import Rows
 from sftx.errors import ConfigError, ModelError
 from sftx.files import write_text
 from sftx.model.load import Source
@@ -36,8 +36,8 @@ class Data:
     """The rows of a run, and the files they came from."""
 
     files: list[LoadedFile]
-    train: Encoding
-    held_out: Encoding
+    train: Rows
+    held_out: Rows
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
             "model": {"name": source.name, "folder": str(source.folder), "model_type": source.model_type}
             | session.model.facts(),
             "data": [f.facts() for f in data.files],
-            "rows": {"train": len(data.train.rows), "eval": len(data.held_out.rows)},
+            "rows": {"train": len(data.train), "eval": len(data.held_out)},
             "attempts": [*(earlier or {}).get("attempts", []), attempt],
         },
     )
@@ -122,18 +122,18 @@ def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> s
 
 def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effective: Effective) -> None:
     """Say which rows could not be used, and which lost the end of their answer."""
-    skipped = data.train.skipped + data.held_out.skipped
+    skipped = [str(s) for s in data.train.skipped + data.held_out.skipped]
     if skipped:
         write_text(folder.path / "skipped_rows.txt", "\n".join(skipped) + "\n")
         effective.remark(
             f"rows that cannot be learned from: {len(skipped)} (all in skipped_rows.txt), first {skipped[0]}"
         )
-    cut = data.train.truncated + data.held_out.truncated
+    cut = [(rows.full_lengths[i], rows.origin(i)) for rows in (data.train, data.held_out) for i in rows.truncated]
     if cut:
-        longest = max(r.full_length for r in cut)
+        longest = max(length for length, _ in cut)
         effective.remark(
             f"rows longer than max_seq_length={config.max_seq_length} lose the end of their answer: {len(cut)} "
-            f"(longest: {longest} tokens), first {cut[0].origin}"
+            f"(longest: {longest} tokens), first {cut[0][1]}"
         )
 
 
@@ -165,8 +165,8 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
     how = f"{train_file.format}, {train_file.encoding}" + (
         f", `{train_file.delimiter}`" if train_file.delimiter else ""
     )
-    lengths = [r.full_length for r in data.train.rows]
-    held = f"{len(data.held_out.rows)} held out" + (f" in {data.files[1].path}" if len(data.files) > 1 else "")
+    lengths = data.train.full_lengths.tolist()
+    held = f"{len(data.held_out)} held out" + (f" in {data.files[1].path}" if len(data.files) > 1 else "")
     share = model["trained_parameters"] / model["parameters"]
     rate = f"{config.learning_rate:g}, {config.lr_scheduler_type}"
     if config.lr_scheduler_type != "constant":
@@ -176,7 +176,7 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
     return [
         ("model", f"{source.name} ({source.model_type}, {count(model['parameters'])} parameters)"),
         ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%}), {config.train_mode}"),
-        ("data", f"{train_file.path} ({how}): {len(data.train.rows)} rows to train on, {held}"),
+        ("data", f"{train_file.path} ({how}): {len(data.train)} rows to train on, {held}"),
         ("length", length_line(lengths, config.max_seq_length)),
         ("steps", trial.steps.formula),
         ("rate", rate),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sftx.data.loader import collate
-from sftx.data.rows import Rows
+from sftx.data.store import Rows
 from sftx.model.adapt import AdaptedModel
 from sftx.parallel.engine import Engine
 from sftx.training.loss import token_losses

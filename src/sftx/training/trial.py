@@ -17,7 +17,7 @@ from sftx.config.derive import Steps
 from sftx.config.schema import TrainConfig
 from sftx.data.loader import Batch
 from sftx.data.plan import Plan
-from sftx.data.rows import Rows
+from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.parallel.engine import Engine, Stepper

@@ -1,0 +1,132 @@
+"""Text to tokens, with control tokens and the same letters in a cell kept apart.
+
+Two spellings do it, both with a random part that no text can hold: while the template renders, a control
+token inside a cell has a stand-in; and where there was one, the text is tokenised by a copy of the
+tokenizer in which the true control tokens have other names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from sftx.errors import ModelError
+
+BATCH = 4096
+"""Texts tokenised at once: what the tokenizer returns for a text is a hundred times its size."""
+
+
+class Letters:
+    """Tokenises rendered text for one tokenizer."""
+
+    def __init__(self, tokenizer: Any, stop_tokens: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()  # a tokenizer.json may ask for it, or for padding
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = False
+        added = tokenizer.added_tokens_decoder.values()
+        self.control = [t.content for t in added if t.special or t.content in stop_tokens]
+        self.pattern = _any_of(self.control)
+        self.cuts = _any_of([t.content for t in added if t.content in set(self.control) and not t.single_word])
+        self.swallowing = {t.content for t in added if t.rstrip}
+        self._first_letters = {t[0] for t in self.control}
+        nonce = secrets.token_hex(8)
+        self._nonce = nonce
+        self._stand_ins = {t: f"\ue000{nonce}.{i}\ue001" for i, t in enumerate(self.control)}
+        self._stand_in_pattern = re.compile(f"\ue000{nonce}\\.([0-9]+)\ue001")
+        self._aliases = {t: f"\ue002{nonce}.{i}\ue003" for i, t in enumerate(self.control)}
+
+    def guard(self, text: str) -> str:
+        """Put a stand-in for each control token that is written in a cell."""
+        if not any(letter in text for letter in self._first_letters):
+            return text
+        return self.pattern.sub(lambda f: self._stand_ins[f.group()], text)
+
+    def guarded(self, value: Any) -> Any:
+        """Guard every text inside plain data, such as a tool's definition."""
+        if isinstance(value, str):
+            return self.guard(value)
+        if isinstance(value, dict):
+            return {key: self.guarded(item) for key, item in value.items()}
+        return [self.guarded(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def tokenise(self, text: str) -> list[int]:
+        """Tokenise rendered text: its control tokens are the template's, since cells are guarded."""
+        return self.tokenise_all([text])[0]
+
+    def tokenise_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenise many rendered texts."""
+        plain = [i for i, text in enumerate(texts) if self._nonce not in text]
+        other = [i for i, text in enumerate(texts) if self._nonce in text] if len(plain) < len(texts) else []
+        out: list[list[int]] = [[]] * len(texts)
+        for backend, indices, spelled in (
+            (self.backend, plain, [texts[i] for i in plain]),
+            (self.letters_only if other else self.backend, other, [self.as_letters(texts[i]) for i in other]),
+        ):
+            for start in range(0, len(indices), BATCH):
+                found = backend.encode_batch_fast(spelled[start : start + BATCH], add_special_tokens=False)
+                for i, encoding in zip(indices[start : start + BATCH], found, strict=True):
+                    out[i] = encoding.ids
+        return out
+
+    def as_letters(self, text: str) -> str:
+        """Return the spelling that `letters_only` reads: control tokens renamed, stand-ins undone."""
+        text = self.pattern.sub(lambda f: self._aliases[f.group()], text)
+        text = self._stand_in_pattern.sub(lambda f: self.control[int(f.group(1))], text)
+        if "\ue000" + self._nonce in text:
+            raise ModelError(
+                "the chat template takes apart a control token that stands in a cell; choose another template_name."
+            )
+        return text
+
+    def apart(self, text: str) -> list[int]:
+        """Tokenise what follows a prompt: without the space that some tokenizers put before any text."""
+        newline, both = self.tokenise("\n"), self.tokenise("\n" + text)
+        if self._adds_space and both[: len(newline)] == newline:
+            return both[len(newline) :]
+        return self.tokenise(text)
+
+    def ends(self, parts: Sequence[str]) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+        """Tokenise parts as one text; return the ids, where each token lies in it, and where each part ends."""
+        spelled = [self.as_letters(part) for part in parts]
+        found = self.letters_only.encode("".join(spelled), add_special_tokens=False)
+        ends = [sum(map(len, spelled[: i + 1])) for i in range(len(spelled))]
+        return found.ids, found.offsets, ends
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """True for a tokenizer such as Llama 2's, to which a text's first word is another one than a later one."""
+        newline, both = self.tokenise("\n"), self.tokenise("\na")
+        return both[: len(newline)] == newline and both[len(newline) :] != self.tokenise("a")
+
+    @cached_property
+    def letters_only(self) -> Any:
+        """The tokenizer with its control tokens under other names, so that to it their letters are only letters."""
+        names = self._aliases
+        tree = json.loads(self.backend.to_str()) | {"post_processor": None}
+        for token in tree["added_tokens"]:
+            if token["content"] in names:
+                token |= {"content": names[token["content"]], "normalized": False}
+        model = tree["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(t, t): i for t, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(t, t), score] for t, score in model["vocab"]]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        if "merges" in model:
+            pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+            model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
+        renamed = type(self.backend).from_str(json.dumps(tree))
+        same = all(renamed.token_to_id(names[t]) == self.backend.token_to_id(t) for t in names)
+        assert same, "control tokens have moved"
+        return renamed
+
+
+def _any_of(words: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")

@@ -1,0 +1,187 @@
+"""Conversations to text: what the chat template renders, at inference and in training.
+
+`Reader` is how the rest looks at rendered text. There are two: this module's renders a real conversation;
+`skeleton.Probe` renders one whose texts are unknown, to learn what the template does to any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+from transformers.utils import chat_template_utils
+
+from sftx.data.letters import Letters
+from sftx.data.record import Message
+from sftx.errors import ModelError
+
+Marks = list[tuple[int, int]]
+"""Where a template's `{% generation %}` blocks lie in what it rendered, in characters."""
+INLINE = "<think>\n{}\n</think>\n\n"
+"""How reasoning stands before an answer when the template has no place for it."""
+
+
+class Reader(Protocol):
+    """Renders one conversation, and answers questions about the text."""
+
+    def render(
+        self, messages: list[dict[str, Any]], *, generation_prompt: bool, thinking: bool | None
+    ) -> tuple[str, Marks | None]:
+        """Return the text of the conversation so far, and where the template's marks lie in it."""
+        ...
+
+    def starts(self, text: str, prefix: str) -> bool:
+        """True when a text begins with another."""
+        ...
+
+    def after(self, text: str, cell: str, start: int) -> int | None:
+        """Return where a cell, as the template wrote it, ends in `text`; None when it is not there."""
+        ...
+
+
+class Renderer:
+    """The chat template of one tokenizer."""
+
+    def __init__(self, tokenizer: Any, source: str) -> None:
+        self.tokenizer = tokenizer
+        self.source = source
+        self.switches_thinking = "enable_thinking" in source
+        self.has_marks = "endgeneration" in source
+        self._takes_reasoning = any(name in source for name in ("reasoning_content", "thinking", ".reasoning"))
+
+    def text(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool | None = None,
+    ) -> str:
+        """Return the text that the template makes of messages.
+
+        Errors:
+            ModelError: the template cannot render them.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=list(tools) or None,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self._switch(thinking),
+            )
+        except Exception as error:  # Jinja's errors, and whatever a template raises itself
+            raise _cannot(error) from error
+
+    def _switch(self, thinking: bool | None) -> dict[str, bool]:
+        return {} if thinking is None or not self.switches_thinking else {"enable_thinking": thinking}
+
+    def marked(
+        self, messages: list[dict[str, Any]], *, tools: Sequence[Mapping[str, Any]], thinking: bool | None
+    ) -> tuple[str, Marks]:
+        """Render a whole conversation, with the places of the template's `{% generation %}` blocks."""
+        blocks: list[str] = []
+        marks: Marks = []
+        try:
+            with self.compiled.environment.activate_tracker(blocks, marks):
+                for block in self.compiled.generate(**self.arguments(messages, False, tools, thinking)):
+                    blocks.append(block)
+        except Exception as error:
+            raise _cannot(error) from error
+        return "".join(blocks), marks
+
+    @cached_property
+    def compiled(self) -> Any:
+        """The template, compiled as `apply_chat_template` compiles it."""
+        return chat_template_utils._compile_jinja_template(self.source)
+
+    def arguments(
+        self, messages: list[Any], generation_prompt: bool, tools: Sequence[Mapping[str, Any]], thinking: bool | None
+    ) -> dict[str, Any]:
+        """Return what `apply_chat_template` hands to the template."""
+        return {
+            **self.tokenizer.special_tokens_map,
+            **self._switch(thinking),
+            "messages": messages,
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+        }
+
+    def dicts(
+        self, messages: Sequence[Message], letters: Letters, *, json_arguments: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return messages as templates read them, with the control tokens in their cells guarded.
+
+        A call's arguments are an object, as inference servers hand them over, or JSON text for the templates
+        that write them as they are.
+        """
+        out = []
+        for message in messages:
+            content, reasoning = letters.guard(message.content), letters.guard(message.reasoning or "")
+            out.append(self.dict_of(message.role, content, reasoning))
+            if message.name is not None:
+                out[-1]["name"] = message.name
+            if message.tool_calls:
+                calls = [_call(c, json_arguments) for c in message.tool_calls]
+                out[-1]["tool_calls"] = letters.guarded(calls)
+        return out
+
+    def dict_of(self, role: str, content: str, reasoning: str) -> dict[str, Any]:
+        """Return one message as templates read it; reasoning they would not show goes before the content."""
+        if not reasoning:
+            return {"role": role, "content": content}
+        if not self._takes_reasoning:
+            before, after = INLINE.split("{}")
+            return {"role": role, "content": before + reasoning + after + content}
+        return {"role": role, "content": content, "reasoning_content": reasoning, "thinking": reasoning}
+
+
+class Conversation:
+    """A reader of a real conversation."""
+
+    def __init__(self, renderer: Renderer, tools: Sequence[Mapping[str, Any]]) -> None:
+        self.renderer = renderer
+        self.tools = tools
+
+    def render(
+        self, messages: list[dict[str, Any]], *, generation_prompt: bool, thinking: bool | None
+    ) -> tuple[str, Marks | None]:
+        """Render the conversation so far."""
+        if self.renderer.has_marks and not generation_prompt:
+            return self.renderer.marked(messages, tools=self.tools, thinking=thinking)
+        found = self.renderer.text(messages, generation_prompt=generation_prompt, tools=self.tools, thinking=thinking)
+        return found, None
+
+    def starts(self, text: str, prefix: str) -> bool:
+        """True when a text begins with another."""
+        return text.startswith(prefix)
+
+    def after(self, text: str, cell: str, start: int) -> int | None:
+        """Return where a cell ends in `text`, also when the template trimmed it."""
+        for spelled in (cell, cell.strip()):
+            place = text.find(spelled, start)
+            if place >= 0:
+                return place + len(spelled)
+        return None
+
+
+def _call(call: Mapping[str, Any], as_json: bool) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        return {**call}
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and not as_json:
+        with contextlib.suppress(ValueError):  # not JSON: the template gets what the record holds
+            arguments = json.loads(arguments)
+    elif as_json and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _cannot(error: Exception) -> ModelError:
+    return ModelError(f"the chat template cannot render a conversation ({error}). Choose another template_name.")

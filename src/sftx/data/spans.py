@@ -1,0 +1,194 @@
+"""Learned turns as text: each with the prompt that inference would render before it.
+
+An assistant's turn is learned after exactly what inference puts there: the conversation so far, rendered
+with a generation prompt. Turns whose prompts continue one another share a row; where the template renders
+earlier turns differently later on (Qwen3 leaves out their thinking), each learned turn has its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sftx.data.letters import Letters
+from sftx.data.render import Marks, Reader
+from sftx.errors import ModelError
+
+OPEN_THINK = re.compile(r"<think>\n*$")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One learned turn: what inference puts before it, and what the model shall say, with the end of its turn."""
+
+    index: int
+    prompt: str
+    answer: str
+    marks: Marks | None = None
+    """The parts of the answer that the template marks for learning; None is all of it."""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.prompt + self.answer
+
+
+class Piece(NamedTuple):
+    """A turn as the texts that are tokenised; each but the first begins with the control token before it.
+
+    Control tokens cut a text cleanly: what stands between two is tokenised alike in any surroundings.
+    """
+
+    head: str
+    """From the end of the turn before up to the last control token before the answer."""
+    tail: str
+    """From that control token up to the answer."""
+    joint: str
+    """From that control token to the end of the turn."""
+    cut: bool
+    """True when `tail` and `joint` begin with a control token that `head` ends with."""
+    continues: bool
+    """True when `head` begins with the control token that ended the turn before."""
+    swallows: bool
+    """True when the token before the answer takes white space behind it: an answer's own is not its to take."""
+    message: int
+    """The turn's number in the conversation."""
+    marks: Marks | None
+    """The parts of the answer that the template marks for learning; None is all of it."""
+
+    @property
+    def answer(self) -> str:
+        """What is learned."""
+        return self.joint[len(self.tail) :]
+
+
+class TurnReader:
+    """Finds the learned turns of one conversation."""
+
+    def __init__(
+        self, reader: Reader, stop_tokens: Sequence[str], letters: Letters, *, switches_thinking: bool
+    ) -> None:
+        self.reader = reader
+        self.stop_tokens = stop_tokens
+        self.control = letters.pattern
+        self.cuts = letters.cuts
+        self.switches_thinking = switches_thinking
+
+    def turn(self, messages: list[dict[str, Any]], index: int) -> Turn:
+        """Return the turn at `index`: its prompt and its answer.
+
+        A template with a switch for thinking is asked for it when the turn has reasoning, and for none when it
+        has not: then the empty thinking that it writes belongs to the prompt, as at inference without thinking.
+
+        Errors:
+            ModelError: no text is common to training and inference.
+        """
+        message = messages[index]
+        thinking = None
+        if self.switches_thinking:
+            thinking = "reasoning_content" in message or "</think>" in message["content"]
+        prompt, completion, marks = self.rendered(messages, index, thinking)
+        kept = self._kept(messages, index, prompt, completion)
+        if marks is not None:
+            marks = _within(marks, len(prompt), len(kept), self._end_of(kept))
+        return Turn(index, prompt, kept, marks)
+
+    def rendered(
+        self, messages: list[dict[str, Any]], index: int, thinking: bool | None
+    ) -> tuple[str, str, Marks | None]:
+        """Render up to an answer: what stands before it, what follows, and the template's marks."""
+        whole, marks = self.reader.render(messages[: index + 1], generation_prompt=False, thinking=thinking)
+        prompt = ""
+        for asked in dict.fromkeys((thinking, None)):
+            prompt, _ = self.reader.render(messages[:index], generation_prompt=True, thinking=asked)
+            if self.reader.starts(whole, prompt):
+                return prompt, whole[len(prompt) :], marks
+        opened = OPEN_THINK.search(prompt)
+        if opened and self.reader.starts(whole, prompt[: opened.start()]):
+            return prompt, self._closed(messages[index], whole[opened.start() :]), None
+        raise ModelError(
+            "the chat template renders another text before the answer in training than at inference, so what is "
+            f"learned would never be asked for. Prompt ends with {prompt[-40:]!r}; choose another template_name."
+        )
+
+    def _closed(self, message: dict[str, Any], rest: str) -> str:
+        """Finish the thinking that a prompt opens (DeepSeek-R1's), where the template leaves it out of an answer."""
+        if "reasoning_content" in message:
+            thought = message["reasoning_content"]
+        elif "</think>" in message["content"]:
+            thought = message["content"].partition("</think>")[0].rpartition("<think>")[2]
+        else:
+            thought = ""
+        return thought.strip("\n") + "\n</think>\n\n" + rest
+
+    def _kept(self, messages: list[dict[str, Any]], index: int, prompt: str, completion: str) -> str:
+        """Return a completion up to and with the token that ends the turn."""
+        start = 0
+        for cell in ("reasoning_content", "content"):
+            start = self.reader.after(completion, messages[index].get(cell, ""), start) or start
+        ends = list(self.control.finditer(completion, start))
+        end = next((m for m in ends if m.group() in self.stop_tokens), ends[0] if ends else None)
+        if end is not None:
+            return completion[: end.end()]
+        kept = completion[:start] + completion[start:].rstrip()
+        return kept + self._next_stop(messages, index, prompt + kept)
+
+    def _next_stop(self, messages: list[dict[str, Any]], index: int, text: str) -> str:
+        """Return what ends a turn that the template does not end: the token of whoever speaks next, as ChatGLM's."""
+        if index + 1 < len(messages) and len(self.stop_tokens) > 1:
+            longer, _ = self.reader.render(messages[: index + 2], generation_prompt=False, thinking=None)
+            follows = self.control.match(longer, len(text)) if self.reader.starts(longer, text) else None
+            if follows and follows.group() in self.stop_tokens:
+                return follows.group()
+        return self.stop_tokens[0]
+
+    def _end_of(self, answer: str) -> int:
+        """Return where an answer's last control token begins."""
+        return max((m.start() for m in self.control.finditer(answer)), default=len(answer))
+
+    def rows(self, turns: Sequence[Turn]) -> list[list[Turn]]:
+        """Put turns whose texts continue one another into one row."""
+        rows: list[list[Turn]] = []
+        for turn in turns:
+            before = rows[-1][-1] if rows else None
+            if before and last_cut(before.answer, self.cuts) and self.reader.starts(turn.prompt, before.text):
+                rows[-1].append(turn)
+            else:
+                rows.append([turn])
+        return rows
+
+
+def _within(marks: Marks, start: int, length: int, end: int) -> Marks | None:
+    """Return marks relative to the answer, None when they cover it; the end of a turn is always learned."""
+    inside = [(max(a - start, 0), min(b - start, length)) for a, b in marks if b > start and a < start + length]
+    if any(a == 0 and b >= end for a, b in inside):
+        return None
+    return [*inside, (end, length)] if inside else None
+
+
+def pieces(row: Sequence[Turn], letters: Letters) -> list[Piece]:
+    """Cut a row's text at control tokens into what is tokenised."""
+    out: list[Piece] = []
+    done, last = "", ""
+    for turn in row:
+        between = turn.prompt[len(done) :]
+        found = list(letters.cuts.finditer(between))
+        if found:
+            head, token, rest = last + between[: found[-1].end()], found[-1].group(), between[found[-1].end() :]
+        else:
+            head, token, rest = "", last, between
+        swallows = token in letters.swallowing and not rest.strip()
+        tail = token + rest
+        out.append(
+            Piece(head, tail, tail + turn.answer, bool(token), bool(last and head), swallows, turn.index, turn.marks)
+        )
+        done, last = turn.text, last_cut(turn.answer, letters.cuts)
+    return out
+
+
+def last_cut(text: str, cuts: re.Pattern[str]) -> str:
+    """Return the control token that a text ends with, or nothing."""
+    found = list(cuts.finditer(text))
+    return found[-1].group() if found and found[-1].end() == len(text) else ""
