@@ -19,7 +19,6 @@ import torch
 
 from sftx.build import build
 from sftx.config.derive import Steps, derive_steps, with_output_dir
-from sftx.config.options import component_of, family_of_type, options
 from sftx.config.schema import TrainConfig
 from sftx.data.cache import Names, RecordFile, open_rows
 from sftx.data.corpus import Corpus, LoadedFile, split
@@ -30,7 +29,7 @@ from sftx.data.store import MemoryRows, Rows
 from sftx.data.template import ChatTemplate
 from sftx.errors import ConfigError, DataError
 from sftx.model.adapt import AdaptedModel, Lora
-from sftx.model.family import Family
+from sftx.model.family import family_named, family_of
 from sftx.model.load import Source, find_model, load_base, load_template
 from sftx.parallel.engine import Engine
 from sftx.runs import manifest
@@ -109,7 +108,9 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     _seed(config.seed)
     files, records, held_out = _read(config)
     source = find_model(config.model_name_or_path)
-    template = load_template(source, _family(config, source, effective), config.template_name, _family_named)
+    family, remark = family_of(config.model, source.model_type, downloaded=source.downloaded)
+    effective.remarks += remark
+    template = load_template(source, family, config.template_name, family_named)
     train_rows = _tokens(config, records, files[0], template)
     eval_rows = _tokens(config, held_out, files[-1], template)
     if len(held_out) and not eval_rows.supervised.any():
@@ -159,24 +160,6 @@ def _tokens(config: TrainConfig, records: Sequence[Record], file: LoadedFile, te
     names = Names(file.path.name, config.model_name_or_path, config.template_name or "")
     lines = hashlib.sha256(json.dumps([r.line for r in records]).encode()).hexdigest()
     return open_rows(records, [RecordFile(str(file.path), file.sha256)], template, policy, selection=lines, names=names)
-
-
-def _family(config: TrainConfig, source: Source, effective: Effective) -> Family:
-    """Return the family's facts; a hub id that had to be downloaded tells its own type only now."""
-    family: Family = build(config.model)
-    own = _family_named(source.model_type)
-    if not source.downloaded or own is None or source.model_type in family.model_types:
-        return family
-    effective.remark(f"the model's own type is {source.model_type}: its family's facts are used, not those composed")
-    return own
-
-
-def _family_named(name: str) -> Family | None:
-    """Return the family called `name`, or that covers the model_type `name`; None when sftx knows neither."""
-    option = name if name in options("model") else family_of_type(name)
-    if option is None:
-        return None
-    return build(component_of("model", option))
 
 
 def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: Effective, count_: int) -> Trial:
