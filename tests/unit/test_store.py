@@ -367,12 +367,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("counts", [(0, 1, 3), pytest.param((0, None), marks=pytest.mark.slow)])
 def test_the_bytes_are_the_same_however_many_processes(
-    template: ChatTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    template: ChatTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int | None, ...]
 ) -> None:
-    records = corpus(400)
+    monkeypatch.setattr(tokenise, "START_SECONDS", 0)  # with None the first chunk is made here, the others there
+    records = corpus(300)
     hashes = set()
-    for count in (0, 1, 3):
+    for count in counts:
         monkeypatch.setenv("SFTX_CACHE", str(tmp_path / str(count)))
         rows = open_rows(records, FILES, template, POLICY, workers=count)
         assert rows.totals.skipped
@@ -484,6 +486,14 @@ def test_small_corpora_are_tokenised_here() -> None:
     assert tokenise.worker_count(8, 2001) == 3
     assert tokenise.worker_count(4, 10**6) == 4
     assert tokenise.worker_count(0, 10**6) == 0
+
+
+def test_a_quick_corpus_starts_no_process(template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "ALONE", 40)
+    monkeypatch.setattr(tokenise, "CHUNK", 20)
+    monkeypatch.setattr(tokenise, "worker_count", lambda *_: 2)
+    monkeypatch.delattr(tokenise, "_Workers")
+    assert len(open_rows(corpus(60), FILES, template, POLICY)) > 50
 
 
 def test_blocks_end_in_time(template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -24,6 +25,8 @@ CHUNK = 1000
 """Records that a process is asked for at a time."""
 ALONE = 2000
 """Fewer records than this are tokenised in this process: starting others would cost more."""
+START_SECONDS = 3.0
+"""... and so is a corpus that, by how its first chunk went, takes this process no longer."""
 MOST_WORKERS = 8
 HELD_TOKENS = 1 << 24
 """So many tokens may wait for their turn to be written; beyond, only who holds the next ones is heard."""
@@ -51,19 +54,29 @@ def encode_blocks(
     chunks = [range(at, min(at + CHUNK, len(records))) for at in range(0, len(records), CHUNK)]
     job = Job.of(template, policy, records)
     count = worker_count(workers, len(records))
+    if count and workers is None:
+        started = time.thread_time()
+        yield from _here(job, chunks[:1])
+        chunks = chunks[1:]
+        if (time.thread_time() - started) * len(chunks) < START_SECONDS:
+            count = 0
     try:
         pool = _Workers(job, count) if count else None
     except _CannotLeaveError as error:
         log.info("tokenising in this process, since another cannot be told what to do (%s)", error)
         pool = None
-    if pool is not None:
-        with closing(pool):
-            yield from pool.blocks(chunks)
+    if pool is None:
+        yield from _here(job, chunks)
         return
-    own = job.template()
+    with closing(pool):
+        yield from pool.blocks(chunks)
+
+
+def _here(job: Job, chunks: Sequence[range]) -> Iterator[Block]:
+    template = job.template()  # made as the others make theirs, so that the tokens are the same
     with _without_threads():
         for chunk in chunks:
-            yield from encode_chunk(own, records, policy, chunk)
+            yield from encode_chunk(template, job.records, job.policy, chunk)
 
 
 class _CannotLeaveError(Exception):
