@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 from transformers.utils import chat_template_utils
 
 from sftx.data.letters import Letters
-from sftx.data.record import Message
+from sftx.data.record import Message, Record
 from sftx.errors import ModelError
 
 Marks = list[tuple[int, int]]
@@ -48,9 +49,11 @@ class Renderer:
     def __init__(self, tokenizer: Any, source: str) -> None:
         self.tokenizer = tokenizer
         self.source = source
-        self.switches_thinking = "enable_thinking" in source
-        self.has_marks = "endgeneration" in source
-        self._takes_reasoning = any(name in source for name in ("reasoning_content", "thinking", ".reasoning"))
+        said = re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)  # not what its comments say
+        self.switches_thinking = "enable_thinking" in said
+        self.has_marks = "endgeneration" in said
+        self._takes_reasoning = any(name in said for name in ("reasoning_content", ".thinking", "['thinking']"))
+        self._has_place_for = {"tools": "tools" in said, "tool_calls": "tool_calls" in said}
 
     def text(
         self,
@@ -111,6 +114,20 @@ class Renderer:
             "documents": None,
             "add_generation_prompt": generation_prompt,
         }
+
+    def check_tools(self, record: Record) -> None:
+        """Refuse tools that the template would leave out without a word.
+
+        Errors:
+            ModelError: it has no place for a tool's definition, or for a call.
+        """
+        uses = {"tools": bool(record.tools), "tool_calls": any(m.tool_calls for m in record.messages)}
+        missing = [name for name, used in uses.items() if used and not self._has_place_for[name]]
+        if missing:
+            raise ModelError(
+                f"the conversation has `{missing[0]}`, and the chat template has no place for them: they would not "
+                f"be learned. Choose a template_name that has, such as qwen2_5 or qwen3, or a model that brings one."
+            )
 
     def dicts(
         self, messages: Sequence[Message], letters: Letters, *, json_arguments: bool = False

@@ -172,6 +172,10 @@ class ChatTemplate:
         tools = self._letters.guarded(record.tools)
         reader = self._reader(Conversation(self._renderer, tools))
         failed: list[ModelError] = []
+        try:
+            self._renderer.check_tools(record)
+        except ModelError as error:
+            raise ModelError(f"{record.origin}: {error}") from error
         for json_arguments in (False, True) if any(m.tool_calls for m in record.messages) else (False,):
             messages = self._renderer.dicts(record.messages, self._letters, json_arguments=json_arguments)
             try:
