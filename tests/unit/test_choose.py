@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from sftx.data.record import Record, pair
 from sftx.errors import DataError
 
 
-def corpus(*rows: tuple[str, str, str]) -> list[Record]:
-    return [pair(c, h, a, "f.csv", i + 2, {}) for i, (c, h, a) in enumerate(rows)]
+def corpus(*rows: tuple[str, str, str], sources: Sequence[str] = ("s",)) -> list[Record]:
+    made = [pair(c, h, a, "f.csv", i + 2, {}) for i, (c, h, a) in enumerate(rows)]
+    return [replace(r, source=sources[i % len(sources)]) for i, r in enumerate(made)]
 
 
 LONG = "The quick brown fox jumps over the lazy dog while five boxing wizards watch them from the hill."
@@ -25,7 +28,7 @@ RECORDS = corpus(
     ("b", f"{LONG} Name a colour,  please, that is often seen in the sky at Noon!", "Blue"),
     ("c", "Other", "x"),
 )
-FACTS = facts_of(RECORDS, ["s"] * len(RECORDS))
+FACTS = facts_of(RECORDS)
 
 
 def kept(**policy) -> list[int]:
@@ -62,8 +65,8 @@ def test_a_conflict_can_be_an_error() -> None:
 
 
 def test_caps_leave_so_many_of_each() -> None:
-    many = corpus(*(("ab"[i % 2], f"q{i}", "x") for i in range(100)))
-    facts = facts_of(many, [f"s{i % 5}" for i in range(100)])
+    many = corpus(*(("ab"[i % 2], f"q{i}", "x") for i in range(100)), sources=[f"s{i}" for i in range(5)])
+    facts = facts_of(many)
     chosen = choose(facts, many, ChoosePolicy(cap_per_category=7), seed=1).kept
     assert Counter(many[i].category for i in chosen) == {"a": 7, "b": 7}
     again = choose(facts, many, ChoosePolicy(cap_per_category=7), seed=1).kept
@@ -75,7 +78,7 @@ def test_caps_leave_so_many_of_each() -> None:
 
 def test_weights_repeat_and_thin_out() -> None:
     many = corpus(*(("ab"[i % 2], f"q{i}", "x") for i in range(2000)))
-    facts = facts_of(many, ["s"] * 2000)
+    facts = facts_of(many)
     seen = Counter(mixed(facts, np.arange(2000), ChoosePolicy(category_weights={"a": 2.5, "b": 0.2}), 0).tolist())
     a, b = [seen[i] for i in range(0, 2000, 2)], [seen[i] for i in range(1, 2000, 2)]
     assert set(a) == {2, 3}
@@ -85,8 +88,8 @@ def test_weights_repeat_and_thin_out() -> None:
 
 
 def test_temperature_lifts_small_sources_at_the_same_total() -> None:
-    many = corpus(*(("a", f"q{i}", "x") for i in range(1000)))
-    facts = facts_of(many, ["small" if i < 100 else "large" for i in range(1000)])
+    many = corpus(*(("a", f"q{i}", "x") for i in range(1000)), sources=["small", *["large"] * 9])
+    facts = facts_of(many)
     seen = mixed(facts, np.arange(1000), ChoosePolicy(temperature=2.0), 0)
     share = np.mean([facts.sources[i] == "small" for i in seen])
     assert share == pytest.approx(0.25, abs=0.01), "sqrt(100) : sqrt(900) = 1 : 3"
@@ -95,9 +98,9 @@ def test_temperature_lifts_small_sources_at_the_same_total() -> None:
 
 def test_a_weight_of_nothing_is_a_mistake() -> None:
     with pytest.raises(DataError, match=r"no record has the category `bb`.*Did you mean"):
-        mixed(facts_of(corpus(("bbb", "q", "x")), ["s"]), np.arange(1), ChoosePolicy(category_weights={"bb": 2}), 0)
+        mixed(facts_of(corpus(("bbb", "q", "x"))), np.arange(1), ChoosePolicy(category_weights={"bb": 2}), 0)
 
 
 def test_what_leaves_nothing_is_a_mistake() -> None:
     with pytest.raises(DataError, match="leave no record"):
-        choose(facts_of(RECORDS[:3:2], ["s"] * 2), RECORDS[:3:2], ChoosePolicy(conflicts="drop"), 0)
+        choose(facts_of(RECORDS[:3:2]), RECORDS[:3:2], ChoosePolicy(conflicts="drop"), 0)

@@ -73,14 +73,15 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
-def facts_of(records: Sequence[Record], sources: Sequence[str]) -> Facts:
-    """Return the facts of records; `sources` names each one's source."""
-    return Facts(
-        np.fromiter((prompt_hash(r) for r in records), dtype=np.uint64, count=len(records)),
-        np.fromiter((answer_hash(r) for r in records), dtype=np.uint64, count=len(records)),
-        [r.category for r in records],
-        list(sources),
-    )
+def facts_of(records: Sequence[Record]) -> Facts:
+    """Return the facts of records, reading each once."""
+    prompts, answers = np.empty(len(records), np.uint64), np.empty(len(records), np.uint64)
+    categories, sources = [], []
+    for i, record in enumerate(records):
+        prompts[i], answers[i] = prompt_hash(record), answer_hash(record)
+        categories.append(record.category)
+        sources.append(record.source)
+    return Facts(prompts, answers, categories, sources)
 
 
 def choose(facts: Facts, records: Sequence[Record], policy: ChoosePolicy, seed: int) -> Choice:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from sftx.data.record import Message, Record
 
 TooLong = Literal["truncate_right", "truncate_prompt", "drop", "split", "error"]
 Learn = Literal["all", "last"]
@@ -21,3 +24,20 @@ class EncodePolicy:
     max_length: int
     too_long: TooLong = "truncate_right"
     learn: Learn = "all"
+    system: str | None = None
+    """The system prompt of records that have none."""
+    category_prefix: Mapping[str, str] = field(default_factory=dict)
+    """Text put before the first thing the user says, by category."""
+
+    def applied(self, record: Record) -> Record:
+        """Return the record with the system prompt and the prefix of its category."""
+        prefix = self.category_prefix.get(record.category, "")
+        if not prefix and (self.system is None or record.messages[0].role == "system"):
+            return record
+        messages = list(record.messages)
+        if prefix:
+            first = next(i for i, m in enumerate(messages) if m.role == "user")
+            messages[first] = replace(messages[first], content=prefix + messages[first].content)
+        if self.system is not None and messages[0].role != "system":
+            messages.insert(0, Message("system", self.system))
+        return replace(record, messages=tuple(messages))

@@ -126,6 +126,7 @@ class ChatTemplate:
 
         Learned are the learned turns' tokens and the token that ends each; nothing else.
         """
+        record = policy.applied(record)
         weights = _weights(record, policy)
         return self._fitted(record, weights, policy, self._drafts(record, weights))
 
@@ -133,7 +134,7 @@ class ChatTemplate:
         """Return what `encode` returns for each record, faster."""
         out: list[list[Row] | str] = []
         for start in range(0, len(records), CHUNK):
-            chunk = records[start : start + CHUNK]
+            chunk = [policy.applied(r) for r in records[start : start + CHUNK]]
             weights = [_weights(r, policy) for r in chunk]
             found = [self._filled(r, w) for r, w in zip(chunk, weights, strict=True)]
             ids = self._tokenised(row for p in found if not isinstance(p, str) for row in p)
