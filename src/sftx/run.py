@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from sftx.config.options import component_of, family_of_type, options
 from sftx.config.schema import TrainConfig
 from sftx.data.corpus import Corpus, LoadedFile, split
 from sftx.data.loader import Plan
+from sftx.data.record import Record
 from sftx.errors import ConfigError, DataError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import Family
@@ -122,11 +122,11 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     return session, data, source
 
 
-def _read(config: TrainConfig) -> tuple[list[LoadedFile], list[Any], list[Any]]:
+def _read(config: TrainConfig) -> tuple[list[LoadedFile], Sequence[Record], Sequence[Record]]:
     corpus: Corpus = build(config.data)
     keep = not config.remove_unused_columns
     train_file = corpus.load(config.train_file_path, config.train_file_name, key="train_file_name", keep_columns=keep)
-    records = train_file.records[: config.max_train_rows]
+    records: Sequence[Record] = train_file.records[: config.max_train_rows]
     if config.eval_file_name is not None:
         eval_file = corpus.load(config.train_file_path, config.eval_file_name, key="eval_file_name", keep_columns=keep)
         if eval_file.sha256 == train_file.sha256:
