@@ -14,7 +14,7 @@ from sftx.data.read import FileReader, How, sha256_file, suffixes
 from sftx.data.record import Record
 from sftx.data.sources import Source, fetch, find_file, find_sources
 from sftx.data.split import split
-from sftx.data.store import INDEX, RECORDS, RecordStore, json_line, message_dict, write_store
+from sftx.data.record_store import INDEX, RECORDS, RecordStore, json_line, message_dict, write_store
 from sftx.errors import DataError
 from sftx.files import cache_root, locked, write_chunks, write_folder, write_text
 

@@ -9,7 +9,7 @@ from typing import Literal
 from sftx.data.problems import Problems
 from sftx.data.record import Message, Record
 from sftx.data.tables import unwritable
-from sftx.data.turns import (
+from sftx.data.dialogue import (
     RowError,
     check_order,
     filled,

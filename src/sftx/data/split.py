@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sftx.data.record import Record
-from sftx.data.store import RecordStore, RecordView, prompt_digest
+from sftx.data.record_store import RecordStore, RecordView, prompt_digest
 
 
 def split(records: Sequence[Record], ratio: float, max_rows: int) -> tuple[RecordView, RecordView]:
