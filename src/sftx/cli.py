@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from sftx import __version__
-from sftx.commands import data_cache
+from sftx.commands import data_cache, data_check, data_convert
 from sftx.errors import reported
 
 GROUPS = {"data": "look at corpora, and at what is kept of them"}
 """Words that stand before a command's own name."""
-COMMANDS = (data_cache,)
+COMMANDS = (data_check, data_convert, data_cache)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +40,12 @@ def run(words: Sequence[str]) -> int:
     Errors:
         SftxError: what the command's own errors are.
     """
-    asked = parser().parse_args(words)
+    top = parser()
+    asked, rest = top.parse_known_args(words)
+    if rest and (not hasattr(asked, "words") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        asked.words += rest  # files and settings may stand between options
     code: int = asked.run(asked)
     sys.stdout.flush()
     return code

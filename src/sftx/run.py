@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +17,15 @@ import torch
 from sftx.build import build
 from sftx.config.derive import Steps, derive_steps, with_output_dir
 from sftx.config.schema import TrainConfig
-from sftx.data.cache import Names, RecordFile, open_rows
-from sftx.data.corpus import Corpus, LoadedFile, split
 from sftx.data.plan import Plan
-from sftx.data.policy import EncodePolicy
-from sftx.data.record import Record
-from sftx.data.store import MemoryRows, Rows
-from sftx.data.template import ChatTemplate
-from sftx.errors import ConfigError, DataError
+from sftx.data.prepare import Data, select, tokenise
+from sftx.errors import ConfigError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import family_named, family_of
 from sftx.model.load import Source, find_model, load_base, load_template
 from sftx.parallel.engine import Engine
 from sftx.runs import manifest
-from sftx.runs.begin import Data, Setting, open_trial
+from sftx.runs.begin import Setting, open_trial
 from sftx.runs.effective import Effective
 from sftx.runs.end import Result, finish_trial, note_failure
 from sftx.runs.folder import ONLY, RunFolder, RunLog
@@ -106,16 +98,12 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     """Read the data and load the base: what all trials share."""
     config = configs[0]
     _seed(config.seed)
-    files, records, held_out = _read(config)
+    selection = select(config)
     source = find_model(config.model_name_or_path)
     family, remark = family_of(config.model, source.model_type, downloaded=source.downloaded)
     effective.remarks += remark
     template = load_template(source, family, config.template_name, family_named)
-    train_rows = _tokens(config, records, files[0], template)
-    eval_rows = _tokens(config, held_out, files[-1], template)
-    if len(held_out) and not eval_rows.supervised.any():
-        raise DataError("no held-out row can be evaluated.")
-    data = Data(files, train_rows, eval_rows)
+    data = tokenise(selection, config, template)
     numerics = build(config.precision).resolve(engine.device, effective)
     mode = build(config.mode)
     dtype = numerics.dtype if engine.sharded else mode.weights_dtype(numerics.dtype)
@@ -128,38 +116,8 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
         trained_dtype=numerics.dtype if engine.sharded else torch.float32,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    session = Session(engine, model, numerics, template, train_rows, eval_rows, source.folder)
+    session = Session(engine, model, numerics, template, data.train, data.held_out, source.folder)
     return session, data, source
-
-
-def _read(config: TrainConfig) -> tuple[list[LoadedFile], list[Any], list[Any]]:
-    corpus: Corpus = build(config.data)
-    keep = not config.remove_unused_columns
-    train_file = corpus.load(config.train_file_path, config.train_file_name, key="train_file_name", keep_columns=keep)
-    records = train_file.records[: config.max_train_rows]
-    if config.eval_file_name is not None:
-        eval_file = corpus.load(config.train_file_path, config.eval_file_name, key="eval_file_name", keep_columns=keep)
-        if eval_file.sha256 == train_file.sha256:
-            raise DataError(
-                f"eval_file_name={config.eval_file_name}: is the training file itself: nothing is held out."
-            )
-        return [train_file, eval_file], records, eval_file.records[: config.eval_max_rows]
-    records, held_out = split(records, config.eval_ratio, config.eval_max_rows)
-    if config.eval_ratio > 0 and not held_out:
-        raise DataError(
-            f"{train_file.path}: {len(records)} rows are too few to hold some out: set eval_ratio=0 or eval_file_name."
-        )
-    return [train_file], records, held_out
-
-
-def _tokens(config: TrainConfig, records: Sequence[Record], file: LoadedFile, template: ChatTemplate) -> Rows:
-    """Return the rows of some records of a file; they are tokenised once and kept."""
-    if not len(records):
-        return MemoryRows([])
-    policy = EncodePolicy(max_length=config.max_seq_length)
-    names = Names(file.path.name, config.model_name_or_path, config.template_name or "")
-    lines = hashlib.sha256(json.dumps([r.line for r in records]).encode()).hexdigest()
-    return open_rows(records, [RecordFile(str(file.path), file.sha256)], template, policy, selection=lines, names=names)
 
 
 def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: Effective, count_: int) -> Trial:

@@ -348,10 +348,8 @@ def test_remove_unused_columns(make_config, corpus: Path, drop: bool) -> None:
     run([config])
     data = json.loads((Path(config.output_dir) / "manifest.json").read_text())["data"][0]
     row = json.loads(Path(data["jsonl"]).read_text(encoding="utf-8").splitlines()[3])
-    assert {k for k in row if not k.startswith("_")} == {"category", "human", "assistant"} | (
-        set() if drop else {"note"}
-    )
-    assert row["human"] == "question 3?"
+    assert set(row.get("extra", {})) == (set() if drop else {"note"})
+    assert row["messages"][0] == {"role": "user", "content": "question 3?"}
     losses = [k for r in records(config) for k in r if k.startswith("eval/loss/")]
     assert losses, "category is kept for the metrics"
 

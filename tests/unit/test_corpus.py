@@ -40,7 +40,14 @@ def load(path: Path, *, keep_columns: bool = True, **options: str) -> LoadedFile
 
 
 def jsonl_rows(loaded: LoadedFile) -> list[dict[str, object]]:
-    return [json.loads(line) for line in loaded.jsonl.read_text(encoding="utf-8").split("\n")[:-1]]
+    """Return the stored rows with their two turns and other columns side by side."""
+    made = []
+    for line in loaded.jsonl.read_text(encoding="utf-8").split("\n")[:-1]:
+        row = json.loads(line)
+        user, assistant = row.pop("messages")
+        assert (user["role"], assistant["role"], row.pop("file"), row.pop("line") > 1) == ("user", "assistant", 0, True)
+        made.append({"human": user["content"], "assistant": assistant["content"]} | row.pop("extra", {}) | row)
+    return made
 
 
 # The file
@@ -117,9 +124,9 @@ def test_text_that_looks_like_the_end_of_a_line_stays_in_its_row(tmp_path: Path,
 def test_a_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(tmp_path / "a.csv", MULTI_LINE)
     first = load(path)
-    monkeypatch.setattr(corpus_module, "read_file", None)
+    monkeypatch.setattr(corpus_module, "FileReader", None)
     assert load(path) == first
-    assert first.jsonl.parent == cache
+    assert first.jsonl.parent.parent == cache
 
 
 def test_other_content_is_another_jsonl(tmp_path: Path, cache: Path) -> None:
@@ -153,8 +160,10 @@ def test_a_jsonl_that_was_changed_is_converted_anew(tmp_path: Path, cache: Path)
     for damage in (b"", first.jsonl.read_bytes()[:-9], None):
         first.jsonl.unlink() if damage is None else first.jsonl.write_bytes(damage)
         assert load(path) == first
-    first.jsonl.with_suffix(".json").write_text("{", encoding="utf-8")
-    assert load(path) == first
+    for name in ("facts.json", "index.npy"):
+        (first.jsonl.parent / name).write_text("{", encoding="utf-8")
+        assert load(path) == first
+        assert list(load(path).records)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -191,7 +200,7 @@ def test_a_file_that_cannot_be_read_leaves_nothing(tmp_path: Path, cache: Path) 
     path = put(tmp_path / "a.csv", f"{HEADER}\na,q,\n")
     with pytest.raises(DataError, match=r"a\.csv:2: the `assistant` of this row is empty"):
         load(path)
-    assert not cache.exists()
+    assert not list(cache.iterdir())
 
 
 def _convert(path: Path, start: object, out: object) -> None:
@@ -213,7 +222,7 @@ def test_processes_may_convert_the_same_file_at_once(tmp_path: Path, cache: Path
     for worker in workers:
         worker.join()
     assert found == {(3000, "q2999\n" + "x" * 200, str(load(path).jsonl))}
-    assert len(list(cache.iterdir())) == 2, "temporary files were left"
+    assert [p.name for p in cache.iterdir()] == [load(path).jsonl.parent.name], "temporary files were left"
 
 
 # The split

@@ -329,7 +329,7 @@ def test_header_refusals(tmp_path: Path, text: str, line: int, fragments: list[s
 
 
 def test_each_missing_column_is_named(tmp_path: Path) -> None:
-    found = refused(write(tmp_path, "question;answer\n1;2\n"))
+    found = refused(write(tmp_path, "title;body\n1;2\n"))
     assert [line.split("`")[1] for line in found] == ["category", "human", "assistant"]
 
 
@@ -474,7 +474,7 @@ def test_format(tmp_path: Path) -> None:
         read_file(tmp_path / "a.xlsx")
     with pytest.raises(DataError, match=r"suffix `` is not known"):
         read_file(tmp_path / "a")
-    with pytest.raises(DataError, match="format `tsv` is not known; use auto, csv or jsonl"):
+    with pytest.raises(DataError, match="format `tsv` is not known; use auto, csv, jsonl, json, parquet or arrow"):
         read_file(tmp_path / "a.csv", format="tsv")
     assert triples(read_file(write(tmp_path, HEADER + "a,b,c", "a.txt"), format="csv")) == [("a", "b", "c")]
     rows = objects({"category": "a", "human": "b", "assistant": "c"})

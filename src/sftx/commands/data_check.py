@@ -60,7 +60,9 @@ def sort_words(words: list[str]) -> tuple[list[str], list[str]]:
     files = [w for w in words if w not in settings]
     for key in ("train_file_path", "train_file_name", "eval_file_name"):
         if any(s.startswith(f"{key}=") for s in settings):
-            raise ConfigError(f"command line: `{key}`: name the files themselves: sftx data check FILE ... [--eval FILE]")
+            raise ConfigError(
+                f"command line: `{key}`: name the files themselves: sftx data check FILE ... [--eval FILE]"
+            )
     if not files:
         raise DataError("sftx data check: name at least one file, for example data/aspcoder_train.csv.")
     return files, settings

@@ -16,9 +16,9 @@ from rich.text import Text
 from sftx.build import build
 from sftx.config.schema import TrainConfig
 from sftx.data.audit import LISTED, Audit, audit
-from sftx.data.cache import Names, RecordFile, open_rows
 from sftx.data.choose import choose, facts_of
 from sftx.data.corpus import Corpus, LoadedFile
+from sftx.data.prepare import rows_of
 from sftx.data.sources import fetch, find_sources
 from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
@@ -58,12 +58,8 @@ def check(files: Sequence[str], held_out: Sequence[str], config: TrainConfig, *,
     family, _ = family_of(config.model, source.model_type, downloaded=source.downloaded)
     template = load_template(source, family, config.template_name, family_named)
     facts = facts_of(loaded.records)
-    choice = choose(facts, loaded.records, corpus.choosing(), config.seed)
-    names = Names(", ".join(files)[:60], config.model_name_or_path, config.template_name or "")
-    record_files = [RecordFile(str(f["path"]), str(f["sha256"])) for f in loaded.files]
-    rows = open_rows(
-        loaded.records, record_files, template, corpus.encoding_policy(config.max_seq_length), names=names
-    ).of_records(choice.kept)
+    choice = choose(facts, loaded.records, corpus.choose_policy(), config.seed)
+    rows, _ = rows_of(loaded, choice.kept, corpus, config, template)
     found = audit(loaded.records, facts, rows, config.max_seq_length, held_out=held, near=near)
     left = [*loaded.skipped(), *(f"{loaded.records[i].origin}: {why}" for i, why in choice.left_out)]
     return Checked(config, loaded, rows, template, found, left)
@@ -114,7 +110,9 @@ def _files(loaded: LoadedFile) -> Table:
         table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
     for f in loaded.files:
         delimiter = {"\t": "tab", None: "-"}.get(f["delimiter"], f["delimiter"])
-        table.add_row(*(str(f[k] or "-") for k in ("path", "format", "encoding")), delimiter, f["shape"], f"{f['rows']:,}")
+        table.add_row(
+            *(str(f[k] or "-") for k in ("path", "format", "encoding")), delimiter, f["shape"], f"{f['rows']:,}"
+        )
     return table
 
 

@@ -54,6 +54,9 @@ def component_of(group: str, option: str) -> dict[str, Any]:
     """Return the component that an option's file holds, wherever its package puts it."""
     body = file_of(group, option).body
     node = body if "_target_" in body else body.get(group, {})
+    for below in body.get("defaults", ()):  # an option that differs little from another of its group
+        if isinstance(below, str) and below != "_self_":
+            node = component_of(group, below) | {k: v for k, v in body.items() if k != "defaults"}
     return node if isinstance(node, dict) else {}
 
 

@@ -42,10 +42,13 @@ class TrainConfig:
         "the folder that holds the corpus, directly or in its csv/ subfolder",
         "训练语料所在的目录，文件可直接放在其中或其 csv/ 子目录中",
     )
-    train_file_name: str = knob(
-        "the corpus in that folder: a CSV of category,human,assistant (or .tsv, .jsonl); "
+    train_file_name: str | list[str] = knob(
+        "the corpus in that folder: a CSV of category,human,assistant (or .tsv, .jsonl, .json, .parquet, .arrow, "
+        "also .gz and .zst); a pattern (*.csv), a list of names, a folder, a dataset that was saved, or a hub id; "
         "it is converted to JSONL automatically",
-        "该目录中的语料：列为 category,human,assistant 的 CSV（或 .tsv、.jsonl），会自动转换为 JSONL 再加载",
+        "该目录中的语料：列为 category,human,assistant 的 CSV（或 .tsv、.jsonl、.json、.parquet、.arrow，"
+        "可带 .gz、.zst）；也可以是通配符（*.csv）、文件名列表、文件夹、保存的 dataset 或 Hugging Face 数据集 id；"
+        "会自动转换为 JSONL 再加载",
     )
     template_name: str | None = knob(
         "the chat template; default: the model's own. Usually the model_type in its config.json (qwen2, llama, ...)",
@@ -142,7 +145,7 @@ class TrainConfig:
         "stop after this many optimizer steps, whatever the epochs say", "最多训练多少步（优先于轮数）", at_least=1
     )
     max_train_rows: int | None = knob("use only the first rows of the corpus", "只使用语料的前多少行", at_least=1)
-    eval_file_name: str | None = knob(
+    eval_file_name: str | list[str] | None = knob(
         "a held-out file in train_file_path; without one, eval_ratio of the corpus is held out",
         "train_file_path 中的评估文件；不设则按 eval_ratio 从语料中划出",
     )

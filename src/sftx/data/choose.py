@@ -48,6 +48,11 @@ class ChoosePolicy:
     source_weights: Mapping[str, float] = field(default_factory=dict)
     temperature: float = 1.0
 
+    @property
+    def chooses(self) -> bool:
+        """True when a policy is set, so that every record must be looked at."""
+        return self != ChoosePolicy(near_threshold=self.near_threshold)
+
 
 @dataclass
 class Choice:

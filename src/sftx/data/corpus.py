@@ -1,176 +1,256 @@
-"""Find the corpus, convert it to JSONL once, and hold part of it out for evaluation."""
+"""Find the corpus, convert it once to a store of records, and open that."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from sftx.data.read import Reading, read_file, sha256_file
-from sftx.data.record import Record, pair
-from sftx.errors import DataError, nearest
-from sftx.files import cache_root, write_text
+from sftx.data.choose import ChoosePolicy
+from sftx.data.policy import EncodePolicy
+from sftx.data.read import FileReader, How, sha256_file, suffixes
+from sftx.data.record import Record
+from sftx.data.record_store import INDEX, RECORDS, RecordStore, json_line, message_dict, write_store
+from sftx.data.sources import Source, fetch, find_file, find_sources
+from sftx.data.split import split
+from sftx.errors import DataError
+from sftx.files import cache_root, locked, write_chunks, write_folder, write_text
 
-READER_VERSION = 2
+__all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources", "split"]
+
+READER_VERSION = 3
 """Part of the cache key: raise it when the same file would be read differently."""
+FACTS, SKIPPED = "facts.json", "skipped.jsonl"
 
 
 @dataclass(frozen=True)
 class LoadedFile:
-    """A corpus file as it was read: its rows, its JSONL, and what was detected on the way."""
+    """A corpus as it was read: its records, its JSONL, and what was detected on the way."""
 
     path: Path
+    """The file, or the folder that holds the files."""
     jsonl: Path
     sha256: str
-    encoding: str
-    delimiter: str | None
-    format: str
-    records: list[Record]
+    files: tuple[dict[str, Any], ...]
+    """Of each file: path, source, sha256, rows, format, encoding, delimiter, shape."""
+    records: RecordStore
+    skipped_rows: int = 0
+
+    @property
+    def encoding(self) -> str | None:
+        """The encoding, or all there are."""
+        return self._all("encoding")
+
+    @property
+    def delimiter(self) -> str | None:
+        """The delimiter, or all there are."""
+        return self._all("delimiter")
+
+    @property
+    def format(self) -> str | None:
+        """The format, or all there are."""
+        return self._all("format")
+
+    @property
+    def shape(self) -> str | None:
+        """The shape, or all there are."""
+        return self._all("shape")
+
+    def _all(self, name: str) -> str | None:
+        return ", ".join(dict.fromkeys(str(file[name]) for file in self.files if file[name] is not None)) or None
+
+    def skipped(self) -> Iterator[str]:
+        """Yield each reason for which a row was left out, as `file:line: reason`."""
+        if self.skipped_rows:
+            with (self.jsonl.parent / SKIPPED).open(encoding="utf-8") as file:
+                for text in file:
+                    number, line, reason = json.loads(text)
+                    yield f"{self.files[number]['path']}:{line}: {reason}"
 
     def facts(self) -> dict[str, object]:
-        """Return what the manifest says of the file."""
-        return {
+        """Return what the manifest says of the corpus."""
+        made: dict[str, object] = {
             "path": str(self.path),
             "sha256": self.sha256,
             "rows": len(self.records),
             "format": self.format,
             "encoding": self.encoding,
             "delimiter": self.delimiter,
+            "shape": self.shape,
             "jsonl": str(self.jsonl),
         }
+        if self.skipped_rows:
+            made["skipped_rows"] = self.skipped_rows
+        return made | ({"files": list(self.files)} if len(self.files) > 1 else {})
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """How a corpus file is read; group `data`."""
+    """How a corpus is read; group `data`."""
 
-    format: str = "auto"
+    # The types stand here in full: they are read from this text to check `conf/`.
+    format: Literal["auto", "csv", "jsonl", "json", "parquet", "arrow"] = "auto"
     encoding: str = "auto"
     delimiter: str = "auto"
+    shape: Literal["auto", "human_assistant", "alpaca", "sharegpt", "messages", "firefly", "prompt_completion"] = "auto"
+    columns: dict[str, str | None] = field(default_factory=dict)
+    on_bad_rows: Literal["error", "skip"] = "error"
+    learn: Literal["all", "last"] = "all"
+    too_long: Literal["truncate_right", "truncate_prompt", "drop", "split", "error"] = "truncate_right"
+    system: str | None = None
+    category_prefix: dict[str, str] = field(default_factory=dict)
+    duplicates: Literal["keep", "drop_exact", "drop_near"] = "keep"
+    near_threshold: float = 0.8
+    conflicts: Literal["keep", "keep_first", "drop", "error"] = "keep"
+    cap_per_category: int | None = None
+    cap_per_source: int | None = None
+    category_weights: dict[str, float] = field(default_factory=dict)
+    source_weights: dict[str, float] = field(default_factory=dict)
+    temperature: float = 1.0
 
-    def load(self, folder: str, name: str, *, key: str, keep_columns: bool) -> LoadedFile:
-        """Read `name` in `folder` (or its `csv/`), through a JSONL that is cached by content.
+    def encode_policy(self, max_length: int) -> EncodePolicy:
+        """Return how its conversations become rows."""
+        return EncodePolicy(max_length, self.too_long, self.learn, self.system, dict(self.category_prefix))
+
+    def choose_policy(self) -> ChoosePolicy:
+        """Return which of its records are used, and how often."""
+        return ChoosePolicy(
+            self.duplicates,
+            self.near_threshold,
+            self.conflicts,
+            self.cap_per_category,
+            self.cap_per_source,
+            dict(self.category_weights),
+            dict(self.source_weights),
+            self.temperature,
+        )
+
+    def load(self, folder: str, name: str | Sequence[str], *, key: str, keep_columns: bool) -> LoadedFile:
+        """Read what `name` means in `folder` (or its `csv/`), through a JSONL that is cached by content.
 
         Errors:
             DataError: no such file, found twice, or a file that cannot be read exactly.
         """
-        path = find_file(folder, name, key=key)
-        digest = sha256_file(path)
-        recipe = json.dumps([READER_VERSION, digest, keep_columns, asdict(self), path.suffix.lower()])
-        stem = f"{path.stem[:40]}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-        jsonl, meta = cache_root() / "jsonl" / f"{stem}.jsonl", cache_root() / "jsonl" / f"{stem}.json"
-        facts = _cached(jsonl, meta)
+        return self.read(fetch(find_sources(folder, name, key=key), key=key), keep_columns=keep_columns)
+
+    def read(self, sources: Sequence[Source], *, keep_columns: bool) -> LoadedFile:
+        """Read files in order, through a JSONL that is cached by their content.
+
+        Errors:
+            DataError: a file that cannot be read exactly.
+        """
+        digests = [sha256_file(source.path) for source in sources]
+        settings = [self.format, self.encoding, self.delimiter, self.shape, self.columns, self.on_bad_rows]
+        parts = [[digest, *suffixes(source.path)] for digest, source in zip(digests, sources, strict=True)]
+        recipe = json.dumps([READER_VERSION, parts, keep_columns, settings])
+        stem = f"{sources[0].path.stem[:40]}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+        folder = cache_root() / "jsonl" / stem
+        facts = _cached(folder)
         if facts is None:
-            reading = read_file(path, format=self.format, encoding=self.encoding, delimiter=self.delimiter)
-            _write_jsonl(reading, jsonl, meta, keep_columns=keep_columns)
-            facts = json.loads(meta.read_text(encoding="utf-8"))
-        records = _read_jsonl(jsonl, path, facts["lines"])
-        return LoadedFile(path, jsonl, digest, facts["encoding"], facts["delimiter"], facts["format"], records)
-
-
-def find_file(folder: str, name: str, *, key: str) -> Path:
-    """Return the corpus's path: directly in the folder, or in its `csv/` subfolder (the original layout).
-
-    Errors:
-        DataError: no such folder, no such file (the nearest name is given), or found in both places.
-    """
-    base = Path(folder).expanduser()
-    if base.is_file():
-        raise DataError(
-            f"train_file_path={folder}: is a file, wanted its folder: "
-            f"train_file_path={base.parent} train_file_name={base.name}."
+            with locked(folder.with_name(f".{stem}.lock")):  # one process converts, the others wait for it
+                facts = _cached(folder)
+                if facts is None:
+                    for left in folder.parent.glob(f".{stem}.*/"):  # of a process that was killed
+                        shutil.rmtree(left, ignore_errors=True)
+                    write_folder(folder, lambda into: self._convert(into, sources, keep_columns), replace=True)
+                    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        files = tuple(
+            {"path": str(source.path), "source": source.name, "sha256": digest} | told
+            for source, digest, told in zip(sources, digests, facts["files"], strict=True)
         )
-    if not base.is_dir():
-        raise DataError(f"train_file_path={folder}: there is no such folder (looked at {base.absolute()}).")
-    found = [p for p in (base / name, base / "csv" / name) if p.is_file()]
-    if len(found) == 2:
-        raise DataError(
-            f"{key}={name}: found both as {found[0]} and as {found[1]}. "
-            f"Remove one, or name the folder meant: train_file_path={found[1].parent}."
+        records = RecordStore(
+            folder, [str(source.path) for source in sources], [source.name for source in sources], facts["categories"]
         )
-    if not found:
-        there = sorted(p.name for d in (base, base / "csv") if d.is_dir() for p in d.iterdir() if p.is_file())
-        near = nearest(name, there)
-        hint = f" Did you mean `{near}`?" if near else ""
-        listing = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")
-        raise DataError(
-            f"{key}={name}: no such file in {base} or {base / 'csv'}.{hint} Files there: {listing or 'none'}."
-        )
-    return found[0]
+        whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        path = sources[0].path if len(sources) == 1 else sources[0].path.parent
+        return LoadedFile(path, folder / RECORDS, whole, files, records, facts["skipped_rows"])
+
+    def _convert(self, into: Path, sources: Sequence[Source], keep_columns: bool) -> None:
+        """Fill a folder with the records of files, and beside them what else is to be known."""
+        how = How(self.format, self.encoding, self.delimiter, self.shape, dict(self.columns))
+        files: list[dict[str, Any]] = []
+        skipped: set[tuple[int, int]] = set()
+
+        def records() -> Iterator[tuple[int, Record]]:
+            for number, source in enumerate(sources):
+
+                def skip(line: int, reason: str, number: int = number) -> None:
+                    skipped.add((number, line))
+                    reasons.write(json_line([number, line, reason]))
+
+                on_skip = skip if self.on_bad_rows == "skip" else None
+                reader = FileReader(source.path, how, keep_columns=keep_columns, source=source.name, on_skip=on_skip)
+                rows = 0
+                for record in reader:
+                    rows += 1
+                    yield number, record
+                told = {"format": reader.format, "encoding": reader.encoding, "delimiter": reader.delimiter}
+                files.append({"rows": rows} | told | {"shape": reader.shape})
+
+        with (into / SKIPPED).open("wb") as reasons:
+            facts = write_store(into, records())
+        facts |= {"files": files, "skipped_rows": len(skipped), "index_sha256": sha256_file(into / INDEX)}
+        write_text(into / FACTS, json.dumps(facts) + "\n")
 
 
-def _cached(jsonl: Path, meta: Path) -> dict[str, Any] | None:
-    """Return what is known of a JSONL that was converted earlier, or None when it is not there as it was left."""
+def _cached(folder: Path) -> dict[str, Any] | None:
+    """Return what is known of a store that was made earlier, or None when it is not there as it was left."""
     try:
-        facts = json.loads(meta.read_text(encoding="utf-8"))
-        return facts if facts["jsonl_sha256"] == sha256_file(jsonl) else None
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        whole = facts["jsonl_sha256"] == sha256_file(folder / RECORDS)
+        return facts if whole and facts["index_sha256"] == sha256_file(folder / INDEX) else None
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None
 
 
-def _write_jsonl(reading: Reading, jsonl: Path, meta: Path, *, keep_columns: bool) -> None:
-    """Write the rows, and beside them what else is to be known, so that no column's name is taken."""
-    rows = [
-        {"category": r.category, "human": r.human, "assistant": r.assistant} | (r.extra if keep_columns else {})
-        for r in reading.records
-    ]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(jsonl, text)
-    facts = {
-        "encoding": reading.encoding,
-        "delimiter": reading.delimiter,
-        "format": reading.format,
-        "jsonl_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
-        "lines": [r.line for r in reading.records],
-    }
-    write_text(meta, json.dumps(facts) + "\n")
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion came to."""
+
+    rows: int
+    shape: Literal["human_assistant", "messages"]
+    loaded: LoadedFile
 
 
-def _read_jsonl(jsonl: Path, origin: Path, lines: list[int]) -> list[Record]:
-    records = []
-    with jsonl.open(encoding="utf-8", newline="\n") as file:
-        for number, text in zip(lines, file, strict=True):
-            row = json.loads(text)
-            category, human, assistant = row.pop("category"), row.pop("human"), row.pop("assistant")
-            records.append(pair(category, human, assistant, str(origin), number, row))
-    return records
+def convert(files: Sequence[Path], out: Path, corpus: Corpus | None = None, *, keep_columns: bool = True) -> Converted:
+    """Write files as one plain JSONL: category, human, assistant when each record is one question, else messages.
 
-
-def split(records: Sequence[Record], ratio: float, max_rows: int) -> tuple[list[Record], list[Record]]:
-    """Hold out a share of each category; return (training rows, held-out rows), both in the order given.
-
-    The choice follows from the rows' text alone, not from their order or `seed`, so that runs with
-    other seeds are judged on the same rows. `ratio` of all rows is rounded, to one at least and
-    `max_rows` at most, and each category gives its part of that to within one row. Rows with the same
-    prompt go to the same side: then it may be some rows fewer, but one prompt at least.
+    Errors:
+        DataError: a file that cannot be read exactly, or a column that has a name of the new form.
+        RunFolderError: the result cannot be written.
     """
-    by_prompt: dict[str, list[int]] = defaultdict(list)
-    for i, record in enumerate(records):
-        by_prompt[record.human].append(i)
-    if ratio <= 0 or max_rows <= 0 or len(by_prompt) < 2:
-        return list(records), []
-    prompts = [by_prompt[human] for human in sorted(by_prompt, key=_digest)]
-    by_category: dict[str, list[list[int]]] = defaultdict(list)
-    for rows in prompts:
-        by_category[min(records[i].category for i in rows)].append(rows)
-    total = len(records)
-    wanted = min(max_rows, max(1, round(total * ratio)), total - 1)
-    held: set[int] = set()
-    room = 0  # counted in 1/total of a row; what one category leaves, the next may use
-    for category in sorted(by_category):
-        room += wanted * sum(map(len, by_category[category]))
-        for rows in by_category[category]:
-            if len(rows) * total <= room:
-                held.update(rows)
-                room -= len(rows) * total
-    smallest = min(prompts, key=len)
-    held = held or set(smallest)
-    return [r for i, r in enumerate(records) if i not in held], [r for i, r in enumerate(records) if i in held]
+    if Path(out).resolve() in {Path(file).resolve() for file in files}:
+        raise DataError(f"{out}: is one of the files to convert; give another name for the result")
+    sources = [s for file in files for s in find_sources(str(Path(file).parent), Path(file).name, key="file")]
+    loaded = (corpus or Corpus()).read(sources, keep_columns=keep_columns)
+    plain = all(_is_plain(record) for record in loaded.records)
+    write_chunks(Path(out), (json_line(_row(record, plain=plain)) for record in loaded.records))
+    return Converted(len(loaded.records), "human_assistant" if plain else "messages", loaded)
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8")).digest()
+def _is_plain(record: Record) -> bool:
+    """Tell whether a record is no more than one question and its answer."""
+    if record.tools or [m.role for m in record.messages] != ["user", "assistant"]:
+        return False
+    return all(m.weight is m.reasoning is m.name is None and not m.tool_calls for m in record.messages)
+
+
+def _row(record: Record, *, plain: bool) -> dict[str, object]:
+    made: dict[str, object] = {"category": record.category}
+    if plain:
+        made |= {"human": record.human, "assistant": record.assistant}
+    else:
+        made["messages"] = [message_dict(m) for m in record.messages]
+        made |= {"tools": list(record.tools)} if record.tools else {}
+    made |= {"weight": record.weight} if record.weight != 1.0 else {}
+    for name in record.extra:
+        if name.casefold() in {"category", "human", "assistant", "messages", "tools", "weight", "system"}:
+            raise DataError(
+                f"{record.origin}: the column `{name}` would be taken for something else in the result; rename it, "
+                "or convert without the other columns"
+            )
+    return made | record.extra

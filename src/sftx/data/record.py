@@ -38,6 +38,8 @@ class Record:
     """Definitions of the tools the assistant may call, in OpenAI's form."""
     weight: float = 1.0
     """Multiplies the weight of each learned token."""
+    source: str = ""
+    """The part of the corpus it belongs to: its file's name without suffixes, or the dataset's name."""
 
     @property
     def origin(self) -> str:

@@ -13,9 +13,8 @@ import torch
 from sftx.build import build
 from sftx.config.derive import identity
 from sftx.config.schema import TrainConfig
-from sftx.data.corpus import LoadedFile
+from sftx.data.prepare import Data
 from sftx.data.read import sha256_file
-from sftx.data.store import Rows
 from sftx.errors import ConfigError, ModelError
 from sftx.files import write_text
 from sftx.model.load import Source
@@ -29,15 +28,6 @@ from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
-
-
-@dataclass(frozen=True)
-class Data:
-    """The rows of a run, and the files they came from."""
-
-    files: list[LoadedFile]
-    train: Rows
-    held_out: Rows
 
 
 @dataclass(frozen=True)
@@ -122,7 +112,7 @@ def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> s
 
 def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effective: Effective) -> None:
     """Say which rows could not be used, and which lost the end of their answer."""
-    skipped = [str(s) for s in data.train.skipped + data.held_out.skipped]
+    skipped = data.left_out
     if skipped:
         write_text(folder.path / "skipped_rows.txt", "\n".join(skipped) + "\n")
         effective.remark(

@@ -20,7 +20,7 @@ from rich.table import Table
 from sftx.config.check import freeze
 from sftx.config.compose import Request
 from sftx.config.schema import TrainConfig
-from sftx.data.corpus import find_file
+from sftx.data.sources import find_sources
 from sftx.errors import say
 from sftx.files import write_json
 from sftx.runs.folder import RunFolder
@@ -69,7 +69,7 @@ def _run(config: TrainConfig, request: Request, command: str) -> Result:
     """Look at the folder and the corpus first, where mistakes are common; only then import torch."""
     if config.output_dir is not None:
         RunFolder(Path(config.output_dir)).check(config.resume)
-    find_file(config.train_file_path, config.train_file_name, key="train_file_name")
+    find_sources(config.train_file_path, config.train_file_name, key="train_file_name")
     from sftx.run import run
 
     return run([config], request.notes, command)[0]

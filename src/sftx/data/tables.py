@@ -1,0 +1,94 @@
+"""Parquet and Arrow to rows: batches of values as they stand, each row with its number from 1."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sftx.data.blob import Blob
+from sftx.errors import DataError
+
+BATCH = 512
+ARROW_FILE = b"ARROW1"
+END_OF_STREAM = b"\0\0\0\0"
+
+
+@contextmanager
+def open_table(blob: Blob, kind: str) -> Iterator[tuple[list[str], Iterator[dict[str, object]]]]:
+    """Open a Parquet or Arrow file as its columns' names and its rows; raises DataError when it is damaged."""
+    import pyarrow as pa  # heavy: only who needs it pays for it
+
+    word = {"parquet": "Parquet", "arrow": "Arrow"}[kind]
+    with _on_disk(blob) as path:
+        try:
+            names, batches = _parquet(path) if kind == "parquet" else _arrow(path)
+            yield names, (row for batch in batches for row in _rows(batch, names))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise DataError(f"{blob.path}: cannot be read: {error.strerror or error}") from error
+            what = str(error).split("\n")[0].rstrip(".")
+            raise DataError(f"{blob.path}: is not a sound {word} file: {what}; write or copy it again") from error
+
+
+@contextmanager
+def _on_disk(blob: Blob) -> Iterator[Path]:
+    """Unpack what is compressed: these formats are read from several places."""
+    if blob.compression is None:
+        blob.head(1)  # a file that cannot be opened is told the same way for all formats
+        yield blob.path
+        return
+    with tempfile.NamedTemporaryFile(prefix="sftx-") as copy:
+        with blob.open() as file:
+            shutil.copyfileobj(file, copy)
+        copy.flush()
+        yield Path(copy.name)
+
+
+def _parquet(path: Path) -> tuple[list[str], Iterator[Any]]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+    return list(file.schema_arrow.names), file.iter_batches(batch_size=BATCH)
+
+
+def _arrow(path: Path) -> tuple[list[str], Iterator[Any]]:
+    import pyarrow as pa
+
+    with path.open("rb") as file:
+        is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
+    source = pa.memory_map(str(path)) if path.stat().st_size else pa.BufferReader(b"")
+    if is_file:
+        reader = pa.ipc.open_file(source)
+        return list(reader.schema.names), (reader.get_batch(i) for i in range(reader.num_record_batches))
+    stream = pa.ipc.open_stream(source)
+    with path.open("rb") as file:
+        file.seek(-len(END_OF_STREAM), os.SEEK_END)
+        if file.read() != END_OF_STREAM:  # Arrow takes a stream cut off between two batches for a whole one
+            raise pa.ArrowInvalid("the stream is cut off")
+    return list(stream.schema.names), iter(stream)
+
+
+def _rows(batch: Any, names: list[str]) -> Iterator[dict[str, object]]:
+    for start in range(0, batch.num_rows, BATCH):
+        columns = [column.to_pylist() for column in batch.slice(start, BATCH).columns]
+        for values in zip(*columns, strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+def unwritable(value: object) -> str | None:
+    """Name the type of a value that JSON has no word for, anywhere inside; None when there is none."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "a number that is not finite"
+    if value is None or isinstance(value, str | bool | int):
+        return None
+    if isinstance(value, list | tuple):
+        return next((found for one in value if (found := unwritable(one))), None)
+    if isinstance(value, dict):
+        return next((found for one in value.values() if (found := unwritable(one))), None)
+    return f"a {type(value).__name__}"
