@@ -87,7 +87,11 @@ class Unknown(str):
         return self._joined(str.__str__(other) + str.__str__(self))
 
     def __bool__(self) -> bool:
-        return True  # an empty text is never unknown
+        if self.slot is None:
+            raise Peeked
+        if self.slot.trims:  # an empty text is never unknown, but trimming may make one
+            self.notes.questions.add((self.slot, "__eq__", ""))
+        return True
 
     def __hash__(self) -> int:
         raise Peeked
@@ -147,13 +151,22 @@ class Probe:
         return self.renderer.compiled.render(**self.renderer.arguments(messages, generation_prompt, (), thinking)), None
 
     def starts(self, text: str, prefix: str) -> bool:
-        """True when a text begins with another; refused where that depends on what is unknown."""
+        """True when a text begins with another, whatever the unknown texts are; what false depends on is noted."""
         if text.startswith(prefix):
             return True
         differs = next((i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b), None)
-        for spelled in (text, prefix) if differs is not None else ():
-            if any(m.start() <= differs < m.end() for m in self.notes.pattern.finditer(spelled)):  # type: ignore[operator]
-                raise Peeked
+        if differs is None:
+            return False
+        cells = [
+            next((m for m in self.notes.pattern.finditer(spelled) if m.start() <= differs < m.end()), None)
+            for spelled in (text, prefix)
+        ]
+        if all(cells):
+            raise Peeked
+        for cell, other in zip(cells, (prefix, text), strict=True):
+            if cell:  # a text that begins with another letter than the template's differs from it
+                slot = self.notes.slots[int(cell.group(1))]
+                self.notes.questions |= {(slot, "startswith", other[cell.start()]), (slot, "__eq__", "")}
         return False
 
     def after(self, text: str, cell: str, start: int) -> int | None:

@@ -168,6 +168,8 @@ class ChatTemplate:
         weighed = [replace(m, weight=w) for m, w in zip(record.messages, weights, strict=True)]
 
         def again(messages: Sequence[Message]) -> list[Draft] | str:
+            if not any(m.weight for m in messages):
+                return []
             part = replace(record, messages=tuple(messages))
             return self._drafts(part, [m.weight or 0.0 for m in messages])
 
@@ -209,7 +211,7 @@ class ChatTemplate:
         cells: list[str] = []
         shape: list[tuple[str, bool, bool, bool]] = []
         for m, weight in zip(record.messages, weights, strict=True):
-            if m.tool_calls or m.name is not None:
+            if m.tool_calls or m.name is not None or (weight and m.content.isspace()):
                 return self._rendered(record, weights)
             cells += (self._letters.guard(m.content), self._letters.guard(m.reasoning) if m.reasoning else "")
             shape.append((m.role, bool(weight), bool(m.content), bool(m.reasoning)))
