@@ -283,6 +283,8 @@ def test_a_templates_own_marks_are_kept_and_an_end_is_always_learned(answer: str
 
 EDGES = [
     "hi",
+    "7",
+    "a b",
     "<",
     "  ",
     " a",
@@ -323,6 +325,10 @@ PEEKING = {
     "sorted": "{{ m.content | sort | join }}",
     "by truth": "{% if m.content %}{{ m.content }}{% else %}nothing{% endif %}",
     "by what is left of it": "{% if m.content | trim %}{{ m.content | trim }}{% else %}nothing{% endif %}",
+    "by counting words": "{% if m.content | wordcount > 1 %}!{% endif %}{{ m.content }}",
+    "by a test": "{% if m.content is lower %}!{% endif %}{{ m.content }}",
+    "by lying in a text": "{% if m.content in 'hi there' %}!{% endif %}{{ m.content }}",
+    "by a text's method": "{% if 'hi there'.startswith(m.content) %}!{% endif %}{{ m.content }}",
     "by list": "{{ (m.content | list) | length }}{{ m.content }}",
 }  # fmt: skip
 

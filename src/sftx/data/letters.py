@@ -129,4 +129,19 @@ class Letters:
 
 
 def _any_of(words: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
+    """Return a pattern for the longest of the words; shared beginnings are tried once: there may be thousands."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        node = tree
+        for letter in word:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+
+    def spelled(node: dict[str, Any]) -> str:
+        branches = [re.escape(letter) + spelled(rest) for letter, rest in node.items() if letter]
+        if not branches:
+            return ""
+        body = f"(?:{'|'.join(branches)})" if len(branches) > 1 or "" in node else branches[0]
+        return body + "?" if "" in node else body
+
+    return re.compile(spelled(tree) or r"(?!)")

@@ -22,7 +22,16 @@ from sftx.data.turns import Piece
 
 FORBIDDEN = (nodes.Concat, nodes.Macro, nodes.FilterBlock, nodes.AssignBlock, nodes.Include, nodes.ImportedName)
 """Jinja constructs whose result is copied text: a later question about it would not be noticed."""
-FORBIDDEN_NAMES = {"join", "replace", "format", "caller", "e", "escape", "forceescape", "urlize", "wordwrap"}
+FORBIDDEN_NAMES = {"join", "replace", "format", "caller"}
+FILTERS = {
+    "capitalize", "count", "d", "default", "first", "items", "last", "length", "list", "lower", "rejectattr",
+    "selectattr", "string", "tojson", "trim", "upper",
+}  # fmt: skip
+"""Filters that ask a text by its methods, or change its stand-in; others read it by ways of their own."""
+TESTS = {
+    "boolean", "callable", "defined", "divisibleby", "eq", "equalto", "even", "false", "float", "integer", "iterable",
+    "mapping", "ne", "none", "number", "odd", "sameas", "sequence", "string", "true", "undefined",
+}  # fmt: skip
 EDGE = '\n É"\\&<'
 """Around a stand-in: whatever trims, escapes or changes the case of text changes it."""
 Operation = tuple[str, tuple[Any, ...]]
@@ -231,9 +240,21 @@ def _parts(text: str, notes: Notes) -> Parts:
 def can_probe(renderer: Renderer) -> bool:
     """True when a template is made of constructs through which an unknown text can be followed."""
     tree = renderer.compiled.environment.parse(renderer.source)
-    if next(tree.find_all(FORBIDDEN), None) is not None:
+    if "__" in renderer.source or next(tree.find_all(FORBIDDEN), None) is not None:
         return False
-    if "__" in renderer.source or (next(tree.find_all(nodes.CallBlock), None) and not renderer.has_marks):
+    if next(tree.find_all(nodes.CallBlock), None) is not None and not renderer.has_marks:
         return False
-    named = [n.name for n in tree.find_all(nodes.Filter)] + [n.attr for n in tree.find_all(nodes.Getattr)]
-    return not FORBIDDEN_NAMES & set(named)
+    attributes = list(tree.find_all(nodes.Getattr))
+    compares = [c for c in tree.find_all(nodes.Compare) if any(o.op in ("in", "notin") for o in c.ops)]
+    inside_known = any(isinstance(o.expr, nodes.Const) for c in compares for o in c.ops if not _known(c.expr))
+    return (
+        not FORBIDDEN_NAMES & {a.attr for a in attributes}
+        and not any(_known(a.node) for a in attributes)
+        and not inside_known
+        and {f.name for f in tree.find_all(nodes.Filter)} <= FILTERS
+        and {t.name for t in tree.find_all(nodes.Test)} <= TESTS
+    )
+
+
+def _known(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Const)

@@ -25,7 +25,7 @@ from sftx.data.policy import EncodePolicy
 from sftx.data.record import Message, Record
 from sftx.data.render import Conversation, Renderer
 from sftx.data.rows import Encoding, Row
-from sftx.data.skeleton import Peeked, Probe, Skeleton, Slot, can_probe, skeleton
+from sftx.data.skeleton import Probe, Skeleton, Slot, can_probe, skeleton
 from sftx.data.turns import Piece, TurnReader, pieces
 from sftx.errors import ConfigError, DataError, ModelError, did_you_mean
 
@@ -247,8 +247,6 @@ class ChatTemplate:
             messages.append(self._renderer.dict_of(role, content, reasoning))
         try:
             rows = self._cut(self._reader(probe), messages, learned)
-        except (Peeked, ModelError):
-            return None
         except Exception:  # noqa: BLE001 - whatever a template does to an unknown text: it is rendered instead
             return None
         return skeleton(rows, probe.notes)
@@ -267,7 +265,7 @@ class ChatTemplate:
         """Return the tokens of what stands before an answer: mostly the same for all records."""
         if text not in self._tails:
             if len(self._tails) >= CHUNK:
-                self._tails.clear()
+                return ids[text]
             self._tails[text] = ids[text]
         return self._tails[text]
 
@@ -278,7 +276,7 @@ class ChatTemplate:
             before: list[int] = []
             answers: list[Answer] = []
             for piece in row:
-                head, tail, joint = ids[piece.head], self._tail(piece.tail, ids), ids[piece.joint]
+                head, tail, joint = ids[piece.head] if piece.head else [], self._tail(piece.tail, ids), ids[piece.joint]
                 before = before + (head[1:] if piece.continues else head)
                 prompt = before + tail[1:] if piece.cut else before + tail
                 clean = joint[: len(tail)] == tail
