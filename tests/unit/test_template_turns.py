@@ -180,7 +180,7 @@ def test_a_prompt_that_opens_the_thinking_is_followed_by_it() -> None:
     )
     template = ChatTemplate(byte_tokenizer("<|go|>", "<|you|>", "<|end|>", eos_token="<|end|>"), source, [])
     for record in (talk("a", "<think>\nr\n</think>\n\nb"), talk("a", "<think>r</think>\n\nb")):
-        assert spans(template, record) == [["<|you|>a<|go|><think>\n", "r\n</think>\n\n\n\nb<|end|>"]]
+        assert spans(template, record) == [["<|you|>a<|go|><think>\n", "r\n</think>\n\nb<|end|>"]]
 
 
 # Tools
@@ -266,6 +266,11 @@ MARKED = (
     [
         ("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", "b<|im_end|>d<|im_end|>"),
         ("{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>", "b<|im_end|>d<|im_end|>"),
+        (
+            "{% generation %}{{ m.content[:1] }}{% endgeneration %}{% generation %}{{ m.content[1:] }}<|im_end|>\n"
+            "{% endgeneration %}",
+            "b<|im_end|>d<|im_end|>",
+        ),
         ("Sure:\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", "b<|im_end|>d<|im_end|>"),
         ("Sure:\n{% generation %}{{ m.content }}{% endgeneration %}\n<|im_end|>", "b<|im_end|>d<|im_end|>"),
     ],
@@ -277,6 +282,16 @@ def test_a_templates_own_marks_are_kept_and_an_end_is_always_learned(answer: str
     assert learned(template, talk("x", "y<|im_end|>")) == ["y<|im_end|><|im_end|>"]
     both = template.encode_batch([record], ROOM)[0]
     assert both[0].weights_T.tolist() == rows_of(template, record)[0].weights_T.tolist()  # type: ignore[union-attr]
+
+
+def test_a_template_that_leaves_answers_out_is_refused() -> None:
+    """Idefics3's wants a list of parts, and would teach empty answers."""
+    source = (
+        "{% for m in messages %}<|go|>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+        "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|go|>{% endif %}"
+    )
+    with pytest.raises(ModelError, match=r"leaves out what an assistant says.*template_name"):
+        ChatTemplate(byte_tokenizer("<|go|>", "<|end|>", eos_token="<|end|>"), source, [])
 
 
 # encode_batch

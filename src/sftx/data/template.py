@@ -80,7 +80,13 @@ class ChatTemplate:
 
     def _adopt_end_token(self) -> None:
         """Let generation end at the token that ends the template's own turns, whatever the family says."""
-        completion = self._reader(Conversation(self._renderer, ())).rendered(PROBE, 1, None)[1]
+        reader = self._reader(Conversation(self._renderer, ()))
+        completion = reader.rendered(PROBE, 1, None)[1]
+        if completion == reader.rendered([PROBE[0], PROBE[1] | {"content": "Another"}], 1, None)[1]:
+            raise ModelError(
+                "the chat template leaves out what an assistant says, as templates for images do when a text is not a "
+                "list of parts: nothing could be learned. Choose another template_name."
+            )
         rest = completion.rpartition(PROBE[-1]["content"])[2]
         ends = self._letters.pattern.findall(rest)
         if ends and not set(ends) & set(self.stop_tokens):
@@ -284,7 +290,7 @@ class ChatTemplate:
                     clean = False
                 answer = joint[len(tail) :] if clean else self._letters.apart(piece.answer)
                 whole = prompt + answer
-                mask = None if piece.marks is None else self._mask(piece, tail if clean else None)
+                mask = None if piece.marks is None else self._mask(piece, tail if clean else None, len(answer))
                 answers.append(Answer(len(prompt), len(whole), weights[piece.message], mask, piece.message))
                 if clean:
                     before = whole
@@ -293,7 +299,7 @@ class ChatTemplate:
                     before, answers = (before + joint[1:] if piece.cut else before + joint), []
         return drafts
 
-    def _mask(self, piece: Piece, tail: list[int] | None) -> np.ndarray:
+    def _mask(self, piece: Piece, tail: list[int] | None, length: int) -> np.ndarray:
         """Return which of an answer's tokens the template marks for learning."""
         marks, answer = piece.marks or [], piece.answer
         places = sorted({0, len(answer), *itertools.chain(*marks)})
@@ -304,6 +310,8 @@ class ChatTemplate:
             offsets = offsets[len(found) - len(own) :]
         else:
             offsets = offsets[len(tail) :]
+        if len(offsets) != length:
+            raise ModelError("the chat template's `{% generation %}` marks cut a control token; choose another.")
         lies = dict(zip(places, ends, strict=True))
         spans = [(lies[a], lies[b]) for a, b in marks]
         return np.array([any(a < end and start < b for a, b in spans) for start, end in offsets], dtype=bool)
