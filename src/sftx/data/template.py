@@ -82,7 +82,7 @@ class ChatTemplate:
         """Let generation end at the token that ends the template's own turns, whatever the family says."""
         reader = self._reader(Conversation(self._renderer, ()))
         completion = reader.rendered(PROBE, 1, None)[1]
-        if completion == reader.rendered([PROBE[0], PROBE[1] | {"content": "Another"}], 1, None)[1]:
+        if completion == reader.rendered([PROBE[0], PROBE[1] | {"content": "Other"}], 1, None)[1]:
             raise ModelError(
                 "the chat template leaves out what an assistant says, as templates for images do when a text is not a "
                 "list of parts: nothing could be learned. Choose another template_name."
