@@ -29,7 +29,7 @@ def records(count: int) -> list[Record]:
         start = rng.randrange(len(words) - 8 * length)
         return " ".join(words[start : start + 8 * length : rng.randint(1, 8)][:length])
 
-    return [pair("c", text(20), text(60), "a.csv", i, {}) for i in range(count)]
+    return [pair("c", text(15), text(45), "a.csv", i, {}) for i in range(count)]
 
 
 def cpu() -> float:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from sftx.data.words import Words, reads_words
 from sftx.errors import ModelError
 
 BATCH = 4096
@@ -34,6 +35,7 @@ class Letters:
         self.pattern = _any_of(self.control)
         self.cuts = _any_of([t.content for t in added if t.content in set(self.control) and not t.single_word])
         self.swallowing = {t.content for t in added if t.rstrip}
+        self._words = Words()
         self._first_letters = {t[0] for t in self.control}
         nonce = secrets.token_hex(8)
         self._nonce = nonce
@@ -61,18 +63,25 @@ class Letters:
 
     def tokenise_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise many rendered texts."""
-        plain = [i for i, text in enumerate(texts) if self._nonce not in text]
-        other = [i for i, text in enumerate(texts) if self._nonce in text] if len(plain) < len(texts) else []
+        other = [i for i, text in enumerate(texts) if self._nonce in text]
+        if not other:
+            return self._batch(texts)
         out: list[list[int]] = [[]] * len(texts)
-        for backend, indices, spelled in (
-            (self.backend, plain, [texts[i] for i in plain]),
-            (self.letters_only if other else self.backend, other, [self.as_letters(texts[i]) for i in other]),
-        ):
-            for start in range(0, len(indices), BATCH):
-                found = backend.encode_batch_fast(spelled[start : start + BATCH], add_special_tokens=False)
-                for i, encoding in zip(indices[start : start + BATCH], found, strict=True):
-                    out[i] = encoding.ids
+        plain = sorted(set(range(len(texts))) - set(other))
+        for i, ids in zip(plain, self._batch([texts[i] for i in plain]), strict=True):
+            out[i] = ids
+        for i, ids in zip(other, _encoded(self.letters_only, [self.as_letters(texts[i]) for i in other]), strict=True):
+            out[i] = ids
         return out
+
+    def _batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self._reads_words:
+            return _encoded(self.backend, texts)
+        return self._words.tokenise(texts, lambda words: _encoded(self.backend, words))
+
+    @cached_property
+    def _reads_words(self) -> bool:
+        return reads_words(self.backend)
 
     def as_letters(self, text: str) -> str:
         """Return the spelling that `letters_only` reads: control tokens renamed, stand-ins undone."""
@@ -128,5 +137,28 @@ class Letters:
         return renamed
 
 
+def _encoded(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    return [
+        encoding.ids
+        for start in range(0, len(texts), BATCH)
+        for encoding in backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
+    ]
+
+
 def _any_of(words: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
+    """Return a pattern for the longest of the words; shared beginnings are tried once: there may be thousands."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        node = tree
+        for letter in word:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+
+    def spelled(node: dict[str, Any]) -> str:
+        branches = [re.escape(letter) + spelled(rest) for letter, rest in node.items() if letter]
+        if not branches:
+            return ""
+        body = f"(?:{'|'.join(branches)})" if len(branches) > 1 or "" in node else branches[0]
+        return body + "?" if "" in node else body
+
+    return re.compile(spelled(tree) or r"(?!)")

@@ -180,6 +180,8 @@ class Conversation:
 
     def after(self, text: str, cell: str, start: int) -> int | None:
         """Return where a cell ends in `text`, also when the template trimmed it."""
+        if not cell.strip():
+            return None  # white space is everywhere
         for spelled in (cell, cell.strip()):
             place = text.find(spelled, start)
             if place >= 0:

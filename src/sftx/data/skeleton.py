@@ -22,7 +22,16 @@ from sftx.data.spans import Piece
 
 FORBIDDEN = (nodes.Concat, nodes.Macro, nodes.FilterBlock, nodes.AssignBlock, nodes.Include, nodes.ImportedName)
 """Jinja constructs whose result is copied text: a later question about it would not be noticed."""
-FORBIDDEN_NAMES = {"join", "replace", "format", "caller", "e", "escape", "forceescape", "urlize", "wordwrap"}
+FORBIDDEN_NAMES = {"join", "replace", "format", "caller"}
+FILTERS = {
+    "capitalize", "count", "d", "default", "first", "items", "last", "length", "list", "lower", "rejectattr",
+    "selectattr", "string", "tojson", "trim", "upper",
+}  # fmt: skip
+"""Filters that ask a text by its methods, or change its stand-in; others read it by ways of their own."""
+TESTS = {
+    "boolean", "callable", "defined", "divisibleby", "eq", "equalto", "even", "false", "float", "integer", "iterable",
+    "mapping", "ne", "none", "number", "odd", "sameas", "sequence", "string", "true", "undefined",
+}  # fmt: skip
 EDGE = '\n É"\\&<'
 """Around a stand-in: whatever trims, escapes or changes the case of text changes it."""
 Operation = tuple[str, tuple[Any, ...]]
@@ -87,7 +96,11 @@ class Unknown(str):
         return self._joined(str.__str__(other) + str.__str__(self))
 
     def __bool__(self) -> bool:
-        return True  # an empty text is never unknown
+        if self.slot is None:
+            raise Peeked
+        if self.slot.trims:  # an empty text is never unknown, but trimming may make one
+            self.notes.questions.add((self.slot, "__eq__", ""))
+        return True
 
     def __hash__(self) -> int:
         raise Peeked
@@ -147,13 +160,22 @@ class Probe:
         return self.renderer.compiled.render(**self.renderer.arguments(messages, generation_prompt, (), thinking)), None
 
     def starts(self, text: str, prefix: str) -> bool:
-        """True when a text begins with another; refused where that depends on what is unknown."""
+        """True when a text begins with another, whatever the unknown texts are; what false depends on is noted."""
         if text.startswith(prefix):
             return True
         differs = next((i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b), None)
-        for spelled in (text, prefix) if differs is not None else ():
-            if any(m.start() <= differs < m.end() for m in self.notes.pattern.finditer(spelled)):  # type: ignore[operator]
-                raise Peeked
+        if differs is None:
+            return False
+        cells = [
+            next((m for m in self.notes.pattern.finditer(spelled) if m.start() <= differs < m.end()), None)
+            for spelled in (text, prefix)
+        ]
+        if all(cells):
+            raise Peeked
+        for cell, other in zip(cells, (prefix, text), strict=True):
+            if cell:  # a text that begins with another letter than the template's differs from it
+                slot = self.notes.slots[int(cell.group(1))]
+                self.notes.questions |= {(slot, "startswith", other[cell.start()]), (slot, "__eq__", "")}
         return False
 
     def after(self, text: str, cell: str, start: int) -> int | None:
@@ -218,9 +240,21 @@ def _parts(text: str, notes: Notes) -> Parts:
 def can_probe(renderer: Renderer) -> bool:
     """True when a template is made of constructs through which an unknown text can be followed."""
     tree = renderer.compiled.environment.parse(renderer.source)
-    if next(tree.find_all(FORBIDDEN), None) is not None:
+    if "__" in renderer.source or next(tree.find_all(FORBIDDEN), None) is not None:
         return False
-    if "__" in renderer.source or (next(tree.find_all(nodes.CallBlock), None) and not renderer.has_marks):
+    if next(tree.find_all(nodes.CallBlock), None) is not None and not renderer.has_marks:
         return False
-    named = [n.name for n in tree.find_all(nodes.Filter)] + [n.attr for n in tree.find_all(nodes.Getattr)]
-    return not FORBIDDEN_NAMES & set(named)
+    attributes = list(tree.find_all(nodes.Getattr))
+    compares = [c for c in tree.find_all(nodes.Compare) if any(o.op in ("in", "notin") for o in c.ops)]
+    inside_known = any(isinstance(o.expr, nodes.Const) for c in compares for o in c.ops if not _known(c.expr))
+    return (
+        not FORBIDDEN_NAMES & {a.attr for a in attributes}
+        and not any(_known(a.node) for a in attributes)
+        and not inside_known
+        and {f.name for f in tree.find_all(nodes.Filter)} <= FILTERS
+        and {t.name for t in tree.find_all(nodes.Test)} <= TESTS
+    )
+
+
+def _known(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Const)

@@ -92,7 +92,7 @@ class TurnReader:
         prompt, completion, marks = self.rendered(messages, index, thinking)
         kept = self._kept(messages, index, prompt, completion)
         if marks is not None:
-            marks = _within(marks, len(prompt), len(kept), self._end_of(kept))
+            marks = _within(marks, len(prompt), self._end_of(kept), len(kept))
         return Turn(index, prompt, kept, marks)
 
     def rendered(
@@ -121,7 +121,7 @@ class TurnReader:
             thought = message["content"].partition("</think>")[0].rpartition("<think>")[2]
         else:
             thought = ""
-        return thought.strip("\n") + "\n</think>\n\n" + rest
+        return thought.strip("\n") + "\n</think>\n\n" + rest.lstrip("\n")
 
     def _kept(self, messages: list[dict[str, Any]], index: int, prompt: str, completion: str) -> str:
         """Return a completion up to and with the token that ends the turn."""
@@ -160,12 +160,17 @@ class TurnReader:
         return rows
 
 
-def _within(marks: Marks, start: int, length: int, end: int) -> Marks | None:
-    """Return marks relative to the answer, None when they cover it; the end of a turn is always learned."""
-    inside = [(max(a - start, 0), min(b - start, length)) for a, b in marks if b > start and a < start + length]
-    if any(a == 0 and b >= end for a, b in inside):
+def _within(marks: Marks, start: int, end: int, length: int) -> Marks | None:
+    """Return marks relative to an answer, None when they cover it; its last token, from `end`, is always learned."""
+    inside: Marks = []
+    for a, b in sorted((max(a - start, 0), min(b - start, end)) for a, b in marks):
+        if inside and a <= inside[-1][1]:
+            inside[-1] = (inside[-1][0], max(b, inside[-1][1]))
+        elif a < b:
+            inside.append((a, b))
+    if inside in ([], [(0, end)]):
         return None
-    return [*inside, (end, length)] if inside else None
+    return [*inside, (end, length)]
 
 
 def pieces(row: Sequence[Turn], letters: Letters) -> list[Piece]:

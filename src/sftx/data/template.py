@@ -25,7 +25,7 @@ from sftx.data.policy import EncodePolicy
 from sftx.data.record import Message, Record
 from sftx.data.render import Conversation, Renderer
 from sftx.data.rows import Row
-from sftx.data.skeleton import Peeked, Probe, Skeleton, Slot, can_probe, skeleton
+from sftx.data.skeleton import Probe, Skeleton, Slot, can_probe, skeleton
 from sftx.data.spans import Piece, TurnReader, pieces
 from sftx.errors import ConfigError, ModelError, did_you_mean
 
@@ -80,7 +80,13 @@ class ChatTemplate:
 
     def _adopt_end_token(self) -> None:
         """Let generation end at the token that ends the template's own turns, whatever the family says."""
-        completion = self._reader(Conversation(self._renderer, ())).rendered(PROBE, 1, None)[1]
+        reader = self._reader(Conversation(self._renderer, ()))
+        completion = reader.rendered(PROBE, 1, None)[1]
+        if completion == reader.rendered([PROBE[0], PROBE[1] | {"content": "Other"}], 1, None)[1]:
+            raise ModelError(
+                "the chat template leaves out what an assistant says, as templates for images do when a text is not a "
+                "list of parts: nothing could be learned. Choose another template_name."
+            )
         rest = completion.rpartition(PROBE[-1]["content"])[2]
         ends = self._letters.pattern.findall(rest)
         if ends and not set(ends) & set(self.stop_tokens):
@@ -153,6 +159,8 @@ class ChatTemplate:
         weighed = [replace(m, weight=w) for m, w in zip(record.messages, weights, strict=True)]
 
         def again(messages: Sequence[Message]) -> list[Draft] | str:
+            if not any(m.weight for m in messages):
+                return []
             part = replace(record, messages=tuple(messages))
             return self._drafts(part, [m.weight or 0.0 for m in messages])
 
@@ -194,7 +202,7 @@ class ChatTemplate:
         cells: list[str] = []
         shape: list[tuple[str, bool, bool, bool]] = []
         for m, weight in zip(record.messages, weights, strict=True):
-            if m.tool_calls or m.name is not None:
+            if m.tool_calls or m.name is not None or (weight and m.content.isspace()):
                 return self._rendered(record, weights)
             cells += (self._letters.guard(m.content), self._letters.guard(m.reasoning) if m.reasoning else "")
             shape.append((m.role, bool(weight), bool(m.content), bool(m.reasoning)))
@@ -230,8 +238,6 @@ class ChatTemplate:
             messages.append(self._renderer.dict_of(role, content, reasoning))
         try:
             rows = self._cut(self._reader(probe), messages, learned)
-        except (Peeked, ModelError):
-            return None
         except Exception:  # noqa: BLE001 - whatever a template does to an unknown text: it is rendered instead
             return None
         return skeleton(rows, probe.notes)
@@ -250,7 +256,7 @@ class ChatTemplate:
         """Return the tokens of what stands before an answer: mostly the same for all records."""
         if text not in self._tails:
             if len(self._tails) >= CHUNK:
-                self._tails.clear()
+                return ids[text]
             self._tails[text] = ids[text]
         return self._tails[text]
 
@@ -261,7 +267,7 @@ class ChatTemplate:
             before: list[int] = []
             answers: list[Answer] = []
             for piece in row:
-                head, tail, joint = ids[piece.head], self._tail(piece.tail, ids), ids[piece.joint]
+                head, tail, joint = ids[piece.head] if piece.head else [], self._tail(piece.tail, ids), ids[piece.joint]
                 before = before + (head[1:] if piece.continues else head)
                 prompt = before + tail[1:] if piece.cut else before + tail
                 clean = joint[: len(tail)] == tail
@@ -269,7 +275,7 @@ class ChatTemplate:
                     clean = False
                 answer = joint[len(tail) :] if clean else self._letters.apart(piece.answer)
                 whole = prompt + answer
-                mask = None if piece.marks is None else self._mask(piece, tail if clean else None)
+                mask = None if piece.marks is None else self._mask(piece, tail if clean else None, len(answer))
                 answers.append(Answer(len(prompt), len(whole), weights[piece.message], mask, piece.message))
                 if clean:
                     before = whole
@@ -278,7 +284,7 @@ class ChatTemplate:
                     before, answers = (before + joint[1:] if piece.cut else before + joint), []
         return drafts
 
-    def _mask(self, piece: Piece, tail: list[int] | None) -> np.ndarray:
+    def _mask(self, piece: Piece, tail: list[int] | None, length: int) -> np.ndarray:
         """Return which of an answer's tokens the template marks for learning."""
         marks, answer = piece.marks or [], piece.answer
         places = sorted({0, len(answer), *itertools.chain(*marks)})
@@ -289,6 +295,8 @@ class ChatTemplate:
             offsets = offsets[len(found) - len(own) :]
         else:
             offsets = offsets[len(tail) :]
+        if len(offsets) != length:
+            raise ModelError("the chat template's `{% generation %}` marks cut a control token; choose another.")
         lies = dict(zip(places, ends, strict=True))
         spans = [(lies[a], lies[b]) for a, b in marks]
         return np.array([any(a < end and start < b for a, b in spans) for start, end in offsets], dtype=bool)
