@@ -102,7 +102,9 @@ def _data(text: _JsonText, problems: Problems) -> Iterator[tuple[int, object]]:
             problems.stop(line, f"bad JSON: the key `{key}` is repeated; rename or delete one")
         seen.append(key)
         text.take(":")
-        if key == "data" and text.peek() == "[":
+        if key == "data":
+            if text.peek() != "[":
+                text.stop("`data` is not a list; write a list of objects")
             yield from text.items()
         else:
             text.value()
@@ -185,11 +187,13 @@ class _JsonText:
     def _more(self, size: int) -> bool:
         """Read on, dropping what is behind; return False at the end."""
         more = self._file.read(size)
+        self._ended = not more
+        if self._ended:
+            return False
         if more.endswith("\r"):
             more += self._file.read(1)  # so that a CRLF is counted once
         self._text, self._place = self._text[self._place :] + more, 0
-        self._ended = not more
-        return bool(more)
+        return True
 
     def _move(self, place: int) -> None:
         passed = self._text[self._place : place]

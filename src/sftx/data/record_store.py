@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -106,18 +107,14 @@ def write_store(folder: Path, records: Iterable[tuple[int, Record]]) -> dict[str
     """Write records, each with its file's number, into a folder; return what is to be known of them."""
     digest, start, rows = hashlib.sha256(), 0, bytearray()
     categories: dict[str, int] = {}
-    entry = np.zeros(1, ENTRY)
+    pack = struct.Struct("<qi32s").pack
     with (folder / RECORDS).open("wb", buffering=1 << 20) as out:
         for number, record in records:
             line = _to_line(record, number)
             out.write(line)
             digest.update(line)
-            entry[0] = (
-                start,
-                categories.setdefault(record.category, len(categories)),
-                np.frombuffer(prompt_digest(record), "u1"),
-            )
-            rows += entry.tobytes()
+            category = categories.setdefault(record.category, len(categories))
+            rows += pack(start, category, prompt_digest(record))
             start += len(line)
     index = np.frombuffer(rows, ENTRY)
     np.save(folder / INDEX, index)
@@ -143,10 +140,13 @@ def message_dict(message: Message) -> dict[str, Any]:
     return made
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
+
+
 def json_line(value: object) -> bytes:
     """Return JSON and a line end."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
+        return _encode(value).encode("utf-8") + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair, in a column that is kept but not learned
         return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 

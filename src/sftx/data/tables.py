@@ -16,7 +16,7 @@ from sftx.errors import DataError
 
 BATCH = 512
 ARROW_FILE = b"ARROW1"
-END_OF_STREAM = b"\0\0\0\0"
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @contextmanager

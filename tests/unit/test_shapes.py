@@ -1,0 +1,347 @@
+"""`sftx.data.shapes` and `turns`: rows of every shape become records, or are refused with their line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftx.data.read import FileReader, How, read_file
+from sftx.data.record import Message, Record
+from sftx.errors import DataError
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def jsonl(folder: Path, *rows: object, name: str = "a.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def one(folder: Path, row: object, **how: Any) -> Record:
+    (record,) = read_file(jsonl(folder, row), **how).records
+    return record
+
+
+def turns(record: Record) -> list[tuple[str, str]]:
+    return [(m.role, m.content) for m in record.messages]
+
+
+def refused(folder: Path, row: object, *fragments: str, **how: Any) -> None:
+    """The row is refused at its line, and only it."""
+    path = jsonl(folder, {}, row)
+    path.write_text("\n" + json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_file(path, **how)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: "), message
+    assert "\n" not in message, message
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+QA = [("user", "q"), ("assistant", "a")]
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "wanted"),
+    [
+        ({"category": "c", "human": "q", "assistant": "a"}, "human_assistant", QA),
+        ({"Assistant": "a", "CATEGORY": "c", "Human": "q"}, "human_assistant", QA),
+        ({"category": "c", "human": "q", "assistant": "a", "system": "s"}, "human_assistant", [("system", "s"), *QA]),
+        ({"instruction": "q", "output": "a"}, "alpaca", QA),
+        ({"instruction": "q", "input": "", "output": "a", "system": "", "history": []}, "alpaca", QA),
+        ({"instruction": "q", "input": None, "output": "a", "system": None, "history": None}, "alpaca", QA),
+        ({"instruction": "q", "input": "more", "output": "a"}, "alpaca", [("user", "q\nmore"), ("assistant", "a")]),
+        (
+            {"instruction": "q", "output": "a", "system": "s", "history": [["h1", "r1"], ["h2", "r2"]]},
+            "alpaca",
+            [("system", "s"), ("user", "h1"), ("assistant", "r1"), ("user", "h2"), ("assistant", "r2"), *QA],
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sharegpt", QA),
+        ({"conversations": [{"from": "User", "value": "q"}, {"FROM": "assistant", "Value": "a"}]}, "sharegpt", QA),
+        (
+            {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            "sharegpt",
+            [("system", "s"), *QA],
+        ),
+        ({"system": "s", "conversations": CHAT}, "sharegpt", [("system", "s"), *QA]),
+        ({"messages": CHAT}, "messages", QA),
+        ({"Messages": json.dumps(CHAT)}, "messages", QA),
+        ({"messages": [{"role": "developer", "content": ""}, *CHAT]}, "messages", [("system", ""), *QA]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, CHAT[1]]}, "messages", QA),
+        ({"messages": [*CHAT, *CHAT]}, "messages", [*QA, *QA]),
+        ({"conversation": [{"human": "q", "assistant": "a"}] * 2, "conversation_id": 7}, "firefly", [*QA, *QA]),
+        ({"prompt": "q", "completion": "a"}, "prompt_completion", QA),
+        ({"prompt": "q", "response": "a"}, "prompt_completion", QA),
+        ({"question": "q", "Answer": "a", "system": "s"}, "prompt_completion", [("system", "s"), *QA]),
+    ],
+)  # fmt: skip
+def test_each_shape_is_recognised(
+    tmp_path: Path, row: dict[str, Any], shape: str, wanted: list[tuple[str, str]]
+) -> None:
+    reading = read_file(jsonl(tmp_path, row))
+    (record,) = reading.records
+    assert turns(record) == wanted
+    assert reading.shape == shape
+    assert record.category == ("c" if shape == "human_assistant" else "default")
+    assert turns(one(tmp_path, row, shape=shape)) == wanted
+    assert turns(one(tmp_path, row | {"category": "k", "note": [1]}, shape=shape)) == wanted
+
+
+def test_several_shapes_in_one_row(tmp_path: Path) -> None:
+    """The manual's columns win, then conversations; the others are extra."""
+    row = {"category": "c", "human": "q", "assistant": "a", "messages": CHAT, "prompt": "p", "completion": "x"}
+    record = one(tmp_path, row)
+    assert turns(record) == QA
+    assert record.extra == {"messages": CHAT, "prompt": "p", "completion": "x"}
+    assert one(tmp_path, row, shape="prompt_completion").human == "p"
+    assert one(tmp_path, {"prompt": "p", "response": "r", "messages": CHAT}).human == "q"
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_everything_else_is_extra(tmp_path: Path, keep: bool) -> None:
+    path = jsonl(tmp_path, {"messages": CHAT, "id": 7, "deep": {"a": [None, 1.5]}, "category": "c"})
+    (record,) = FileReader(path, keep_columns=keep)
+    assert record.extra == ({"id": 7, "deep": {"a": [None, 1.5]}} if keep else {})
+    assert (record.category, record.line, record.source) == ("c", 1, "a")
+
+
+def test_weights(tmp_path: Path) -> None:
+    weighed = [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[0], CHAT[1] | {"weight": 0.5}, CHAT[0], CHAT[1]]
+    record = one(tmp_path, {"messages": weighed, "weight": 2})
+    assert record.weight == 2.0
+    assert [m.weight for m in record.messages] == [None, 0.0, None, 0.5, None, None]
+    pair = {"human": "q", "assistant": "a", "Weight": 0.25}
+    assert [m.weight for m in one(tmp_path, {"conversation": [pair | {"weight": 0.25}]}).messages] == [None, 0.25]
+    path = tmp_path / "a.csv"
+    path.write_text("category,human,assistant,weight\na,b,c,0.5\na,b,c,2\n", encoding="utf-8")
+    assert [r.weight for r in read_file(path).records] == [0.5, 2.0]
+    assert [r.extra for r in read_file(path, columns={"weight": None}).records] == [{"weight": "0.5"}, {"weight": "2"}]
+
+
+@pytest.mark.parametrize("weight", [-1, "x", "", "nan", "-1", True, [1], "inf"])
+def test_a_weight_is_a_number_from_0_up(tmp_path: Path, weight: object) -> None:
+    refused(tmp_path, {"prompt": "q", "completion": "a", "weight": weight}, "`weight` is", "wanted a number from 0 up")
+    messages = [CHAT[0], CHAT[1] | {"weight": weight}]
+    refused(tmp_path, {"messages": messages}, "turn 2 of `messages`: `weight` is", "wanted a number from 0 up")
+
+
+def test_tools_calls_and_thinking(tmp_path: Path) -> None:
+    called = CALL | {"id": "c1"}
+    record = one(
+        tmp_path,
+        {
+            "tools": [TOOL, TOOL["function"]],
+            "messages": [
+                CHAT[0],
+                {"role": "assistant", "content": None, "tool_calls": [called], "reasoning_content": "hm"},
+                {"role": "tool", "content": "", "tool_call_id": "c1"},
+                {"role": "assistant", "content": "a", "reasoning": "so"},
+            ],
+        },
+    )
+    assert record.tools == (TOOL, TOOL)
+    assert record.messages[1:] == (
+        Message("assistant", "", reasoning="hm", tool_calls=(called,)),
+        Message("tool", "", name="add"),
+        Message("assistant", "a", reasoning="so"),
+    )
+    shared = one(
+        tmp_path,
+        {
+            "tools": json.dumps([TOOL["function"]]),
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": "observation", "value": "2"},
+                {"from": "gpt", "value": "a"},
+            ],
+        },
+    )
+    assert shared.tools == (TOOL,)
+    assert shared.messages[1:3] == (Message("assistant", "", tool_calls=(CALL,)), Message("tool", "2"))
+
+
+def test_a_conversation_in_a_cell(tmp_path: Path) -> None:
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([["messages", "tools"], [json.dumps(CHAT), ""], [json.dumps(CHAT), json.dumps([TOOL])]])
+    path = tmp_path / "a.csv"
+    path.write_text(out.getvalue(), encoding="utf-8", newline="")
+    assert [turns(r) for r in read_file(path).records] == [QA, QA]
+    assert [r.tools for r in read_file(path).records] == [(), (TOOL,)]
+    path.write_text("messages\n\"[{'role': 'user'}]\"\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a.csv:2: `messages` is not JSON: .*strings in double quotes"):
+        read_file(path)
+
+
+# Columns by a mapping
+
+
+def test_columns_are_mapped(tmp_path: Path) -> None:
+    row = {"问题": "q", "回答": "a", "类别": "c", "human": "no", "n": 1}
+    record = one(tmp_path, row, columns={"human": "问题", "assistant": "回答", "category": "类别"})
+    assert (turns(record), record.category, record.extra) == (QA, "c", {"human": "no", "n": 1})
+    record = one(tmp_path, row, columns={"human": "问题", "assistant": "回答"})
+    assert (turns(record), record.category) == (QA, "default")
+    record = one(
+        tmp_path,
+        {"chat": [{"speaker": "user", "text": "q"}, {"Speaker": "gpt", "text": "a"}], "human": 1},
+        columns={"messages": "Chat", "role": "speaker", "content": "text"},
+    )
+    assert turns(record) == QA
+    assert turns(one(tmp_path, {"in": "q", "out": "a"}, columns={"prompt": "in", "completion": "out"})) == QA
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "gb18030", "utf-16-le", "utf-16-be", "utf-16"])
+def test_mapped_columns_of_a_csv(tmp_path: Path, codec: str) -> None:
+    text = "类别;问题;回答\n数学;请问一加一是多少，这个我不会的？;一加一等于二。\n"
+    (tmp_path / "a.csv").write_bytes(text.encode(codec))
+    columns = {"human": "问题", "assistant": "回答", "category": "类别"}
+    reading = read_file(tmp_path / "a.csv", columns=columns)
+    assert reading.records[0].assistant == "一加一等于二。"
+    assert (reading.delimiter, reading.records[0].category, reading.encoding) == (";", "数学", codec)
+
+
+def test_category_null_says_that_there_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("human,assistant,category\nq,a,c\n", encoding="utf-8")
+    (record,) = read_file(path, columns={"category": None}).records
+    assert (record.category, record.extra) == ("default", {"category": "c"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "shape", "fragments"),
+    [
+        ({"humman": "x"}, "auto", ["`humman`", "Did you mean `human`?"]),
+        ({"human": "x", "messages": "y"}, "auto", ["no shape has all of human, messages"]),
+        ({"human": "x"}, "messages", ["the shape messages has not all of human"]),
+        ({"role": "x"}, "alpaca", ["the shape alpaca has not all of role"]),
+        ({}, "alpacca", ["data.shape=alpacca", "Did you mean `alpaca`?"]),
+    ],
+)
+def test_a_mapping_that_cannot_be(
+    tmp_path: Path, columns: dict[str, str | None], shape: str, fragments: list[str]
+) -> None:
+    with pytest.raises(DataError) as caught:
+        read_file(jsonl(tmp_path, {"x": "q"}), columns=columns, shape=shape)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_a_mapped_column_that_is_not_there(tmp_path: Path) -> None:
+    row = {"问题1": "q", "回答": "a"}
+    refused(tmp_path, row, "no key `问题`", "nearest is `问题1`", columns={"human": "问题", "assistant": "回答"})
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("row", "fragments"),
+    [
+        ({"instruction": "q", "outptu": "a"}, ["no key `output`", "nearest is `outptu`"]),
+        ({"prompt": "q", "completoin": "a"}, ["no key `completion`", "nearest is `completoin`"]),
+        ({"instruction": " ", "output": "a"}, ["`instruction` of this row is only white space"]),
+        ({"instruction": "q", "output": ""}, ["`output` of this row is empty"]),
+        ({"instruction": "q", "output": 7}, ["`output` is 7, not a string"]),
+        ({"instruction": "q", "output": "a", "input": 7}, ["`input` is 7, not a string"]),
+        ({"instruction": "q", "output": "a", "system": {}}, ["`system` is {}, not a string"]),
+        ({"instruction": "q", "output": "a", "history": "x"}, ["`history` is not JSON"]),
+        ({"instruction": "q", "output": "a", "history": {"a": 1}}, ["round 1 of `history` is", "[question, answer]"]),
+        ({"instruction": "q", "output": "a", "history": [["b"]]}, ['round 1 of `history` is ["b"]']),
+        ({"instruction": "q", "output": "a", "history": [["b", ""]]}, ["round 1 of `history` is empty"]),
+        ({"prompt": "q\0", "completion": "a"}, ["`prompt` holds \\u0000 or half a surrogate pair"]),
+        ({"prompt": "q", "completion": "\ud83d"}, ["`completion` holds \\u0000 or half a surrogate pair"]),
+        ({"prompt": "q", "completion": "a", "category": 5}, ["`category` is 5, not a string"]),
+        ({"conversation": []}, ["`conversation` is []", "wanted a list of objects"]),
+        ({"conversation": ["x"]}, ['turn 1 of `conversation` is "x", not an object']),
+        ({"conversation": [{"human": "q", "asistant": "a"}]}, ["has no `assistant`", "Did you mean `asistant`?"]),
+        ({"conversation": [{"human": "q", "assistant": ""}]}, ["turn 1 of `conversation`: `assistant` is empty"]),
+        ({"messages": []}, ["`messages` is []; wanted a list of turns"]),
+        ({"messages": None}, ["`messages` is null; wanted a list of turns"]),
+        ({"messages": [5]}, ["turn 1 of `messages` is 5, not an object"]),
+        ({"messages": [{"content": "q"}]}, ["turn 1 of `messages` has no `role`", "Found `content`"]),
+        ({"messages": [{"role": "usr", "content": "q"}]}, ['the role is "usr"', "Did you mean `user`?"]),
+        ({"messages": [{"role": None, "content": "q"}]}, ["the role is null"]),
+        ({"messages": [{"role": "user", "contnet": "q"}]}, ["has no `content`", "Did you mean `contnet`?"]),
+        ({"messages": [{"role": "user", "content": 5}]}, ["turn 1 of `messages` is 5, not a string"]),
+        ({"messages": [{"role": "user", "content": " "}]}, ["turn 1 of `messages` is only white space"]),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, ["turn 2 of `messages` is empty"]),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, ["turn 2 of `messages` is null"]),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": "\0"}]}, ["turn 2 of `messages` holds \\u0000"]),
+        ({"messages": [CHAT[0], CHAT[1] | {"reasoning_content": 5}]}, ["`reasoning_content` is 5, not a string"]),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ["only parts of type `text`"]),
+        ({"messages": [CHAT[0] | {"tool_calls": [CALL]}, CHAT[1]]}, ["only an assistant has `tool_calls`"]),
+        ({"messages": [CHAT[0], {"role": "assistant", "tool_calls": [5]}]}, ["`tool_calls` holds 5"]),
+        ({"messages": [CHAT[0], {"role": "assistant", "tool_calls": [{"name": "f"}]}]}, ["has no `arguments`"]),
+        (
+            {"messages": [CHAT[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+            ["`arguments` is not JSON"],
+        ),
+        ({"messages": CHAT, "tools": "{"}, ["`tools` is not JSON"]),
+        ({"messages": CHAT, "tools": [{"x": 1}]}, ['`tools` holds {"x": 1}']),
+        ({"messages": [{"role": "system", "content": "s"}, *CHAT], "system": "t"}, ["both a `system` column and a system"]),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "x"}]}, ["is not JSON"]),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path: Path, row: dict[str, Any], fragments: list[str]) -> None:
+    refused(tmp_path, row, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("roles", "fragment"),
+    [
+        ("a", "turn 1 is assistant, before any user turn"),
+        ("au", "turn 1 is assistant, before any user turn"),
+        ("sa", "turn 2 is assistant, before any user turn"),
+        ("tua", "turn 1 is tool, before any user turn"),
+        ("s", "the last turn is system"),
+        ("u", "the last turn is user, no assistant turn follows"),
+        ("uau", "the last turn is user"),
+        ("uct", "the last turn is tool"),
+        ("uua", "turns 1 and 2 are both user"),
+        ("uaa", "turns 2 and 3 are both assistant"),
+        ("usa", "turn 2 is system, after user; a system turn can only be the first"),
+        ("ssua", "turn 2 is system, after system"),
+        ("uta", "turn 2 is tool, after user"),
+        ("uctua", "turn 4 is user, after tool"),
+        ("ucua", "turn 3 is user, after a call of a tool"),
+    ],
+)
+def test_the_order_of_turns(tmp_path: Path, roles: str, fragment: str) -> None:
+    made = {
+        "s": {"role": "system", "content": "s"},
+        "u": {"role": "user", "content": "q"},
+        "a": {"role": "assistant", "content": "a"},
+        "c": {"role": "assistant", "tool_calls": [CALL]},
+        "t": {"role": "tool", "content": "r"},
+    }
+    refused(tmp_path, {"messages": [made[role] for role in roles]}, fragment)
+    for sound in ("ua", "sua", "uaua", "ucta", "uctta", "uata", "uctcta", "uc"):
+        assert one(tmp_path, {"messages": [made[role] for role in sound]})
+
+
+def test_what_the_first_row_calls_a_column_all_rows_call_it(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"Prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a"})
+    with pytest.raises(DataError, match=r"a.jsonl:2: no key `Prompt`; found `prompt`"):
+        read_file(path)
+    rows = [{"prompt": "q", "completion": "a"}, {"completion": "a", "prompt": "q", "System": "s", "weight": 0.5}]
+    records = read_file(jsonl(tmp_path, *rows)).records
+    assert [(r.weight, len(r.messages)) for r in records] == [(1.0, 2), (0.5, 3)]
+
+
+def test_a_first_row_without_a_shape_does_not_decide(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"x": 1}, {"messages": CHAT})
+    skipped: list[tuple[int, str]] = []
+    reader = FileReader(path, How(), on_skip=lambda line, reason: skipped.append((line, reason)))
+    assert [turns(r) for r in reader] == [QA]
+    assert reader.shape == "messages"
+    assert {line for line, _ in skipped} == {1}
