@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -68,6 +69,27 @@ def refused(arguments: Sequence[str], untouched: Path) -> str:
 
 
 # The corpus
+
+
+def test_rows_that_are_skipped_are_told(out: Path, data: Path) -> None:
+    path = data / "a.csv"
+    path.write_text(HEADER + "a,b\n" + ROWS + "c,,\n", encoding="utf-8")
+    refused(words(out, data), data)
+    start(words(out, data, "data.on_bad_rows=skip"))
+    said = (out / "unread_rows.txt").read_text(encoding="utf-8").splitlines()
+    assert said[0].startswith(f"{path}:2: 2 cells found, 3 expected")
+    assert len(said) == 3
+    log = " ".join((out / "train.log").read_text(encoding="utf-8").split())
+    assert "rows left out because they are not sound (data.on_bad_rows=skip): 2 (all in unread_rows.txt)" in log
+    assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["data"][0]["skipped_rows"] == 2
+
+
+def test_a_corpus_of_several_files_and_shapes_trains(out: Path, data: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (data / "b.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    start(words(out, data, name="[a.csv,b.jsonl]"))
+    told = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["data"][0]
+    assert [file["shape"] for file in told["files"]] == ["human_assistant", "messages"]
 
 
 def test_a_missing_file(out: Path, data: Path, tmp_path: Path) -> None:

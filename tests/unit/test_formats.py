@@ -86,6 +86,12 @@ def test_json_lines_are_where_values_begin(tmp_path: Path, newline: str) -> None
     assert [r.line for r in read_file(path).records] == [2, 4, 4, 5, 7]
 
 
+def test_a_line_end_at_the_border_of_two_pieces_is_one(tmp_path: Path) -> None:
+    for pad in range(3):
+        text = "[" + " " * (CHUNK - len(GOOD) - 4 + pad) + f"{GOOD},\r\n{GOOD}]"
+        assert [r.line for r in read_file(write(tmp_path, text, "a.json")).records] == [1, 2]
+
+
 def test_a_json_file_that_holds_one_object_a_line(tmp_path: Path) -> None:
     reading = read_file(write(tmp_path, f"{GOOD}\n{GOOD}\n", "a.json"))
     assert ([r.line for r in reading.records], reading.format) == ([1, 2], "jsonl")

@@ -210,6 +210,11 @@ def test_mapped_columns_of_a_csv(tmp_path: Path, codec: str) -> None:
     assert (reading.delimiter, reading.records[0].category, reading.encoding) == (";", "数学", codec)
 
 
+def test_a_column_that_is_mapped_holds_nothing_else(tmp_path: Path) -> None:
+    record = one(tmp_path, {"category": "q", "answer": "a"}, columns={"human": "category", "assistant": "answer"})
+    assert (turns(record), record.category) == (QA, "default")
+
+
 def test_category_null_says_that_there_is_none(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("human,assistant,category\nq,a,c\n", encoding="utf-8")

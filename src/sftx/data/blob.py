@@ -16,11 +16,10 @@ from sftx.errors import DataError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 CHUNK = 1 << 20
-ZSTD = b"\x28\xb5\x2f\xfd"
 MAGICS = (
     (b"PK\x03\x04", "this is an Excel workbook or a zip file, not text; save it as CSV in UTF-8"),
     (b"\x1f\x8b", "this is compressed by gzip; name it *.gz"),
-    (ZSTD, "this is compressed by zstd; name it *.zst"),
+    (b"\x28\xb5\x2f\xfd", "this is compressed by zstd; name it *.zst"),
     (b"PAR1", "this is Parquet; name it *.parquet or set data.format=parquet"),
     (b"ARROW1", "this is Arrow; name it *.arrow or set data.format=arrow"),
 )
@@ -70,9 +69,6 @@ class Blob:
         elif self.compression == "zstd":
             import pyarrow as pa  # heavy: only who needs it pays for it
 
-            with self.path.open("rb") as raw:
-                if raw.read(len(ZSTD)) != ZSTD:
-                    raise OSError("it does not begin as one")
             with pa.CompressedInputStream(str(self.path), "zstd") as stream:
                 yield cast("BinaryIO", io.BufferedReader(_Raw(stream), CHUNK))
         else:

@@ -119,7 +119,7 @@ class _JsonText:
 
     def __init__(self, file: io.TextIOWrapper, problems: Problems) -> None:
         self._file, self._problems = file, problems
-        self._text, self._place, self._line = file.read(CHUNK).lstrip("\ufeff"), 0, 1
+        self._text, self._place, self._line = self._read(CHUNK).lstrip("\ufeff"), 0, 1
         self._ended = False
         self._decoder = json.JSONDecoder(object_pairs_hook=strict_object, parse_constant=no_constant)
 
@@ -186,14 +186,16 @@ class _JsonText:
 
     def _more(self, size: int) -> bool:
         """Read on, dropping what is behind; return False at the end."""
-        more = self._file.read(size)
+        more = self._read(size)
         self._ended = not more
         if self._ended:
             return False
-        if more.endswith("\r"):
-            more += self._file.read(1)  # so that a CRLF is counted once
         self._text, self._place = self._text[self._place :] + more, 0
         return True
+
+    def _read(self, size: int) -> str:
+        text = self._file.read(size)
+        return text + self._file.read(1) if text.endswith("\r") else text  # so that a CRLF is counted once
 
     def _move(self, place: int) -> None:
         passed = self._text[self._place : place]

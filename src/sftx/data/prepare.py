@@ -29,7 +29,7 @@ class Selection:
     training: np.ndarray
     held_out: np.ndarray
     left_out: list[str]
-    """Rows that were skipped or that a policy leaves out, as `file:line: why`."""
+    """Records that a policy leaves out, as `file:line: why`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def select(config: TrainConfig) -> Selection:
     keep = not config.remove_unused_columns
     loaded = corpus.load(config.train_file_path, config.train_file_name, key="train_file_name", keep_columns=keep)
     places = np.arange(len(loaded.records))[: config.max_train_rows]
-    left_out = list(loaded.skipped())
+    left_out: list[str] = []
     policy, facts = corpus.choose_policy(), None
     if policy.chooses:
         facts = facts_of(loaded.records[: len(places)])
@@ -64,7 +64,6 @@ def select(config: TrainConfig) -> Selection:
     if config.eval_file_name is not None:
         files.append(_held_out_file(corpus, config, loaded, keep))
         held_out = np.arange(len(files[1].records))[: config.eval_max_rows]
-        left_out += files[1].skipped()
     else:
         training, held = split(RecordView(loaded.records, places), config.eval_ratio, config.eval_max_rows)
         places, held_out = training.places, held.places

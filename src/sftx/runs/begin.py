@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
 from sftx.data.read import sha256_file
 from sftx.errors import ConfigError, ModelError
-from sftx.files import write_text
+from sftx.files import write_chunks, write_text
 from sftx.model.load import Source
 from sftx.runs import manifest
 from sftx.runs.effective import Effective
@@ -112,6 +113,15 @@ def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> s
 
 def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effective: Effective) -> None:
     """Say which rows could not be used, and which lost the end of their answer."""
+    left_out = sum(file.skipped_rows for file in data.files)
+    if left_out:
+        reasons = (reason for file in data.files for reason in file.skipped())
+        first = next(reasons)
+        write_chunks(folder.path / "unread_rows.txt", (f"{reason}\n".encode() for reason in chain([first], reasons)))
+        effective.remark(
+            f"rows left out because they are not sound (data.on_bad_rows=skip): {left_out} "
+            f"(all in unread_rows.txt), first {first}"
+        )
     skipped = data.left_out
     if skipped:
         write_text(folder.path / "skipped_rows.txt", "\n".join(skipped) + "\n")
