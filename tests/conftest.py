@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("WANDB_MODE", "offline")
+
+_CACHE = tempfile.TemporaryDirectory(prefix="sftx-tests-", ignore_cleanup_errors=True)
+os.environ["SFTX_CACHE"] = _CACHE.name  # a cache of before would hide that the code has broken since
 
 SMALL = (
     "max_train_rows=40",

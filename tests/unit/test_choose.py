@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 
 from sftx.data.choose import ChoosePolicy, choose, facts_of, mixed
 from sftx.data.record import Record, pair
-from sftx.errors import DataError
+from sftx.errors import ConfigError, DataError
 
 
 def corpus(*rows: tuple[str, str, str], sources: Sequence[str] = ("s",)) -> list[Record]:
@@ -104,3 +105,9 @@ def test_a_weight_of_nothing_is_a_mistake() -> None:
 def test_what_leaves_nothing_is_a_mistake() -> None:
     with pytest.raises(DataError, match="leave no record"):
         choose(facts_of(RECORDS[:3:2]), RECORDS[:3:2], ChoosePolicy(conflicts="drop"), 0)
+
+
+def test_without_datasketch_it_is_said_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(ConfigError, match=r"pip install .*datasketch"):
+        kept(duplicates="drop_near")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,10 @@ def _check(asked: argparse.Namespace) -> int:
     config = freeze(compose_checked(settings))
     from sftx.commands import data_report
 
-    checked = data_report.check(files, asked.eval, config, near=asked.near)
-    if asked.png:
-        data_report.draw(checked, asked.png)
+    with redirect_stdout(sys.stderr):  # libraries print when they are imported: the answer alone goes to stdout
+        checked = data_report.check(files, asked.eval, config, near=asked.near)
+        if asked.png:
+            data_report.draw(checked, asked.png)
     if asked.json:
         print(json.dumps(_as_json(checked), ensure_ascii=False, indent=2))
     else:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from sftx.data.record import Record
-from sftx.errors import DataError, did_you_mean
+from sftx.errors import ConfigError, DataError, did_you_mean
 
 Duplicates = Literal["keep", "drop_exact", "drop_near"]
 Conflicts = Literal["keep", "keep_first", "drop", "error"]
@@ -125,8 +125,18 @@ def exact_duplicates(facts: Facts, records: Sequence[Record]) -> Iterator[tuple[
 
 
 def near_duplicates(records: Sequence[Record], threshold: float, skip: Mapping[int, str]) -> Iterator[tuple[int, str]]:
-    """Yield each record whose text is nearly an earlier one's: MinHash over shingles (Broder, 1997)."""
-    from datasketch import MinHash, MinHashLSH
+    """Yield each record whose text is nearly an earlier one's: MinHash over shingles (Broder, 1997).
+
+    Errors:
+        ConfigError: datasketch is not installed.
+    """
+    try:
+        from datasketch import MinHash, MinHashLSH
+    except ImportError as error:
+        raise ConfigError(
+            "near-duplicates (`data.duplicates=drop_near`, `--near`) need datasketch: "
+            "pip install -c constraints.txt datasketch. Without it: data.duplicates=drop_exact."
+        ) from error
 
     index = MinHashLSH(threshold=0.75 * threshold, num_perm=PERMUTATIONS)  # finds candidates, which are then compared
     sketches: dict[int, MinHash] = {}

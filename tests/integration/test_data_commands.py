@@ -1,0 +1,143 @@
+"""`sftx data check` and `sftx data convert`, and the policies of group `data` as a run obeys them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sftx.cli import run as sftx
+from sftx.data.audit import language_of
+from sftx.errors import ConfigError, DataError
+from sftx.run import run
+
+ROWS = [
+    ("code", "print hello in python", "print('hello')"),
+    ("code", "print hello in python", "print('hello')"),
+    ("code", "print hello in python", "puts 'hello'"),
+    ("chat", "\u4f60\u597d\u5417\uff1f", "\u6211\u5f88\u597d\u3002"),
+    ("chat", "name a colour", "blue " * 60),
+    *(("more", f"question {i}", f"answer {i}") for i in range(7)),
+]
+
+
+def write(path: Path, rows: list[tuple[str, str, str]]) -> Path:
+    lines = [json.dumps(dict(zip(("category", "human", "assistant"), r, strict=True))) for r in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write(tmp_path / "corpus.jsonl", ROWS)
+
+
+def checked(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
+    assert sftx(["data", "check", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_check_finds_what_is_in_a_corpus(corpus: Path, tmp_path: Path, capsys) -> None:
+    held = write(tmp_path / "held.jsonl", [("code", "Print  HELLO in Python", "x"), ("code", "unseen", "y")])
+    found = checked(capsys, corpus, "--eval", held, "max_seq_length=64")
+    assert (found["records"], found["rows"]) == (12, 12)
+    assert found["duplicates"] == [f"{corpus}:2: is {corpus}:1 again"]
+    assert found["conflicts"] == [f"{corpus}:1 and {corpus}:3"]
+    assert found["leaks"] == [f"{held}:1: its question is trained on, {corpus}:1"]
+    assert [t.split(": ")[0] for t in found["truncated"]] == [f"{corpus}:5"]
+    assert found["categories"]["chat"]["languages"] == {"zh": 1, "latin": 1}
+    lengths = found["lengths"]
+    assert sum(count for *_, count in lengths["histogram"]) == 12
+    assert lengths["covered"] == pytest.approx(11 / 12)
+    assert lengths["proposed"] >= lengths["p99"]
+
+
+def test_check_shows_what_is_learned_and_draws(corpus: Path, tmp_path: Path, capsys) -> None:
+    png = tmp_path / "lengths.png"
+    assert sftx(["data", "check", str(corpus), "--show", "12", "--png", str(png)]) == 0
+    shown = capsys.readouterr().out
+    assert "<|im_start|>user" in shown
+    assert "puts 'hello'<|im_end|>" in shown
+    assert "duplicates: 1" in shown
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_check_follows_the_policies_of_a_run(corpus: Path, capsys) -> None:
+    found = checked(capsys, corpus, "data.duplicates=drop_exact", "data.cap_per_category=3")
+    assert found["rows"] == 2 + 2 + 3
+    assert len(found["left_out"]) == 5
+
+
+def test_check_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
+    bad = write(tmp_path / "bad.jsonl", [("a", "q", "x"), ("a", "q2", "")])
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: .*empty"):
+        sftx(["data", "check", str(bad)])
+    with pytest.raises(ConfigError, match="max_seq_length"):
+        sftx(["data", "check", str(bad), "max_seq_lenght=3"])
+    with pytest.raises(ConfigError, match="name the files themselves"):
+        sftx(["data", "check", str(bad), "train_file_name=x.csv"])
+
+
+def test_convert_writes_what_can_be_read_again(corpus: Path, tmp_path: Path, capsys) -> None:
+    alpaca = tmp_path / "alpaca.json"
+    alpaca.write_text(json.dumps([{"instruction": "add", "input": "1+1", "output": "2"}]), encoding="utf-8")
+    out = tmp_path / "out.jsonl"
+    assert sftx(["data", "convert", str(corpus), str(alpaca), str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(r["category"], r["human"], r["assistant"]) for r in rows[:12]] == ROWS
+    assert rows[12]["assistant"] == "2"
+    assert checked(capsys_cleared(capsys), out)["records"] == 13
+    with pytest.raises(DataError, match=r"wanted FILES OUT\.jsonl"):
+        sftx(["data", "convert", str(corpus)])
+
+
+def capsys_cleared(capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
+    capsys.readouterr()
+    return capsys
+
+
+def trained_on(make_config, captured, folder: Path, *words: str) -> Counter[str]:
+    """Return how often each line of the corpus is in an epoch."""
+    config = make_config(
+        f"train_file_path={folder}", "train_file_name=corpus.jsonl", "eval_ratio=0", "max_steps=1", "max_train_rows=null",
+        "max_seq_length=512", *words, output=f"run{abs(hash(words))}",
+    )  # fmt: skip
+    run([config])
+    captured.output = Path(config.output_dir)
+    return Counter(r.origin.rpartition(":")[2] for r in captured.session.rows)
+
+
+def test_a_run_obeys_the_policies_and_lists_what_it_leaves_out(make_config, captured, corpus: Path) -> None:
+    folder = corpus.parent
+    assert set(trained_on(make_config, captured, folder).values()) == {1}
+    seen = trained_on(make_config, captured, folder, "data.duplicates=drop_exact", "data.conflicts=keep_first")
+    assert sorted(seen) == sorted(str(i) for i in (1, *range(4, 13)))
+    listed = (captured.output / "skipped_rows.txt").read_text()
+    assert listed == f"{corpus}:2: is {corpus}:1 again\n{corpus}:3: answers otherwise than {corpus}:1\n"
+
+
+def test_a_run_sees_records_as_often_as_their_weights_say(make_config, captured, corpus: Path) -> None:
+    seen = trained_on(make_config, captured, corpus.parent, "data.category_weights={chat:3,code:0}")
+    assert seen == Counter({"4": 3, "5": 3, **{str(i): 1 for i in range(6, 13)}})
+    rows = captured.session.rows
+    assert len(rows.lengths) == len(rows) == 13
+    assert [len(rows[i].ids_T) for i in range(13)] == rows.lengths.tolist()
+
+
+def test_system_and_prefix_are_in_what_is_trained_on(make_config, captured, corpus: Path) -> None:
+    trained_on(make_config, captured, corpus.parent, "data.system=Be brief.", "data.category_prefix={chat:'[chat] '}")
+    decode = captured.session.template.tokenizer.decode
+    texts = {r.origin.rpartition(":")[2]: decode(r.ids_T) for r in captured.session.rows}
+    assert all("<|im_start|>system\nBe brief.<|im_end|>" in t for t in texts.values())
+    assert "[chat] name a colour" in texts["5"]
+    assert "[chat]" not in texts["1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [("hello", "latin"), ("\u4f60\u597d", "zh"), ("\u3053\u3093\u306b\u3061\u306f", "ja"), ("123", "none")],
+)
+def test_languages_are_told_by_script(text: str, language: str) -> None:
+    assert language_of(text) == language
