@@ -177,7 +177,7 @@ def sftx_part(asked: argparse.Namespace) -> dict[str, Any]:
     """Open the rows; the first time that tokenises them."""
     from transformers import AutoTokenizer
 
-    from sftx.data import store, tokenise  # noqa: F401 - loaded before the clock starts, as the peers' are
+    from sftx.data import store, tokenise, writer  # noqa: F401 - loaded before the clock starts, as the peers' are
     from sftx.data.cache import RecordFile, open_rows
     from sftx.data.policy import EncodePolicy
     from sftx.data.template import ChatTemplate

@@ -27,8 +27,9 @@ from sftx.data.cache import Names, RecordFile, open_rows, store_key
 from sftx.data.policy import EncodePolicy
 from sftx.data.record import Record, pair
 from sftx.data.rows import Row
-from sftx.data.store import MemoryRows, Rows, StoreWriter, TokenRows
+from sftx.data.store import MemoryRows, Rows, TokenRows
 from sftx.data.template import ChatTemplate, template_source
+from sftx.data.writer import StoreWriter
 from sftx.errors import DataError, ModelError, SftxError
 from sftx.model.builtin import ensure_builtin
 

@@ -134,8 +134,8 @@ def _build(
     workers: int | None,
     names: Names,
 ) -> None:
-    from sftx.data.store import StoreWriter
     from sftx.data.tokenise import encode_blocks
+    from sftx.data.writer import StoreWriter
 
     started = time.perf_counter()
 
@@ -158,7 +158,8 @@ def _opened(folder: Path, key: str, paths: Sequence[str]) -> TokenRows | None:
     facts = _facts(folder)
     if facts is None or facts.get("key") != key:
         return None
-    from sftx.data.store import TokenRows, Totals
+    from sftx.data.store import TokenRows
+    from sftx.data.writer import Totals
 
     try:
         return TokenRows(folder, key, paths, Totals(**facts["totals"]))

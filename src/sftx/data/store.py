@@ -10,30 +10,18 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
 
-from sftx.data.block import Block, Origin, Skipped, to_block
+from sftx.data.block import Origin, Skipped, to_block
 from sftx.data.rows import Row
+from sftx.data.writer import COLUMNS, Totals
 from sftx.errors import DataError
 
-SPAN = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("weight", pa.float32())])
-COLUMNS = [
-    ("ids", pa.list_(pa.int32())),
-    ("learned", pa.list_(SPAN)),
-    ("category", pa.dictionary(pa.int32(), pa.string())),
-    ("file", pa.int32()),
-    ("line", pa.int64()),
-    ("record", pa.int64()),
-    ("length", pa.int32()),
-    ("full_length", pa.int32()),
-    ("loss_weight", pa.float64()),
-    ("supervised", pa.int32()),
-]
 OPEN_BATCHES = 4096
 """So many record batches of a file are kept unwrapped; each is some twenty small Python objects."""
 
@@ -158,114 +146,6 @@ class MemoryRows(Rows):
 
 
 @dataclass(frozen=True)
-class Totals:
-    """What is known of a store as a whole; `bytes` and `sha256` are the Arrow file's."""
-
-    rows: int
-    skipped: int
-    truncated: int
-    tokens: int
-    supervised: int
-    longest: int
-    bytes: int
-    sha256: str
-
-
-class _Hashed:
-    """A file that knows the hash and the size of what was written to it."""
-
-    closed = False
-
-    def __init__(self, path: Path) -> None:
-        self._file, self.sha256, self.bytes = path.open("wb"), hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        """Write."""
-        self.sha256.update(data)
-        self.bytes += memoryview(data).nbytes
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        """Hand what is buffered to the system."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close."""
-        self._file.close()
-        self.closed = True
-
-
-class StoreWriter:
-    """Writes blocks, in the order they come, as `rows.arrow` and `skipped.jsonl` in a folder."""
-
-    def __init__(self, folder: Path, key: str, files: Sequence[str]) -> None:
-        self._schema = pa.schema(COLUMNS, metadata={"sftx": key})
-        self._sink = _Hashed(folder / "rows.arrow")
-        options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
-        self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema, options=options)
-        self._skipped = (folder / "skipped.jsonl").open("w", encoding="utf-8", newline="\n")
-        self._files = {name: i for i, name in enumerate(files)}
-        self._categories: dict[str, int] = {}
-        self._names = pa.array([], pa.string())
-        self._sums = dict.fromkeys(("rows", "skipped", "truncated", "tokens", "supervised", "longest"), 0)
-        self.first_skipped: str | None = None
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._skipped.close()
-        self._sink.close()
-
-    def add(self, block: Block) -> None:
-        """Write one block."""
-        for skip in block.skipped:
-            self.first_skipped = self.first_skipped or str(skip)
-            told = asdict(skip) | {"file": self._files[skip.file]}
-            self._skipped.write(json.dumps(told, ensure_ascii=False) + "\n")
-        sums = self._sums
-        sums["skipped"] += len(block.skipped)
-        if not len(block.lengths_R):
-            return
-        self._writer.write_batch(self._batch(block))
-        sums["rows"] += len(block.lengths_R)
-        sums["truncated"] += int((block.full_lengths_R > block.lengths_R).sum())
-        sums["tokens"] += len(block.ids_N)
-        sums["supervised"] += int(block.supervised_R.sum(dtype=np.int64))
-        sums["longest"] = max(sums["longest"], int(block.full_lengths_R.max()))
-
-    def finish(self) -> Totals:
-        """Write the footer and return the sums."""
-        self._writer.close()
-        self.__exit__()
-        return Totals(**self._sums, bytes=self._sink.bytes, sha256=self._sink.sha256.hexdigest())
-
-    def _batch(self, block: Block) -> pa.RecordBatch:
-        names, numbers_R = block.categories
-        known = len(self._categories)
-        place = np.array([self._categories.setdefault(n, len(self._categories)) for n in names], dtype=np.int32)
-        if len(self._categories) > known:
-            self._names = pa.array(list(self._categories), pa.string())
-        files, file_numbers_R = block.files
-        file_place = np.array([self._files[f] for f in files], dtype=np.int32)
-        spans = pa.StructArray.from_arrays(
-            [pa.array(a) for a in (block.starts_S, block.ends_S, block.weights_S)], fields=list(SPAN)
-        )
-        columns = [
-            pa.ListArray.from_arrays(_offsets(block.lengths_R), pa.array(block.ids_N)),
-            pa.ListArray.from_arrays(_offsets(block.spans_R), spans),
-            pa.DictionaryArray.from_arrays(pa.array(place[numbers_R]), self._names),
-            *(pa.array(a) for a in (file_place[file_numbers_R], block.lines_R, block.records_R, block.lengths_R)),
-            *(pa.array(a) for a in (block.full_lengths_R, block.loss_weights_R, block.supervised_R)),
-        ]
-        return pa.record_batch(columns, schema=self._schema)
-
-
-def _offsets(counts_R: np.ndarray) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(counts_R)]).astype(np.int32))
-
-
-@dataclass(frozen=True)
 class _Batch:
     """The arrays of one record batch; they lie in the mapped file."""
 
@@ -302,13 +182,16 @@ class TokenRows(Rows):
         self._table = table
         self._batches: dict[int, _Batch] = {}
         self._first_rows = np.cumsum([0, *(len(c) for c in table["ids"].chunks)])
-        self.lengths, self.full_lengths = _column(table, "length"), _column(table, "full_length")
-        self.loss_weights, self.supervised = _column(table, "loss_weight"), _column(table, "supervised")
-        self.records, self._file, self._line = (_column(table, c) for c in ("record", "file", "line"))
+        self.lengths, self.full_lengths, self.supervised, self._file = (
+            _column(table, name, np.int32) for name in ("length", "full_length", "supervised", "file")
+        )
+        self.records, self._line = (_column(table, name, np.int64) for name in ("record", "line"))
+        self.loss_weights = _column(table, "loss_weight", np.float64)
         chunks = table["category"].chunks
         self.categories = max((c.dictionary for c in chunks), key=len).to_pylist() if chunks else []
-        numbers = [c.indices.to_numpy() for c in chunks]
-        self.category_numbers = np.concatenate(numbers) if numbers else np.zeros(0, np.int32)
+        self.category_numbers = np.concatenate(
+            [np.zeros(0, np.int32), *(_numbers(c.indices, np.int32) for c in chunks)]
+        )
 
     def __getstate__(self) -> tuple[Path, str, list[str], Totals]:
         return self.folder, self.key, self.files, self.totals
@@ -359,13 +242,26 @@ class TokenRows(Rows):
             if len(self._batches) >= OPEN_BATCHES:
                 self._batches.clear()
             ids, learned = self._table["ids"].chunk(number), self._table["learned"].chunk(number)
-            starts, ends, weights = (learned.values.field(i).to_numpy() for i in range(3))
+            start, end, weight = (learned.values.field(i) for i in range(3))
             batch = _Batch(
-                ids.values.to_numpy(), ids.offsets.to_numpy(), starts, ends, weights, learned.offsets.to_numpy()
+                ids_N=_numbers(ids.values, np.int32),
+                offsets_R=_numbers(ids.offsets, np.int32),
+                starts_S=_numbers(start, np.int32),
+                ends_S=_numbers(end, np.int32),
+                weights_S=_numbers(weight, np.float32),
+                span_offsets_R=_numbers(learned.offsets, np.int32),
             )
             self._batches[number] = batch
         return batch
 
 
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    return table[name].to_numpy()
+def _numbers(array: pa.Array, dtype: type) -> np.ndarray:
+    """Return the numbers that an Arrow array holds, where they lie."""
+    data = array.buffers()[1]
+    if data is None or not len(array):
+        return np.zeros(0, dtype)
+    return np.frombuffer(data, dtype, len(array), array.offset * np.dtype(dtype).itemsize)
+
+
+def _column(table: pa.Table, name: str, dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(_numbers(chunk, dtype) for chunk in table[name].chunks)])
