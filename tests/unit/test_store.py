@@ -30,7 +30,7 @@ from sftx.data.rows import Row
 from sftx.data.store import MemoryRows, Rows, TokenRows
 from sftx.data.template import ChatTemplate, template_source
 from sftx.data.writer import StoreWriter
-from sftx.errors import DataError, ModelError, SftxError
+from sftx.errors import ConfigError, DataError, ModelError, SftxError
 from sftx.model.builtin import ensure_builtin
 
 POLICY = EncodePolicy(64)
@@ -487,6 +487,8 @@ def test_small_corpora_are_tokenised_here() -> None:
     assert tokenise.worker_count(8, 2001) == 3
     assert tokenise.worker_count(4, 10**6) == 4
     assert tokenise.worker_count(0, 10**6) == 0
+    with pytest.raises(ConfigError, match=r"`data\.num_workers`: found -1"):
+        tokenise.worker_count(-1, 5)
 
 
 def test_a_quick_corpus_starts_no_process(template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def identity(
     """
     left_out = PATHS | PRESENTATION | LENGTH | MACHINES
     values = {k: v for k, v in asdict(config).items() if k not in left_out}
+    values["data"] = {k: v for k, v in values["data"].items() if k != "num_workers"}
     values["sequences per step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
     return {"config": values, "data": list(data), "model": model, "adapter": adapter}
 

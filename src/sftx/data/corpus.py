@@ -111,6 +111,7 @@ class Corpus:
     category_weights: dict[str, float] = field(default_factory=dict)
     source_weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 1.0
+    num_workers: int | None = None
 
     def encode_policy(self, max_length: int) -> EncodePolicy:
         """Return how its conversations become rows."""

@@ -113,6 +113,7 @@ def rows_of(
         [RecordFile(str(f["path"]), str(f["sha256"])) for f in loaded.files],
         template,
         corpus.encode_policy(config.max_seq_length),
+        workers=corpus.num_workers,
         selection=loaded.jsonl.parent.name,  # follows from how the files were read
         names=Names(loaded.path.name, config.model_name_or_path, config.template_name or ""),
     )

@@ -18,7 +18,7 @@ from sftx.data.policy import EncodePolicy
 from sftx.data.record import Record
 from sftx.data.template import ChatTemplate
 from sftx.data.worker import Job, encode_chunk
-from sftx.errors import SftxError
+from sftx.errors import ConfigError, SftxError
 
 log = logging.getLogger("sftx")
 CHUNK = 1000
@@ -34,7 +34,13 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 
 def worker_count(asked: int | None, records: int) -> int:
-    """Return how many processes tokenise beside this one; None is one for each core, eight at most."""
+    """Return how many processes tokenise beside this one; None is one for each core, eight at most.
+
+    Errors:
+        ConfigError: fewer than none were asked for.
+    """
+    if asked is not None and asked < 0:
+        raise ConfigError(f"`data.num_workers`: found {asked}, wanted 0 or more, or null.")
     if records < ALONE:
         return 0
     if asked is None:
@@ -50,6 +56,7 @@ def encode_blocks(
 
     Errors:
         SftxError: what the template or the policy says of a record; or a process was ended.
+        ConfigError: fewer processes than none were asked for.
     """
     chunks = [range(at, min(at + CHUNK, len(records))) for at in range(0, len(records), CHUNK)]
     job = Job.of(template, policy, records)
