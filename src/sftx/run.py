@@ -17,8 +17,9 @@ import torch
 from sftx.build import build
 from sftx.config.derive import Steps, derive_steps, with_output_dir
 from sftx.config.schema import TrainConfig
+from sftx.data.feed import PlannedFeed
 from sftx.data.plan import Plan
-from sftx.data.prepare import Data, select, tokenise
+from sftx.data.prepare import Data, open_data
 from sftx.errors import ConfigError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import family_named, family_of
@@ -62,7 +63,8 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
             folder.check(config.resume)
         effective = Effective(remarks=list(notes))
         session, data, source = _prepare(configs, engine, effective)
-        trials = [_trial(c, f, session, effective.copy(), len(configs)) for c, f in zip(configs, folders, strict=True)]
+        count = len(configs)
+        trials = [_trial(c, f, session, data, effective.copy(), count) for c, f in zip(configs, folders, strict=True)]
         session.flat = _laid_end_to_end(configs[0], session, trials)
         command = command or manifest.command_line()
         setting = Setting(data, source, command, manifest.environment(), run_log)
@@ -98,12 +100,12 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     """Read the data and load the base: what all trials share."""
     config = configs[0]
     _seed(config.seed)
-    selection = select(config)
+    rows_for = open_data(config)
     source = find_model(config.model_name_or_path)
     family, remark = family_of(config.model, source.model_type, downloaded=source.downloaded)
     effective.remarks += remark
     template = load_template(source, family, config.template_name, family_named)
-    data = tokenise(selection, config, template)
+    data = rows_for(template)
     numerics = build(config.precision).resolve(engine.device, effective)
     mode = build(config.mode)
     dtype = numerics.dtype if engine.sharded else mode.weights_dtype(numerics.dtype)
@@ -120,23 +122,17 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     return session, data, source
 
 
-def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: Effective, count_: int) -> Trial:
+def _trial(
+    config: TrainConfig, folder: RunFolder, session: Session, data: Data, effective: Effective, count: int
+) -> Trial:
     """Build what belongs to one trial."""
     _seed(config.seed)
-    name = ONLY if count_ == 1 else folder.path.name.replace(".", "_")
+    name = ONLY if count == 1 else folder.path.name.replace(".", "_")
     start = Path(config.adapter) if config.adapter else None
     adapter = session.model.add(name, build(config.mode), config.seed, start=start)
     world = session.engine.world_size
-    plan = Plan(
-        session.rows.lengths.tolist(),
-        config.batching,
-        config.max_seq_length,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        world,
-        config.seed,
-    )
-    steps = derive_steps(config, plan.unit_count, world)
+    feed = data.stream.feed(config, world) if data.stream else _planned(config, session, world)
+    steps = derive_steps(config, feed.units, world)
     effective.settings |= {"steps": steps.total, "steps_per_epoch": steps.per_epoch, "steps_formula": steps.formula}
     _remark_on_warmup(config, steps, effective)
     optimizer = build(config.optimizer).build(adapter.parameters, config.learning_rate, effective)
@@ -145,7 +141,7 @@ def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: 
         name=name,
         config=config,
         adapter=adapter,
-        plan=plan,
+        feed=feed,
         steps=steps,
         stepper=session.engine.stepper(session.model, adapter, optimizer, dtype, config.max_grad_norm),
         schedule=build(config.scheduler),
@@ -154,6 +150,19 @@ def _trial(config: TrainConfig, folder: RunFolder, session: Session, effective: 
         recorder=SilentRecorder(),
         effective=effective,
     )
+
+
+def _planned(config: TrainConfig, session: Session, world_size: int) -> PlannedFeed:
+    plan = Plan(
+        session.rows.lengths.tolist(),
+        config.batching,
+        config.max_seq_length,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        world_size,
+        config.seed,
+    )
+    return PlannedFeed(session.rows, plan, config.dataloader_num_workers)
 
 
 def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> bool:

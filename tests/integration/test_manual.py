@@ -113,14 +113,14 @@ def test_num_train_epochs(make_config, captured) -> None:
         ]
     )
     assert captured.trial.step == 12
-    seen = [i for step in range(12) for i in captured.trial.plan.rows(step)]
+    seen = [i for step in range(12) for i in captured.trial.feed.plan.rows(step)]
     assert sorted(seen) == sorted(list(range(16)) * 3)
     assert seen[:16] != seen[16:32], "each pass has an order of its own"
 
 
 def test_per_device_train_batch_size(make_config, captured) -> None:
     run([make_config("per_device_train_batch_size=3", "gradient_accumulation_steps=2", "max_steps=1")])
-    assert [len(m) for m in captured.trial.plan.micro_batches(0)] == [3, 3]
+    assert [len(m) for m in captured.trial.feed.plan.micro_batches(0)] == [3, 3]
 
 
 def test_gradient_accumulation_steps(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,10 +256,13 @@ def test_optim(make_config, captured, name: str, kind: type) -> None:
 def test_seed(make_config, captured) -> None:
     """The seed draws the adapter and the order of the rows, and not which rows are held out."""
     run([make_config("seed=7", "max_steps=1", output="a")])
-    seven = ({n: p.detach().clone() for n, p in captured.trial.adapter.parameters.items()}, captured.trial.plan.rows(0))
+    seven = (
+        {n: p.detach().clone() for n, p in captured.trial.adapter.parameters.items()},
+        captured.trial.feed.plan.rows(0),
+    )
     held = [r.origin for r in captured.session.eval_rows]
     run([make_config("seed=8", "max_steps=1", output="b")])
-    eight = (captured.trial.adapter.parameters, captured.trial.plan.rows(0))
+    eight = (captured.trial.adapter.parameters, captured.trial.feed.plan.rows(0))
     name = next(n for n in seven[0] if "lora_A" in n)
     assert not torch.equal(seven[0][name], eight[0][name])
     assert seven[1] != eight[1]

@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_step(make_config, captured)
 
     base = AutoModelForCausalLM.from_pretrained(session.base_folder)
     total, tokens = 0.0, 0
-    for i in trial.plan.rows(0):
+    for i in trial.feed.plan.rows(0):
         row = session.rows[i]
         ids = torch.from_numpy(row.ids_T.astype("int64"))[None]
         labels = torch.where(torch.tensor(row.supervised_T)[None], ids, -100)

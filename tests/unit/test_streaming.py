@@ -1,9 +1,11 @@
-"""Streaming: a shuffled pass over records, dealt to ranks, that goes on at the very row."""
+"""Streaming: a shuffled pass over records, tokenised as it goes, that goes on at the very row."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,95 +13,152 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sftx.data.feed import Layout, Step
+from sftx.data.plan import Batching
 from sftx.data.record import Record, pair
 from sftx.data.rows import Row
-from sftx.data.streaming import StreamRows, reader_of
+from sftx.data.streaming import Reader, StreamedFeed, StreamOrder
+from sftx.errors import DataError
+
+ONE = Layout(flat=True, pad_id=0, rank=0, world_size=1)
+ENDLESS = 10**9
 
 
-def corpus(count: int) -> list[Record]:
-    return [pair("c", f"q{i}", f"a{i}", "corpus.jsonl", i, {}) for i in range(count)]
+def corpus(*counts: int, opened: list[int] | None = None, bad: int = 0, limit: int | None = None) -> Reader:
+    """Files of so many records each; of record number n the question is n. `bad` rows stand after each record."""
+
+    def file(number: int, first: int, count: int) -> Iterator[Record | str]:
+        if opened is not None:
+            opened.append(number)
+        for i in range(first, first + count):
+            yield pair("c", f"q{i}", f"a{i}", f"{number}.jsonl", i, {})
+            yield from [f"{number}.jsonl:{i}: is not sound"] * bad
+
+    starts = np.cumsum([0, *counts])
+    return Reader([lambda n=n, c=c: file(n, int(starts[n]), c) for n, c in enumerate(counts)], limit)
 
 
 def encode(records: Sequence[Record]) -> list[list[Row] | str]:
-    """Record i gives i % 3 rows; none is a reason."""
+    """Record i gives i % 3 rows of 2 + i % 7 tokens; none is a reason."""
 
     def one(record: Record) -> list[Row] | str:
-        ids = [np.array([record.line, part], dtype=np.int32) for part in range(record.line % 3)]
-        return [Row(i, np.ones(2, np.float32), "c", record.origin, 2) for i in ids] or "too long"
+        length = 2 + record.line % 7
+        ids = [np.array([record.line, part, *[5] * (length - 2)], dtype=np.int32) for part in range(record.line % 3)]
+        return [Row(i, np.ones(length, np.float32), "c", record.origin, length) for i in ids] or "too long"
 
     return [one(record) for record in records]
 
 
-def seen(rows: Iterator[Row]) -> list[tuple[int, int]]:
-    return [(int(row.ids_T[0]), int(row.ids_T[1])) for row in rows]
+def feed_of(
+    reader: Reader, *, seed: int = 0, window: int = 50, batching: Batching = "padding_free", step: int = 4,
+    batch: int = 2, workers: int = 0,
+) -> StreamedFeed:  # fmt: skip
+    return StreamedFeed(reader, encode, StreamOrder(seed, window, batching, 32, batch, step), workers)
+
+
+def steps_of(feed: StreamedFeed, count: int, cursor: dict[str, Any] | None = None, layout: Layout = ONE) -> list[Step]:
+    return list(feed.steps(0, count, cursor, layout))
+
+
+def one_pass(feed: StreamedFeed, epoch: int = 0) -> list[Step]:
+    """The steps of one pass."""
+    found = []
+    for step in feed.steps(0, ENDLESS, {"epoch": epoch, "record": 0, "unit": 0, "counts": []}, ONE):
+        assert step.cursor is not None
+        ends = step.cursor | {"counts": []} == {"epoch": epoch + 1, "record": 0, "unit": 0, "counts": []}
+        if step.cursor["epoch"] == epoch or ends:
+            found.append(step)
+        if step.cursor["epoch"] > epoch:
+            return found
+    raise AssertionError("a stream has no end")
+
+
+def rows_of(steps: Sequence[Step]) -> list[tuple[int, int]]:
+    """The first two tokens of each row: number of the record, part."""
+    found = []
+    for batch in (b for s in steps for b in s.batches):
+        starts = np.cumsum([0, *(batch.lengths or ())])[:-1] if batch.origins else []
+        found += [(int(batch.ids_BT[0, t]), int(batch.ids_BT[0, t + 1])) for t in starts]
+    return found
 
 
 def everything(count: int) -> Counter[tuple[int, int]]:
     return Counter((i, part) for i in range(count) for part in range(i % 3))
 
 
+SIZES = {
+    "count": st.integers(2, 300), "window": st.integers(1, 80), "seed": st.integers(0, 5), "epoch": st.integers(0, 3),
+    "batching": st.sampled_from(["padding_free", "padded", "length_bucketed", "packed"]),
+}  # fmt: skip
+
+
+@given(**SIZES)
+@settings(max_examples=60, deadline=None)
+def test_a_pass_holds_each_row_once(count: int, window: int, seed: int, epoch: int, batching: Batching) -> None:
+    steps = one_pass(feed_of(corpus(count), window=window, seed=seed, batching=batching), epoch)
+    assert Counter(rows_of(steps)) == everything(count)
+    told = [reason for s in steps for reason in s.left_out]
+    assert (
+        sorted(told)
+        == (sorted(f"0.jsonl:{i}: too long" for i in range(0, count, 3)) if epoch == 0 else [])[: len(told)]
+    )
+    assert all(s.tokens == sum(b.tokens for b in s.batches) for s in steps)
+
+
+@given(count=st.integers(2, 200), world=st.integers(1, 5), window=st.integers(1, 60))
+@settings(max_examples=40, deadline=None)
+def test_ranks_share_the_steps_of_one_process(count: int, world: int, window: int) -> None:
+    def of_rank(rank: int) -> list[Step]:
+        return steps_of(feed_of(corpus(count), window=window), 7, layout=Layout(True, 0, rank, world))
+
+    alone, together = of_rank(0) if world == 1 else steps_of(feed_of(corpus(count), window=window), 7), []
+    for at in zip(*(of_rank(rank) for rank in range(world)), strict=True):
+        assert len({(s.weight, s.tokens, s.supervised_tokens, s.epoch, str(s.cursor)) for s in at}) == 1
+        assert len({len(s.batches) for s in at}) == 1, "every rank has as many micro-batches"
+        together.append(sorted((b.index, b.digest()) for s in at for b in s.batches if b.origins))
+    assert together == [[(b.index, b.digest()) for b in s.batches] for s in alone]
+
+
 @given(
-    count=st.integers(2, 300),
-    window=st.integers(1, 80),
-    world=st.integers(1, 5),
-    seed=st.integers(0, 5),
-    epoch=st.integers(0, 3),
-)
-@settings(max_examples=60, deadline=None)
-def test_nothing_is_lost_or_repeated_over_the_ranks(count: int, window: int, world: int, seed: int, epoch: int) -> None:
-    skipped: list[Any] = []
-    given_out: Counter[tuple[int, int]] = Counter()
-    for rank in range(world):
-        stream = StreamRows(
-            reader_of(corpus(count)), encode, seed=seed, epoch=epoch, rank=rank, world_size=world,
-            window=window, on_skip=lambda record, reason: skipped.append((record.line, reason)),
-        )  # fmt: skip
-        given_out.update(seen(stream))
-    assert given_out == everything(count)
-    assert sorted(skipped) == [(i, "too long") for i in range(0, count, 3)]
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4).filter(lambda s: sum(s) > 2),
+    stop=st.integers(1, 60), batching=SIZES["batching"], window=SIZES["window"],
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_it_goes_on_at_the_very_row(sizes: list[int], stop: int, batching: Batching, window: int) -> None:
+    """In any pass, through JSON, told to a reader that has seen nothing."""
+
+    def fresh() -> StreamedFeed:
+        return feed_of(corpus(*sizes, bad=1), window=window, batching=batching, seed=3)
+
+    whole = steps_of(fresh(), stop + 10)
+    cursor = json.loads(json.dumps(whole[stop - 1].cursor))
+    for goes_on, step in zip(steps_of(fresh(), 10, cursor), whole[stop:], strict=True):
+        assert [b.digest() for b in goes_on.batches] == [b.digest() for b in step.batches]
+        assert (goes_on.origins, goes_on.cursor, goes_on.epoch) == (step.origins, step.cursor, step.epoch)
+        assert (goes_on.left_out, goes_on.truncated) == (step.left_out, step.truncated), "nothing is told twice"
 
 
-@given(count=st.integers(5, 150), window=st.integers(1, 60), world=st.integers(1, 3), stop=st.integers(0, 100))
-@settings(max_examples=60, deadline=None)
-def test_it_goes_on_at_the_very_row(count: int, window: int, world: int, stop: int) -> None:
-    def fresh() -> StreamRows:
-        return StreamRows(
-            reader_of(corpus(count)), encode, seed=3, epoch=1, rank=world - 1, world_size=world, window=window
-        )
-
-    whole = seen(fresh())
-    stream = fresh()
-    before = [next(stream) for _ in range(min(stop, len(whole)))]
-    state = tuple(stream.state())
-    assert len(state) == 2
-    assert all(type(n) is int for n in state)
-    other = fresh()
-    other.restore(state)  # type: ignore[arg-type]
-    assert seen(iter(before)) + seen(other) == whole
+def test_what_is_left_out_is_told_once() -> None:
+    steps = steps_of(feed_of(corpus(90, bad=1), window=40), 60)
+    told = Counter(reason for s in steps for reason in s.left_out)
+    assert set(told.values()) == {1}
+    assert sum("not sound" in reason for reason in told) == 90
+    assert sum("too long" in reason for reason in told) == 30
 
 
-def test_a_resumed_stream_reads_from_its_window_on() -> None:
+def test_a_resumed_stream_opens_no_file_that_is_behind_it() -> None:
+    steps = steps_of(feed_of(corpus(100, 100, 100, 100), window=20), 70)
+    cursor = steps[-1].cursor
+    assert cursor is not None
+    assert cursor["record"] > 210
     opened: list[int] = []
-    records = corpus(1000)
-
-    def reader(start: int) -> Iterator[Record]:
-        opened.append(start)
-        return reader_of(records)(start)
-
-    stream = StreamRows(reader, encode, seed=0, window=50)
-    for _ in range(800):
-        next(stream)
-    state = stream.state()
-    assert state.record > 500
-    stream.restore(state)
-    next(stream)
-    assert opened[0] == 0
-    assert state.record - 50 < opened[1] <= state.record
+    steps_of(feed_of(corpus(100, 100, 100, 100, opened=opened), window=20), 1, cursor)
+    assert opened == [2]
 
 
 def test_every_epoch_and_seed_has_its_own_order_and_its_own_windows() -> None:
     def order(seed: int, epoch: int) -> list[tuple[int, int]]:
-        return seen(StreamRows(reader_of(corpus(400)), encode, seed=seed, epoch=epoch, window=40))
+        return rows_of(one_pass(feed_of(corpus(400), seed=seed, window=40), epoch))
 
     orders = [order(0, 0), order(0, 1), order(1, 0)]
     assert len({tuple(o) for o in orders}) == 3
@@ -107,10 +166,42 @@ def test_every_epoch_and_seed_has_its_own_order_and_its_own_windows() -> None:
     neighbours = [{i for i, _ in o[:30]} for o in orders]  # records that come first, so in the first window
     assert len({max(n) for n in neighbours}) > 1
     assert all(max(n) < 2 * 40 for n in neighbours), "the shuffle reaches no further than its windows"
-    assert seen(StreamRows(reader_of(corpus(90)), encode, seed=5, window=1)) == sorted(everything(90))
+    assert rows_of(one_pass(feed_of(corpus(90), window=1))) == sorted(everything(90))
 
 
-def test_a_pass_may_be_empty() -> None:
-    for count in (0, 1):
-        with pytest.raises(StopIteration):
-            next(StreamRows(reader_of(corpus(count)), encode, seed=0))
+def test_an_epoch_is_a_share_once_its_length_is_known() -> None:
+    epochs = [s.epoch for s in steps_of(feed_of(corpus(20, 20), window=10), 30)]
+    assert epochs == sorted(epochs)
+    assert epochs[0] == 0
+    assert {1.0, 2.0} <= set(epochs)
+    assert any(1 < e < 2 for e in epochs)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 50, 51, 100, 1000])
+def test_a_limit_counts_records(limit: int) -> None:
+    reader = corpus(50, 50, limit=limit)
+    for _ in range(2):
+        found = [r.line for r in reader.records(0) if not isinstance(r, str)]
+        assert found == list(range(min(limit, 100)))
+    assert reader.total == min(limit, 100)
+
+
+def test_packs_are_full_and_buckets_alike() -> None:
+    packed = steps_of(feed_of(corpus(9000), window=3000, batching="packed", step=1, batch=1), 900)
+    assert sum(s.tokens for s in packed) / (900 * 32) > 0.98
+    bucketed = steps_of(feed_of(corpus(2000), window=600, batching="length_bucketed", step=8, batch=8), 40)
+    padding = [max(b.lengths or ()) * len(b.lengths or ()) - b.tokens for s in bucketed for b in s.batches]
+    assert sum(padding) < 0.05 * sum(s.tokens for s in bucketed)
+
+
+def test_a_process_of_its_own_makes_the_same_steps() -> None:
+    steps = [list(islice(feed_of(corpus(90), workers=w).steps(0, 40, None, ONE), 40)) for w in (0, 3)]
+    assert [[b.digest() for b in s.batches] for s in steps[0]] == [[b.digest() for b in s.batches] for s in steps[1]]
+    assert [s.cursor for s in steps[0]] == [s.cursor for s in steps[1]]
+
+
+def test_a_corpus_without_a_row_to_learn_is_refused() -> None:
+    with pytest.raises(DataError, match=r"no record of the whole corpus can be learned from. The first: 0.jsonl:0"):
+        steps_of(feed_of(corpus(1)), 1)
+    with pytest.raises(DataError, match=r"no record of the whole corpus"):
+        steps_of(feed_of(corpus(0)), 1)

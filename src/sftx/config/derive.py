@@ -25,13 +25,17 @@ LENGTH = {"num_train_epochs", "max_steps"}
 class Steps:
     """How long a run is, in optimizer steps, and how that was reckoned."""
 
-    per_epoch: int
+    per_epoch: int | None
+    """None when the rows of a pass are not known."""
     total: int
     formula: str
 
 
-def derive_steps(config: TrainConfig, units: int, world_size: int) -> Steps:
+def derive_steps(config: TrainConfig, units: int | None, world_size: int) -> Steps:
     """Return the run's steps: whole passes over the rows (or packs of them), unless `max_steps` says otherwise."""
+    if units is None:
+        assert config.max_steps is not None, "the rules ask for it"
+        return Steps(None, config.max_steps, f"max_steps={config.max_steps} (streamed: a pass has no known length)")
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     per_epoch = -(-units // (batch * accumulation * world_size))
     total = per_epoch * config.num_train_epochs

@@ -83,6 +83,42 @@ def _adapter_to_train(tree: Tree) -> str | None:
     return "`adapter` needs mode=lora or mode=qlora: full mode trains no adapter." if lost else None
 
 
+@rule("data", "max_steps")
+def _steps_of_a_stream(tree: Tree) -> str | None:
+    endless = tree["data"].get("streaming") and tree["max_steps"] is None
+    return "`data.streaming=true` needs max_steps: a pass has no known length." if endless else None
+
+
+@rule("data", "eval_ratio", "eval_file_name")
+def _held_out_of_a_stream(tree: Tree) -> str | None:
+    if not tree["data"].get("streaming") or tree["eval_ratio"] == 0 or tree["eval_file_name"] is not None:
+        return None
+    return "`data.streaming=true` cannot hold rows out of what is not read first: set eval_file_name or eval_ratio=0."
+
+
+@rule("data", "save_strategy")
+def _epochs_of_a_stream(tree: Tree) -> str | None:
+    unknown = tree["data"].get("streaming") and tree["save_strategy"] == "epoch"
+    return "`data.streaming=true`: when a pass ends is not known: set save_strategy=steps." if unknown else None
+
+
+WHOLE_CORPUS: Tree = {
+    "duplicates": "keep", "conflicts": "keep", "cap_per_category": None, "cap_per_source": None,
+    "category_weights": {}, "source_weights": {}, "temperature": 1.0,
+}  # fmt: skip
+"""Keys of `data` that look at all records before the first is used, and what turns them off."""
+
+
+@rule("data")
+def _policies_of_a_stream(tree: Tree) -> str | None:
+    data = tree["data"]
+    set_ = [k for k, off in WHOLE_CORPUS.items() if k in data and data[k] != off]
+    if not data.get("streaming") or not set_:
+        return None
+    named = ", ".join(f"data.{k}" for k in set_)
+    return f"`data.streaming=true` cannot look at all records first, as {named} must: leave one out."
+
+
 @rule("warmup_steps")
 def _whole_warmup(tree: Tree) -> str | None:
     warmup = tree["warmup_steps"]

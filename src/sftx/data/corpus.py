@@ -17,6 +17,7 @@ from sftx.data.record import Record
 from sftx.data.record_store import INDEX, RECORDS, RecordStore, json_line, message_dict, write_store
 from sftx.data.sources import Source, fetch, find_file, find_sources
 from sftx.data.split import split
+from sftx.data.stream_files import StreamedFiles, described
 from sftx.errors import DataError
 from sftx.files import cache_root, locked, write_chunks, write_folder, write_text
 
@@ -59,6 +60,11 @@ class LoadedFile:
     def shape(self) -> str | None:
         """The shape, or all there are."""
         return self._all("shape")
+
+    @property
+    def how_read(self) -> str:
+        """What was detected, as it is said."""
+        return described(self.format, self.encoding, self.delimiter)
 
     def _all(self, name: str) -> str | None:
         return ", ".join(dict.fromkeys(str(file[name]) for file in self.files if file[name] is not None)) or None
@@ -112,6 +118,8 @@ class Corpus:
     source_weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 1.0
     num_workers: int | None = None
+    streaming: bool = False
+    shuffle_window: int = 10_000
 
     def encode_policy(self, max_length: int) -> EncodePolicy:
         """Return how its conversations become rows."""
@@ -137,6 +145,19 @@ class Corpus:
             DataError: no such file, found twice, or a file that cannot be read exactly.
         """
         return self.read(fetch(find_sources(folder, name, key=key), key=key), keep_columns=keep_columns)
+
+    def stream(self, folder: str, name: str | Sequence[str], *, keep_columns: bool, limit: int | None) -> StreamedFiles:
+        """Find what `name` means, to be read as it is trained on; `limit` records of it at most.
+
+        Errors:
+            DataError: no such file, or found twice.
+        """
+        key = "train_file_name"
+        sources = fetch(find_sources(folder, name, key=key), key=key)
+        return StreamedFiles(sources, self._how(), keep_columns, self.on_bad_rows == "skip", limit)
+
+    def _how(self) -> How:
+        return How(self.format, self.encoding, self.delimiter, self.shape, dict(self.columns))
 
     def read(self, sources: Sequence[Source], *, keep_columns: bool) -> LoadedFile:
         """Read files in order, through a JSONL that is cached by their content.
@@ -172,7 +193,7 @@ class Corpus:
 
     def _convert(self, into: Path, sources: Sequence[Source], keep_columns: bool) -> None:
         """Fill a folder with the records of files, and beside them what else is to be known."""
-        how = How(self.format, self.encoding, self.delimiter, self.shape, dict(self.columns))
+        how = self._how()
         files: list[dict[str, Any]] = []
         skipped: set[tuple[int, int]] = set()
 

@@ -1,15 +1,13 @@
-"""Batches: how the rows of a micro-batch are laid out, and the stream of them."""
+"""Batches: how the rows of a micro-batch are laid out."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sftx.data.plan import Plan
 from sftx.data.rows import Row
 
 IGNORE = -100
@@ -21,7 +19,7 @@ class Batch:
     """One micro-batch: rows padded to one width `[B, T]`, or laid end to end `[1, T]`.
 
     `targets_BT` is the next token where it is learned and `weights_BT` what it weighs; `place_BT` says
-    which of `rows` a position belongs to. Laid end to end, `lengths` holds the rows' lengths and
+    which of its rows a position belongs to. Laid end to end, `lengths` holds the rows' lengths and
     `positions_BT` begins anew with each row.
     """
 
@@ -29,8 +27,8 @@ class Batch:
     targets_BT: torch.Tensor
     weights_BT: torch.Tensor
     place_BT: torch.Tensor
-    rows: tuple[int, ...]
-    """Indices of its rows in the corpus."""
+    origins: tuple[str, ...]
+    """`file:line` of each row."""
     index: int
     """Its place among the micro-batches of the step, over all ranks."""
     tokens: int
@@ -68,45 +66,5 @@ def collate(rows: Sequence[Row], indices: tuple[int, ...], *, flat: bool, pad_id
         if positions is not None:
             positions[b, here] = torch.arange(length)
         start += length
-    return Batch(ids, targets, weights, place, indices, index, total, positions, tuple(lengths) if flat else None)
-
-
-class _MicroBatches(Dataset[Batch]):
-    def __init__(self, rows: Sequence[Row], flat: bool, pad_id: int) -> None:
-        self.rows, self.flat, self.pad_id = rows, flat, pad_id
-
-    def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> Batch:
-        index, indices = item
-        return collate(self.rows, indices, flat=self.flat, pad_id=self.pad_id, index=index)
-
-
-class _Order(Sampler[tuple[int, tuple[int, ...]]]):
-    def __init__(self, plan: Plan, rank: int, first_step: int, last_step: int) -> None:
-        self.plan, self.rank, self.steps = plan, rank, range(first_step, last_step)
-
-    def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        return (item for step in self.steps for item in self.plan.share(step, self.rank))
-
-
-def stream(
-    rows: Sequence[Row],
-    plan: Plan,
-    *,
-    rank: int,
-    first_step: int,
-    last_step: int,
-    flat: bool,
-    pad_id: int,
-    workers: int,
-) -> Iterator[list[Batch]]:
-    """Yield this rank's micro-batches of each step from `first_step` up to `last_step` (exclusive)."""
-    loader = DataLoader(
-        _MicroBatches(rows, flat, pad_id),
-        sampler=_Order(plan, rank, first_step, last_step),
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator().manual_seed(plan.seed),  # the global generator is left alone
-    )
-    batches = iter(loader)
-    for step in range(first_step, last_step):
-        yield [next(batches) for _ in plan.share(step, rank)]
+    origins = tuple(r.origin for r in chosen)
+    return Batch(ids, targets, weights, place, origins, index, total, positions, tuple(lengths) if flat else None)

@@ -15,6 +15,8 @@ import torch
 
 from sftx.model.dropout import key_of
 
+Unit = tuple[int, ...]
+"""Rows that count as one of a micro-batch's `batch_size`: one row, or with `packed` those of a pack."""
 Batching = Literal["padding_free", "padded", "length_bucketed", "packed"]
 BUCKET_STEPS = 32
 """Optimizer steps whose rows `length_bucketed` sorts by length together."""
@@ -22,11 +24,7 @@ BUCKET_STEPS = 32
 
 @dataclass
 class Plan:
-    """The order of training.
-
-    A unit is what a micro-batch counts `batch_size` of: a row, or with `packed` several rows that
-    together fill `max_length` tokens.
-    """
+    """The order of training."""
 
     lengths: Sequence[int] = field(repr=False)
     """Tokens of each row."""
@@ -36,7 +34,7 @@ class Plan:
     accumulation: int
     world_size: int
     seed: int
-    _epochs: dict[int, list[tuple[int, ...]]] = field(init=False, repr=False, default_factory=dict)
+    _epochs: dict[int, list[Unit]] = field(init=False, repr=False, default_factory=dict)
 
     @property
     def unit_count(self) -> int:
@@ -59,16 +57,11 @@ class Plan:
 
     def micro_batches(self, step: int) -> list[tuple[int, ...]]:
         """Return the rows of each micro-batch of a step, over all ranks."""
-        units = self._units(step)
-        groups = [units[i : i + self.batch_size] for i in range(0, len(units), self.batch_size)]
-        return [tuple(i for unit in group for i in unit) for group in groups]
+        return _micro_batches(self._units(step), self.batch_size)
 
     def share(self, step: int, rank: int) -> list[tuple[int, tuple[int, ...]]]:
         """Return (index, rows) of one rank's micro-batches; every rank gets equally many, some without rows."""
-        micro = self.micro_batches(step)
-        each = math.ceil(len(micro) / self.world_size)
-        micro += [()] * (each * self.world_size - len(micro))
-        return [(i, micro[i]) for i in range(rank, len(micro), self.world_size)]
+        return share(self._units(step), self.batch_size, self.world_size, rank)
 
     def waste(self) -> float:
         """Return the share of a pack that stays empty, on average; 0 where rows are not packed."""
@@ -76,11 +69,11 @@ class Plan:
             return 0.0
         return 1 - sum(self.lengths) / (self.unit_count * self.max_length)
 
-    def _units(self, step: int) -> list[tuple[int, ...]]:
+    def _units(self, step: int) -> list[Unit]:
         epoch, within = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[within * self.units_per_step : (within + 1) * self.units_per_step]
 
-    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
+    def _epoch(self, epoch: int) -> list[Unit]:
         """Return the units of an epoch in their order; the last two asked for are kept."""
         if epoch not in self._epochs:
             while len(self._epochs) > 1:
@@ -88,15 +81,41 @@ class Plan:
             self._epochs[epoch] = self._ordered(epoch)
         return self._epochs[epoch]
 
-    def _ordered(self, epoch: int) -> list[tuple[int, ...]]:
+    def _ordered(self, epoch: int) -> list[Unit]:
         generator = torch.Generator().manual_seed(key_of(self.seed, epoch))
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if self.batching == "packed":
-            packs = pack(order, self.lengths, self.max_length)
-            return [packs[i] for i in torch.randperm(len(packs), generator=generator).tolist()]
-        if self.batching == "length_bucketed":
-            order = _bucketed(order, self.lengths, self.units_per_step, generator)
-        return [(i,) for i in order]
+        return in_units(order, self.lengths, self.batching, self.max_length, self.units_per_step, generator)
+
+
+def in_units(
+    order: list[int],
+    lengths: Sequence[int],
+    batching: Batching,
+    max_length: int,
+    units_per_step: int,
+    generator: torch.Generator,
+) -> list[Unit]:
+    """Return rows as units, in the order of training; `order` is a shuffled one of the rows."""
+    if not order:
+        return []
+    if batching == "packed":
+        packs = pack(order, lengths, max_length)
+        return [packs[i] for i in torch.randperm(len(packs), generator=generator).tolist()]
+    if batching == "length_bucketed":
+        order = _bucketed(order, lengths, units_per_step, generator)
+    return [(i,) for i in order]
+
+
+def share(units: Sequence[Unit], batch_size: int, world_size: int, rank: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Return (index, rows) of one rank's micro-batches of a step, equally many on each rank, some without rows."""
+    micro = _micro_batches(units, batch_size)
+    micro += [()] * (-len(micro) % world_size)
+    return [(i, micro[i]) for i in range(rank, len(micro), world_size)]
+
+
+def _micro_batches(units: Sequence[Unit], batch_size: int) -> list[tuple[int, ...]]:
+    groups = [units[i : i + batch_size] for i in range(0, len(units), batch_size)]
+    return [tuple(i for unit in group for i in unit) for group in groups]
 
 
 def _bucketed(order: list[int], lengths: Sequence[int], step_rows: int, generator: torch.Generator) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -12,9 +14,12 @@ from sftx.config.schema import TrainConfig
 from sftx.data.cache import Names, RecordFile, open_rows
 from sftx.data.choose import Facts, choose, facts_of, mixed
 from sftx.data.corpus import Corpus, LoadedFile
+from sftx.data.read import sha256_file
 from sftx.data.record_store import RecordView
 from sftx.data.split import split
 from sftx.data.store import MemoryRows, Rows
+from sftx.data.stream_files import StreamedFiles
+from sftx.data.streaming import Encoder, StreamedFeed, StreamOrder
 from sftx.data.template import ChatTemplate
 from sftx.errors import DataError
 
@@ -36,20 +41,76 @@ class Selection:
 class Data:
     """The rows of a run, and where they came from."""
 
-    files: list[LoadedFile]
+    files: list[LoadedFile | StreamedFiles]
     train: Rows
+    """All of them; of a corpus that is streamed the first ones, to look at."""
     held_out: Rows
     left_out: list[str]
     """Records that are not used, as `file:line: why`."""
+    stream: Stream | None = None
 
 
-def select(config: TrainConfig) -> Selection:
-    """Read the corpus and choose its records.
+@dataclass(frozen=True)
+class Stream:
+    """A corpus that is tokenised as it is trained on."""
+
+    files: StreamedFiles
+    encoder: Encoder
+    window: int
+
+    def feed(self, config: TrainConfig, world_size: int) -> StreamedFeed:
+        """Return what feeds a trial."""
+        batch = config.per_device_train_batch_size
+        order = StreamOrder(
+            seed=config.seed,
+            window=self.window,
+            batching=config.batching,
+            max_length=config.max_seq_length,
+            batch_size=batch,
+            units_per_step=batch * config.gradient_accumulation_steps * world_size,
+        )
+        return StreamedFeed(self.files.reader(), self.encoder, order, config.dataloader_num_workers)
+
+
+def open_data(config: TrainConfig) -> Callable[[ChatTemplate], Data]:
+    """Find and read the corpus; return what makes rows of it once the template is known.
 
     Errors:
         DataError: it cannot be read exactly, or nothing is left, or nothing can be held out.
     """
     corpus: Corpus = build(config.data)
+    if corpus.streaming:
+        return partial(_streamed, config, corpus)
+    selection = select(config, corpus)
+    return lambda template: tokenise(selection, config, template)
+
+
+def _streamed(config: TrainConfig, corpus: Corpus, template: ChatTemplate) -> Data:
+    """Look at the first records of a corpus that is streamed, and at the file that is held out."""
+    keep = not config.remove_unused_columns
+    files = corpus.stream(
+        config.train_file_path, config.train_file_name, keep_columns=keep, limit=config.max_train_rows
+    )
+    policy = corpus.encode_policy(config.max_seq_length)
+    stream = Stream(files, partial(template.encode_batch, policy=policy), corpus.shuffle_window)
+    encoded = stream.encoder(files.sample())
+    rows = [row for found in encoded if not isinstance(found, str) for row in found]
+    if not rows:
+        raise DataError(f"{files.path}: none of the first {len(encoded)} records can be learned from: {encoded[0]}")
+    if config.eval_file_name is None:
+        return Data([files], MemoryRows(rows), MemoryRows([]), [], stream)
+    held = _held_out_file(corpus, config, [source.path for source in files.sources], keep)
+    places = np.arange(len(held.records))[: config.eval_max_rows]
+    held_out, skipped = _held_out_rows(held, places, corpus, config, template)
+    return Data([files, held], MemoryRows(rows), held_out, skipped, stream)
+
+
+def select(config: TrainConfig, corpus: Corpus) -> Selection:
+    """Read the corpus and choose its records.
+
+    Errors:
+        DataError: it cannot be read exactly, or nothing is left, or nothing can be held out.
+    """
     keep = not config.remove_unused_columns
     loaded = corpus.load(config.train_file_path, config.train_file_name, key="train_file_name", keep_columns=keep)
     places = np.arange(len(loaded.records))[: config.max_train_rows]
@@ -62,7 +123,7 @@ def select(config: TrainConfig) -> Selection:
         left_out += [f"{loaded.records[i].origin}: {why}" for i, why in choice.left_out]
     files = [loaded]
     if config.eval_file_name is not None:
-        files.append(_held_out_file(corpus, config, loaded, keep))
+        files.append(_held_out_file(corpus, config, [Path(str(f["path"])) for f in loaded.files], keep))
         held_out = np.arange(len(files[1].records))[: config.eval_max_rows]
     else:
         training, held = split(RecordView(loaded.records, places), config.eval_ratio, config.eval_max_rows)
@@ -74,11 +135,14 @@ def select(config: TrainConfig) -> Selection:
     return Selection(corpus, files, _mixed(facts, places, corpus, config.seed), held_out, left_out)
 
 
-def _held_out_file(corpus: Corpus, config: TrainConfig, training: LoadedFile, keep_columns: bool) -> LoadedFile:
+def _held_out_file(corpus: Corpus, config: TrainConfig, training: Sequence[Path], keep_columns: bool) -> LoadedFile:
     assert config.eval_file_name is not None
     loaded = corpus.load(config.train_file_path, config.eval_file_name, key="eval_file_name", keep_columns=keep_columns)
-    if loaded.sha256 == training.sha256:
-        raise DataError(f"eval_file_name={config.eval_file_name}: is the training file itself: nothing is held out.")
+    sizes = {path.stat().st_size for path in training}
+    for file in loaded.files:
+        path = Path(str(file["path"]))
+        if path.stat().st_size in sizes and file["sha256"] in map(sha256_file, training):
+            raise DataError(f"eval_file_name={config.eval_file_name}: {path} is trained on too: nothing is held out.")
     return loaded
 
 
@@ -93,12 +157,19 @@ def tokenise(selection: Selection, config: TrainConfig, template: ChatTemplate) 
         DataError: no record can be learned from, or none that is held out.
     """
     train, skipped = rows_of(selection.files[0], selection.training, selection.corpus, config, template)
-    held_out, more = rows_of(selection.files[-1], selection.held_out, selection.corpus, config, template)
     if not len(train):
         raise DataError(f"{selection.files[0].path}: no row can be learned from. The first: {(skipped or ['none'])[0]}")
-    if len(selection.held_out) and not held_out.supervised.any():
+    held_out, more = _held_out_rows(selection.files[-1], selection.held_out, selection.corpus, config, template)
+    return Data([*selection.files], train, held_out, [*selection.left_out, *skipped, *more])
+
+
+def _held_out_rows(
+    loaded: LoadedFile, places: np.ndarray, corpus: Corpus, config: TrainConfig, template: ChatTemplate
+) -> tuple[Rows, list[str]]:
+    held_out, skipped = rows_of(loaded, places, corpus, config, template)
+    if len(places) and not held_out.supervised.any():
         raise DataError("no held-out row can be evaluated.")
-    return Data(selection.files, train, held_out, [*selection.left_out, *skipped, *more])
+    return held_out, skipped
 
 
 def rows_of(

@@ -1,112 +1,269 @@
-"""Rows of a corpus that is tokenised as it is read, and never kept: for what no disk holds twice.
+"""A corpus that is read, tokenised and shuffled as it is trained on, and never kept: for what no disk holds twice.
 
-The corpus is cut into windows of so many records, at other places in each epoch; inside a window the
-order is drawn from (seed, epoch, window). So the order of a whole pass is a pure function of (seed,
-epoch), and any place in it is found again by reading one window. The ranks deal it out like cards:
-each record goes to one rank. How many rows a record gives is known only when it is encoded, so the
-ranks need not end a pass with equally many.
+The corpus is cut into windows of so many records, at other places in each pass (epoch); inside a window
+the order is drawn from (seed, epoch, window). So the order of a whole pass is a pure function of (seed,
+epoch), and any place in it is found again by reading one window. Every rank reads all of it and keeps its
+own micro-batches: tokenising costs a hundredth of training, and the steps are those of one process.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
+from sftx.data.feed import Layout, Step
+from sftx.data.plan import Batching, Unit, in_units, share
 from sftx.data.record import Record
 from sftx.data.rows import Row
+from sftx.errors import DataError
 from sftx.model.dropout import key_of
 
-Reader = Callable[[int], Iterator[Record]]
-"""Opens the corpus at a record, counted from 0, and goes on to its end."""
 Encoder = Callable[[Sequence[Record]], Sequence[list[Row] | str]]
 """Returns for each record its rows, or why it has none."""
 BATCH = 64
-"""Records that are encoded at a time."""
+"""Records that are encoded at a time where units do not look beyond a row."""
 
 
-class Cursor(NamedTuple):
-    """Where a rank stands in a pass: at a record, in the order of the pass; so many of its rows have been given."""
+class Reader:
+    """The records of some files, opened at any of them; what is no record is told as text, `file:line: why`.
 
-    record: int = 0
-    row: int = 0
-
-
-def reader_of(records: Sequence[Record]) -> Reader:
-    """Return the reader of records that can be asked for by number."""
-    return lambda start: (records[i] for i in range(start, len(records)))
-
-
-class StreamRows(Iterator[Row]):
-    """One rank's rows of one pass (epoch); `window=1` keeps the corpus's order.
-
-    `state` and `restore` go on at the very row, on the same number of ranks. `on_skip` hears of each
-    record that gives no row; a pass may be empty.
+    `counts` holds how many records the first files give to a pass, as far as they were read: by them a
+    later opening passes over whole files unread.
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        encoder: Encoder,
-        *,
-        seed: int,
-        epoch: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        window: int = 10_000,
-        on_skip: Callable[[Record, str], None] = lambda record, reason: None,
-    ) -> None:
-        self._reader, self._encoder, self._on_skip = reader, encoder, on_skip
-        self._seed, self._epoch, self._rank, self._world_size = seed, epoch, rank, world_size
-        self._window = window
+    def __init__(self, files: Sequence[Callable[[], Iterator[Record | str]]], limit: int | None = None) -> None:
+        self._files, self._limit = files, limit
+        self.counts: tuple[int, ...] = ()
+
+    @property
+    def total(self) -> int | None:
+        """Records of a pass; None while it has not been read to its end."""
+        known = sum(self.counts)
+        return known if len(self.counts) == len(self._files) or known == self._limit else None
+
+    def records(self, start: int) -> Iterator[Record | str]:
+        """Yield the records from `start` on, counted from 0."""
+        place = 0
+        for number, open_file in enumerate(self._files):
+            known = self.counts[number] if number < len(self.counts) else None
+            if known is not None and place + known <= start:
+                place += known
+                continue
+            first = place
+            for item in open_file():
+                if place == self._limit:
+                    break
+                if place >= start:
+                    yield item
+                place += not isinstance(item, str)
+            if number == len(self.counts):
+                self.counts = (*self.counts, place - first)
+            if place == self._limit:
+                return
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a stream stands: so many units of the pool that begins at a record, in the order of its pass, are given."""
+
+    epoch: int = 0
+    record: int = 0
+    unit: int = 0
+    counts: tuple[int, ...] = ()
+    """What the reader knew of its files' lengths."""
+
+    @classmethod
+    def of(cls, state: dict[str, Any] | None) -> Cursor:
+        """Return the cursor of a step, or the beginning."""
+        return cls(**{**state, "counts": tuple(state["counts"])}) if state else cls()
+
+
+@dataclass
+class _Told:
+    """What is to be told of records with the next step; of the first pass only."""
+
+    truncated: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget what has been told."""
+        self.truncated, self.left_out = [], []
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """How the records of a stream become units."""
+
+    seed: int
+    window: int
+    """Records that are shuffled together; 1 keeps the corpus's order."""
+    batching: Batching
+    max_length: int
+    batch_size: int
+    units_per_step: int
+
+
+class StreamedFeed:
+    """Feeds the steps of a corpus that is read as they are made, pass after pass."""
+
+    units: int | None = None
+
+    def __init__(self, reader: Reader, encoder: Encoder, order: StreamOrder, workers: int) -> None:
+        self._reader, self._encoder, self._order, self._workers = reader, encoder, order, workers
+
+    def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Iterator[Step]:
+        """Yield steps, made by another process when there may be one.
+
+        Errors:
+            DataError: a row cannot be read, or no record of a whole pass can be learned from.
+        """
+        make = lambda: islice(self._steps(Cursor.of(cursor), layout), last - first)  # noqa: E731
+        if not self._workers:
+            return make()
+        loader = DataLoader(
+            _OneProcess(make),
+            batch_size=None,
+            num_workers=1,  # one after the other is what a stream is
+            prefetch_factor=4,
+            worker_init_fn=_one_thread,
+            multiprocessing_context="fork",
+            generator=torch.Generator().manual_seed(self._order.seed),
+        )
+        return iter(loader)
+
+    def _steps(self, cursor: Cursor, layout: Layout) -> Iterator[Step]:
+        self._reader.counts = max(self._reader.counts, cursor.counts, key=len)
+        told = _Told()
+        while True:
+            given = False
+            for units, after in self._groups(cursor, told):
+                given = True
+                yield self._step(units, after, told, layout)
+                told.clear()
+            if not given and cursor.record == 0:
+                why = f" The first: {told.left_out[0]}" if told.left_out else ""
+                raise DataError(f"no record of the whole corpus can be learned from.{why}")
+            cursor = Cursor(cursor.epoch + 1)
+
+    def _groups(self, start: Cursor, told: _Told) -> Iterator[tuple[list[list[Row]], Cursor]]:
+        """Yield the units of each step of a pass; the last one of a pass, or of a bucketed window, may be smaller."""
+        buckets = self._order.batching == "length_bucketed"
+        group: list[list[Row]] = []
+        for unit, after in self._pass(start, told):
+            group.append(unit)
+            if len(group) == self._order.units_per_step or (buckets and after.unit == 0):
+                yield group, after
+                group = []
+        if group:
+            yield group, Cursor(start.epoch + 1, counts=self._reader.counts)
+
+    def _step(self, units: list[list[Row]], after: Cursor, told: _Told, layout: Layout) -> Step:
+        rows = [row for unit in units for row in unit]
+        places, start = [], 0
+        for unit in units:
+            places.append(tuple(range(start, start + len(unit))))
+            start += len(unit)
+        total = self._reader.total
+        mine = share(places, self._order.batch_size, layout.world_size, layout.rank)
+        return Step(
+            batches=[layout.batch(rows, indices, index) for index, indices in mine],
+            weight=sum(row.loss_weight for row in rows),
+            supervised_tokens=sum(row.supervised_tokens for row in rows),
+            tokens=sum(len(row.ids_T) for row in rows),
+            origins=[row.origin for row in rows],
+            epoch=after.epoch + (after.record / total if total else 0),
+            cursor=asdict(after),
+            truncated=tuple(told.truncated),
+            left_out=tuple(told.left_out),
+        )
+
+    def _pass(self, start: Cursor, told: _Told) -> Iterator[tuple[list[Row], Cursor]]:
+        """Yield each unit of a pass from a cursor on, with the cursor after it."""
+        for place, records, unsound in self._pools(start):
+            rows, cut, left_out = self._encoded(records)
+            goes_on = place == start.record and start.unit > 0
+            if start.epoch == 0 and not goes_on:  # else it was told before
+                told.truncated += cut
+                told.left_out += [*unsound, *left_out]
+            units = self._units(rows, start.epoch, place)
+            for given in range(start.unit if goes_on else 0, len(units)):
+                last = given + 1 == len(units)
+                after = (place + len(records), 0) if last else (place, given + 1)
+                yield [rows[i] for i in units[given]], Cursor(start.epoch, *after, self._reader.counts)
+
+    def _pools(self, start: Cursor) -> Iterator[tuple[int, list[Record], list[str]]]:
+        """Yield what is encoded together: its place in the order of the pass, and what else stood there."""
+        order = self._order
+        window = order.window if order.window > 1 else BATCH
         # The windows begin elsewhere in each epoch, or the same records would stay together for ever.
-        self._first = 1 + key_of(seed, epoch) % window
-        self.restore(Cursor())
+        first = 1 + key_of(order.seed, start.epoch) % window
+        number = 0 if start.record < first else 1 + (start.record - first) // window
+        begin = 0 if number == 0 else first + (number - 1) * window
+        size = BATCH if order.batching in ("padding_free", "padded") else window
+        items = self._reader.records(begin)
+        while True:
+            records, unsound = _taken(items, window if number else first)
+            records = self._shuffled(records, start.epoch, number)
+            for at in range(0, max(1, len(records)), size):
+                if begin + at >= start.record:
+                    yield begin + at, records[at : at + size], unsound if at == 0 else []
+            if not records:
+                return
+            begin, number = begin + len(records), number + 1
 
-    def state(self) -> Cursor:
-        """Return where the next row stands; two integers."""
-        return self._cursor
+    def _shuffled(self, records: list[Record], epoch: int, window: int) -> list[Record]:
+        if self._order.window <= 1:
+            return records
+        generator = torch.Generator().manual_seed(key_of(self._order.seed, epoch, window))
+        return [records[i] for i in torch.randperm(len(records), generator=generator).tolist()]
 
-    def restore(self, state: tuple[int, int]) -> None:
-        """Go on where `state` was taken."""
-        self._cursor = Cursor(*state)
-        self._rows = self._pass(self._cursor)
+    def _encoded(self, records: list[Record]) -> tuple[list[Row], list[str], list[str]]:
+        """Return the rows of records, those that lost tokens, and the records that gave none."""
+        rows: list[Row] = []
+        left_out = []
+        for record, encoded in zip(records, self._encoder(records), strict=True):
+            if isinstance(encoded, str):
+                left_out.append(f"{record.origin}: {encoded}")
+            else:
+                rows += encoded
+        cut = [f"{r.origin}: {r.full_length} tokens, {len(r.ids_T)} kept" for r in rows if r.truncated]
+        return rows, cut, left_out
 
-    def __next__(self) -> Row:
-        row, self._cursor = next(self._rows)
-        return row
-
-    def _pass(self, start: Cursor) -> Iterator[tuple[Row, Cursor]]:
-        """Yield each row from `start` on, with the place after it."""
-        for batch in _batched(self._mine(start.record)):
-            encodings = self._encoder([record for _, record in batch])
-            for (place, record), encoded in zip(batch, encodings, strict=True):
-                if isinstance(encoded, str):
-                    self._on_skip(record, encoded)
-                    continue
-                done = start.row if place == start.record else 0
-                for number, row in enumerate(encoded[done:], start=done + 1):
-                    yield row, Cursor(place, number) if number < len(encoded) else Cursor(place + 1)
-
-    def _mine(self, start: int) -> Iterator[tuple[int, Record]]:
-        """Yield this rank's records from a place in the order of the pass on, each with its place."""
-        number = 0 if start < self._first else 1 + (start - self._first) // self._window
-        begin = 0 if number == 0 else self._first + (number - 1) * self._window
-        records = self._reader(begin)
-        while window := list(islice(records, self._window if number else self._first)):
-            for i, chosen in enumerate(self._order(number, len(window))):
-                place = begin + i
-                if place >= start and place % self._world_size == self._rank:
-                    yield place, window[chosen]
-            begin, number = begin + len(window), number + 1
-
-    def _order(self, number: int, count: int) -> list[int]:
-        generator = torch.Generator().manual_seed(key_of(self._seed, self._epoch, number))
-        return torch.randperm(count, generator=generator).tolist()
+    def _units(self, rows: list[Row], epoch: int, place: int) -> list[Unit]:
+        order = self._order
+        generator = torch.Generator().manual_seed(key_of(order.seed, epoch, place, 1))
+        lengths = [len(row.ids_T) for row in rows]
+        every = list(range(len(rows)))
+        return in_units(every, lengths, order.batching, order.max_length, order.units_per_step, generator)
 
 
-def _batched(items: Iterator[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
-    while batch := list(islice(items, BATCH)):
-        yield batch
+def _taken(items: Iterator[Record | str], size: int) -> tuple[list[Record], list[str]]:
+    """Take so many records, and the texts between them; behind the last record all texts that are left."""
+    records: list[Record] = []
+    texts: list[str] = []
+    while len(records) < size:
+        item = next(items, None)
+        if item is None:
+            break
+        (texts if isinstance(item, str) else records).append(item)  # type: ignore[arg-type]
+    return records, texts
+
+
+class _OneProcess(IterableDataset[Step]):
+    """Steps that are made one after the other, so by one process."""
+
+    def __init__(self, start: Callable[[], Iterator[Step]]) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[Step]:
+        return self._start()
+
+
+def _one_thread(_worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were left behind in the process that was forked

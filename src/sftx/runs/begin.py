@@ -64,7 +64,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
             "model": {"name": source.name, "folder": str(source.folder), "model_type": source.model_type}
             | session.model.facts(),
             "data": [f.facts() for f in data.files],
-            "rows": {"train": len(data.train), "eval": len(data.held_out)},
+            "rows": {"train": None if data.stream else len(data.train), "eval": len(data.held_out)},
             "attempts": [*(earlier or {}).get("attempts", []), attempt],
         },
     )
@@ -80,7 +80,8 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
     log.info("%s", as_text(header(title, _facts(trial, session, data, source), effective)))
     if resumed:
         log.info("%s", resumed)
-    drop_after(folder.metrics, trial.step)
+    for records in (folder.metrics, folder.streamed_rows):
+        drop_after(records, trial.step)
     trial.recorder = Recorder(folder.metrics, _trackers(trial))
 
 
@@ -128,7 +129,8 @@ def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effectiv
         effective.remark(
             f"rows that cannot be learned from: {len(skipped)} (all in skipped_rows.txt), first {skipped[0]}"
         )
-    cut = [(rows.full_lengths[i], rows.origin(i)) for rows in (data.train, data.held_out) for i in rows.truncated]
+    known = (data.held_out,) if data.stream else (data.train, data.held_out)  # of a stream it is said when it happens
+    cut = [(rows.full_lengths[i], rows.origin(i)) for rows in known for i in rows.truncated]
     if cut:
         longest = max(length for length, _ in cut)
         effective.remark(
@@ -162,10 +164,10 @@ def _trackers(trial: Trial) -> list[Tracker]:
 def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[tuple[str, str]]:
     config, model = trial.config, session.model.facts()
     train_file = data.files[0]
-    how = f"{train_file.format}, {train_file.encoding}" + (
-        f", `{train_file.delimiter}`" if train_file.delimiter else ""
-    )
-    lengths = data.train.full_lengths.tolist()
+    lengths = length_line(data.train.full_lengths.tolist(), config.max_seq_length)
+    many = f"{len(data.train)} rows to train on"
+    if data.stream:
+        many, lengths = "streamed, not read through", f"of the first {len(data.train)} rows: {lengths}"
     held = f"{len(data.held_out)} held out" + (f" in {data.files[1].path}" if len(data.files) > 1 else "")
     share = model["trained_parameters"] / model["parameters"]
     rate = f"{config.learning_rate:g}, {config.lr_scheduler_type}"
@@ -176,8 +178,8 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
     return [
         ("model", f"{source.name} ({source.model_type}, {count(model['parameters'])} parameters)"),
         ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%}), {config.train_mode}"),
-        ("data", f"{train_file.path} ({how}): {len(data.train)} rows to train on, {held}"),
-        ("length", length_line(lengths, config.max_seq_length)),
+        ("data", f"{train_file.path} ({train_file.how_read}): {many}, {held}"),
+        ("length", lengths),
         ("steps", trial.steps.formula),
         ("rate", rate),
         ("compute", compute + (f", {ranks} processes" if ranks > 1 else "")),

@@ -14,7 +14,7 @@ def model_card(config: TrainConfig, manifest: dict[str, Any]) -> str:
     rows = [
         ("base model", manifest["model"]["name"]),
         ("mode", config.train_mode),
-        ("data", ", ".join(f"{d['path']} ({d['rows']} rows, sha256 {d['sha256'][:12]})" for d in manifest["data"])),
+        ("data", ", ".join(map(_corpus, manifest["data"]))),
         ("steps", str(result["steps"])),
         ("eval loss before", _number(result.get("eval_loss_before"))),
         ("eval loss after", _number(result.get("eval_loss"))),
@@ -47,6 +47,12 @@ def model_card(config: TrainConfig, manifest: dict[str, Any]) -> str:
         "`config.yaml` holds every setting, `manifest.json` versions, code, data hashes, hardware and each fallback.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _corpus(facts: dict[str, Any]) -> str:
+    if facts.get("streamed"):
+        return f"{facts['path']} (streamed)"
+    return f"{facts['path']} ({facts['rows']} rows, sha256 {facts['sha256'][:12]})"
 
 
 def _usage(config: TrainConfig) -> list[str]:

@@ -32,6 +32,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.metrics = path / "metrics.jsonl"
+        self.streamed_rows = path / "streamed_rows.jsonl"
         self.log = path / "train.log"
         self.manifest: dict[str, Any] = {}
 

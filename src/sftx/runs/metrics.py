@@ -62,5 +62,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def drop_after(path: Path, step: int) -> None:
     """Remove the records after a step: a resumed run will write them again."""
+    if not path.is_file():
+        return
     kept = [r for r in read_metrics(path) if r["step"] <= step]
     write_text(path, "".join(json.dumps(r) + "\n" for r in kept))

@@ -144,7 +144,7 @@ class LogBatches(Callback):
             record = {
                 "step": trial.step + 1,
                 "micro_batch": batch.index,
-                "rows": [session.rows[i].origin for i in batch.rows],
+                "rows": list(batch.origins),
                 "tokens": batch.tokens,
                 "sha256": batch.digest(),
             }

@@ -7,6 +7,7 @@ ranks, so that neither accumulation nor the number of ranks changes what is lear
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 
 import torch
 
-from sftx.data.loader import Batch, stream
+from sftx.data.feed import Step
 from sftx.errors import TrainingError
+from sftx.files import append_line
 from sftx.model.dropout import key_of
 from sftx.model.export import save_weights
 from sftx.training import checkpoint
@@ -46,32 +48,24 @@ def train(session: Session, trials: Sequence[Trial]) -> None:
 
 def _start(session: Session, trial: Trial) -> None:
     """Evaluate before the first step, and open the stream of batches where the trial stands."""
-    config = trial.config
     with trial.active(session):
         if trial.step == 0 and trial.evaluates:
             _evaluate(session, trial)
         for callback in trial.callbacks.values():
             callback.on_start(session, trial)
-    trial.batches = stream(
-        session.rows,
-        trial.plan,
-        rank=session.engine.rank,
-        first_step=trial.step,
-        last_step=trial.steps.total,
-        flat=session.flat,
-        pad_id=session.pad_id,
-        workers=config.dataloader_num_workers,
-    )
+    trial.upcoming = trial.feed.steps(trial.step, trial.steps.total, trial.cursor, session.layout)
 
 
 def _advance(session: Session, trial: Trial) -> None:
     """Make one optimizer step, then what is due after it: a record, an evaluation, a checkpoint."""
     config = trial.config
-    batches = next(trial.batches)
+    step = next(trial.upcoming)
     for callback in trial.callbacks.values():
-        callback.on_batches(session, trial, batches)
-    grad_norm, rate = _step(session, trial, batches)
+        callback.on_batches(session, trial, step.batches)
+    grad_norm, rate = _step(session, trial, step)
     trial.step += 1
+    trial.epoch, trial.cursor = step.epoch, step.cursor
+    _tell(session, trial, step)
     for callback in trial.callbacks.values():
         callback.on_step(session, trial)
     if trial.step == 1 or trial.due(config.logging_steps):
@@ -83,15 +77,14 @@ def _advance(session: Session, trial: Trial) -> None:
         _save(session, trial)
 
 
-def _step(session: Session, trial: Trial, batches: Sequence[Batch]) -> tuple[float, float]:
+def _step(session: Session, trial: Trial, step: Step) -> tuple[float, float]:
     """Make one optimizer step; return the gradient norm before clipping and the learning rate."""
     started = time.perf_counter()
     engine, config = session.engine, trial.config
-    rows = trial.plan.rows(trial.step)
-    weight = float(session.rows.loss_weights[rows].sum())
+    batches, weight = step.batches, step.weight
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches):
-        if not batch.rows and not engine.sharded:
+        if not batch.origins and not engine.sharded:
             continue  # this rank has no rows left in a step that is smaller than the others
         _set_random_state(trial, batch.index)
         with session.numerics.autocast():
@@ -101,14 +94,13 @@ def _step(session: Session, trial: Trial, batches: Sequence[Batch]) -> tuple[flo
     loss_mean = engine.sum(loss_sum).item() / weight
     rate = config.learning_rate * trial.schedule.at(trial.step, trial.steps.total)
     grad_norm = trial.stepper.step(rate)
-    _stop_if_not_finite(session, trial, loss_mean, grad_norm)
+    _stop_if_not_finite(trial, step, loss_mean, grad_norm)
     window = trial.window
     window.loss += loss_mean * weight
     window.weight += weight
-    window.supervised_tokens += int(session.rows.supervised[rows].sum())
-    tokens = int(session.rows.lengths[rows].sum())
-    window.tokens += tokens
-    trial.tokens_seen += tokens
+    window.supervised_tokens += step.supervised_tokens
+    window.tokens += step.tokens
+    trial.tokens_seen += step.tokens
     window.seconds += time.perf_counter() - started
     return grad_norm, rate
 
@@ -119,7 +111,7 @@ def _set_random_state(trial: Trial, micro_batch: int) -> None:
     torch.manual_seed(key_of(trial.config.seed, trial.step, micro_batch))  # dropout of the base, in full mode
 
 
-def _stop_if_not_finite(session: Session, trial: Trial, loss: float, grad_norm: float) -> None:
+def _stop_if_not_finite(trial: Trial, step: Step, loss: float, grad_norm: float) -> None:
     """Raise after a step that was not made, so that nothing follows it.
 
     Errors:
@@ -127,7 +119,7 @@ def _stop_if_not_finite(session: Session, trial: Trial, loss: float, grad_norm: 
     """
     if math.isfinite(loss) and (math.isfinite(grad_norm) or trial.stepper.loss_scale is not None):
         return
-    rows = [session.rows[i].origin for i in trial.plan.rows(trial.step)]
+    rows = step.origins
     raise TrainingError(
         f"step {trial.step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}. The weights are as before "
         f"it. Rows of the step: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}. "
@@ -135,12 +127,27 @@ def _stop_if_not_finite(session: Session, trial: Trial, loss: float, grad_norm: 
     )
 
 
+def _tell(session: Session, trial: Trial, step: Step) -> None:
+    """Note the rows of which it is known only now that they were cut or left out; the first of each kind is said."""
+    config = trial.config
+    for kind, rows, why in (
+        ("truncated", step.truncated, f"longer than max_seq_length={config.max_seq_length}: it loses its end"),
+        ("left_out", step.left_out, "left out"),
+    ):
+        if rows and not trial.streamed[kind] and session.engine.is_main:
+            log.warning("%s (%s; this one and all others: %s)", rows[0], why, trial.folder.streamed_rows)
+        trial.streamed[kind] += len(rows)
+        for row in rows if session.engine.is_main else ():
+            record = {"step": trial.step, kind: row}
+            append_line(trial.folder.streamed_rows, json.dumps(record, ensure_ascii=False))
+
+
 def _record(session: Session, trial: Trial, grad_norm: float, rate: float) -> None:
     """Write the mean loss since the last record, and what goes with it."""
     window = trial.window
     seconds = max(window.seconds, 1e-9)
     metrics = {
-        "epoch": trial.step / trial.steps.per_epoch,
+        "epoch": trial.epoch,
         "train/loss": window.loss / (window.weight or 1.0),
         "train/grad_norm": grad_norm,
         "train/learning_rate": rate,
@@ -148,6 +155,8 @@ def _record(session: Session, trial: Trial, grad_norm: float, rate: float) -> No
         "perf/tokens_per_second": window.tokens / seconds,
         "perf/supervised_tokens_per_second": window.supervised_tokens / seconds,
     }
+    if trial.feed.units is None:
+        metrics |= {f"data/{kind}_rows": number for kind, number in trial.streamed.items()}
     if trial.stepper.loss_scale is not None:
         metrics["train/loss_scale"] = trial.stepper.loss_scale
     trial.recorder.log(trial.step, metrics)

@@ -15,8 +15,7 @@ from typing import Any
 
 from sftx.config.derive import Steps
 from sftx.config.schema import TrainConfig
-from sftx.data.loader import Batch
-from sftx.data.plan import Plan
+from sftx.data.feed import Feed, Layout, Step
 from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
 from sftx.model.adapt import AdaptedModel, Adapter
@@ -38,6 +37,7 @@ class Session:
     numerics: Numerics
     template: ChatTemplate
     rows: Rows
+    """Those that are trained on; of a corpus that is streamed, the first ones."""
     eval_rows: Rows
     base_folder: Path
     flat: bool = False
@@ -47,6 +47,11 @@ class Session:
     def pad_id(self) -> int:
         """The token that fills the right of a batch."""
         return int(self.template.tokenizer.pad_token_id)
+
+    @property
+    def layout(self) -> Layout:
+        """How rows become this rank's tensors."""
+        return Layout(self.flat, self.pad_id, self.engine.rank, self.engine.world_size)
 
 
 @dataclass
@@ -67,7 +72,7 @@ class Trial:
     name: str
     config: TrainConfig
     adapter: Adapter
-    plan: Plan
+    feed: Feed
     steps: Steps
     stepper: Stepper
     schedule: Schedule
@@ -78,6 +83,12 @@ class Trial:
     step: int = 0
     """Optimizer steps made."""
     tokens_seen: int = 0
+    epoch: float = 0.0
+    """Passes over the corpus that were made."""
+    cursor: dict[str, Any] | None = None
+    """Where the feed goes on, if it must be told."""
+    streamed: dict[str, int] = field(default_factory=lambda: {"truncated": 0, "left_out": 0})
+    """Rows that lost tokens and records that gave no row, found while training."""
     window: Window = field(default_factory=Window)
     best_loss: float | None = None
     best_step: int | None = None
@@ -85,7 +96,8 @@ class Trial:
     last_eval: Evaluation | None = None
     eval_step: int = -1
     stop_reason: str | None = None
-    batches: Iterator[list[Batch]] = field(default_factory=lambda: iter(()))
+    upcoming: Iterator[Step] = field(default_factory=lambda: iter(()))
+    """The steps that are still to be made."""
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -115,7 +127,7 @@ class Trial:
             case "no":
                 return False
             case "epoch":
-                return self.step % self.steps.per_epoch == 0 or self.finished
+                return self.finished or (self.steps.per_epoch is not None and self.step % self.steps.per_epoch == 0)
         return self.due(self.config.save_steps)
 
     def state(self) -> dict[str, Any]:
@@ -123,6 +135,9 @@ class Trial:
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
+            "epoch": self.epoch,
+            "cursor": self.cursor,
+            "streamed": self.streamed,
             "window": self.window.__dict__,
             "best_loss": self.best_loss,
             "best_step": self.best_step,
@@ -134,7 +149,8 @@ class Trial:
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what `state` returned."""
         self.step = state["step"]
-        self.tokens_seen = state["tokens_seen"]
+        self.tokens_seen, self.epoch, self.cursor = state["tokens_seen"], state["epoch"], state["cursor"]
+        self.streamed = state["streamed"]
         self.window = Window(**state["window"])
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
         if state["eval_loss_before"] is not None:

@@ -1,0 +1,113 @@
+"""What feeds a trial: its optimizer steps, one after the other, each with this rank's micro-batches.
+
+A feed is told at which step it begins. What it hands out is a pure function of (data, seed, step), so
+that a resumed run is fed as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sftx.data.loader import Batch, collate
+from sftx.data.plan import Plan
+from sftx.data.rows import Row
+from sftx.data.store import Rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step; what is not said to be of this rank is of all ranks together."""
+
+    batches: list[Batch]
+    """This rank's micro-batches."""
+    weight: float
+    """The sum of the weights of the tokens that carry loss."""
+    supervised_tokens: int
+    tokens: int
+    origins: list[str]
+    """`file:line` of each row."""
+    epoch: float
+    """Passes over the corpus once this step is made; whole ones only while its length is not known."""
+    cursor: dict[str, Any] | None = None
+    """Where a feed that cannot find a step by its number goes on after this one; JSON."""
+    truncated: tuple[str, ...] = ()
+    """Rows that lost tokens, and ..."""
+    left_out: tuple[str, ...] = ()
+    """... records that gave no row, as `file:line: why`, where that was not known before training."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become tensors, and for whom."""
+
+    flat: bool
+    """Rows are laid end to end instead of padded."""
+    pad_id: int
+    rank: int
+    world_size: int
+
+    def batch(self, rows: Sequence[Row], indices: tuple[int, ...], index: int) -> Batch:
+        """Return a micro-batch of some rows."""
+        return collate(rows, indices, flat=self.flat, pad_id=self.pad_id, index=index)
+
+
+class Feed(Protocol):
+    """Where a trial's steps come from."""
+
+    units: int | None
+    """Rows, or packs of them, of one pass; None when that is not known."""
+
+    def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Iterator[Step]:
+        """Yield the steps from `first` up to `last` (exclusive); `cursor` is that of the step before."""
+        ...
+
+
+class PlannedFeed:
+    """Feeds rows that are all at hand, as a plan orders them."""
+
+    def __init__(self, rows: Rows, plan: Plan, workers: int) -> None:
+        self.rows, self.plan, self._workers = rows, plan, workers
+        self.units: int | None = plan.unit_count
+
+    def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Iterator[Step]:
+        """Yield steps; a plan finds each by its number."""
+        loader = DataLoader(
+            _MicroBatches(self.rows, layout),
+            sampler=_Order(self.plan, layout.rank, first, last),
+            batch_size=None,
+            num_workers=self._workers,
+            generator=torch.Generator().manual_seed(self.plan.seed),  # the global generator is left alone
+        )
+        batches = iter(loader)
+        for step in range(first, last):
+            rows = self.plan.rows(step)
+            yield Step(
+                batches=[next(batches) for _ in self.plan.share(step, layout.rank)],
+                weight=float(self.rows.loss_weights[rows].sum()),
+                supervised_tokens=int(self.rows.supervised[rows].sum()),
+                tokens=int(self.rows.lengths[rows].sum()),
+                origins=[self.rows.origin(i) for i in rows],
+                epoch=(step + 1) / self.plan.steps_per_epoch,
+            )
+
+
+class _MicroBatches(Dataset[Batch]):
+    def __init__(self, rows: Rows, layout: Layout) -> None:
+        self.rows, self.layout = rows, layout
+
+    def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> Batch:
+        index, indices = item
+        return self.layout.batch(self.rows, indices, index)
+
+
+class _Order(Sampler[tuple[int, tuple[int, ...]]]):
+    def __init__(self, plan: Plan, rank: int, first_step: int, last_step: int) -> None:
+        self.plan, self.rank, self.steps = plan, rank, range(first_step, last_step)
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        return (item for step in self.steps for item in self.plan.share(step, self.rank))
