@@ -137,3 +137,42 @@ def test_what_is_trained_on_cannot_be_held_out(make_config, corpus: Path) -> Non
     for words in ((), ("data.streaming=false",)):
         with pytest.raises(DataError, match=r"a\.jsonl is trained on too: nothing is held out"):
             run([make_config(*streamed(corpus, "eval_file_name=a.jsonl", *words))])
+
+
+def test_a_hub_dataset_is_streamed(make_config, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library itself streams the files that stand in for the hub's; nothing is kept of them."""
+    import datasets
+
+    asked: list[tuple[str, dict]] = []
+    load = datasets.load_dataset
+    (corpus / "b.jsonl").unlink()
+
+    def load_dataset(name: str, **how: object) -> object:
+        asked.append((name, how))
+        return load("json", data_files=str(corpus / "a.jsonl"), **how)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    typed = ["train_file_name=owner/name", "max_steps=6", "save_strategy=steps", "save_steps=2"]
+    straight, parts = (make_config(*streamed(corpus, *typed), output=name) for name in ("straight", "parts"))
+    run([straight])
+    for stop in ("max_steps=3", "max_steps=6"):
+        run([make_config(*streamed(corpus, *(w for w in typed if "max_steps" not in w), stop), output="parts")])
+    a, b = Path(straight.output_dir), Path(parts.output_dir)
+    assert batches(a) == batches(b)
+    assert sorted(r for x in batches(a)[:6] for r in x["rows"]) == sorted(f"owner/name:{i}" for i in range(1, 12))
+    assert set(map(str, asked)) == {str(("owner/name", {"split": "train", "streaming": True}))}
+    assert json.loads((a / "manifest.json").read_text())["data"][0]["format"] == "hub"
+
+
+def test_a_hub_that_falls_silent_is_said(make_config, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, **how: object) -> object:
+        yield {"category": "c", "human": "q", "assistant": "a"}
+        raise ConnectionError("the line is dead\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        DataError, match=r"owner/name: row 2 cannot be had: the line is dead. Run the same command again"
+    ):
+        run([make_config(*streamed(corpus, "train_file_name=owner/name"))])

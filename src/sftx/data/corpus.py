@@ -152,8 +152,7 @@ class Corpus:
         Errors:
             DataError: no such file, or found twice.
         """
-        key = "train_file_name"
-        sources = fetch(find_sources(folder, name, key=key), key=key)
+        sources = find_sources(folder, name, key="train_file_name")
         return StreamedFiles(sources, self._how(), keep_columns, self.on_bad_rows == "skip", limit)
 
     def _how(self) -> How:

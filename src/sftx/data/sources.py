@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,23 +138,50 @@ def fetch(sources: Iterable[Source], *, key: str) -> list[Source]:
 
 
 def _fetched(source: Source, key: str) -> list[Source]:
+    data = _from_hub(source, key, streaming=False)
+    files = [Path(str(f["filename"])) for f in data.cache_files]
+    if not files:
+        raise DataError(f"{key}={source.name}: it left no file; save it with save_to_disk and name that folder.")
+    return [Source(path, source.name) for path in files]
+
+
+def hub_rows(source: Source, *, key: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a hub dataset's split `train` as they come, without keeping them.
+
+    Errors:
+        DataError: as `fetch`; or the connection is lost for good.
+    """
+    number = 0
+    rows = iter(_from_hub(source, key, streaming=True))
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # whatever the network and a dataset's reader raise
+            said = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            raise DataError(
+                f"{source.name}: row {number + 1} cannot be had: {said.rstrip('.')}. Run the same command again: it "
+                "goes on at the last checkpoint."
+            ) from error
+        if row is None:
+            return
+        number += 1
+        yield row
+
+
+def _from_hub(source: Source, key: str, *, streaming: bool) -> Any:
     begun = f"{key}={source.name}: no such file or folder, and as a dataset of the Hugging Face hub it cannot be read: "
     try:
         from datasets import load_dataset  # heavy, and an extra
     except ImportError as error:
         raise DataError(f"{begun}install the extra for that: pip install 'sftx[datasets]'.") from error
     try:
-        data = load_dataset(source.name, split="train")
+        return load_dataset(source.name, split="train", **({"streaming": True} if streaming else {}))
     except Exception as error:
         said = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise DataError(
             f"{begun}{said.rstrip('.')}. Without a way to huggingface.co set HF_ENDPOINT to a mirror, or copy the "
             "dataset (save_to_disk, or its Parquet files) into train_file_path."
         ) from error
-    files = [Path(str(f["filename"])) for f in data.cache_files]
-    if not files:
-        raise DataError(f"{begun}it left no file; save it with save_to_disk and name that folder.")
-    return [Source(path, source.name) for path in files]
 
 
 def _check_folder(base: Path, folder: str, name: str, key: str) -> None:

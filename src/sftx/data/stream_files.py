@@ -1,4 +1,4 @@
-"""The files of a corpus that is streamed: opened in their order, row by row, without a copy."""
+"""A corpus that is streamed, of files or from the hub: opened in order, row by row, without a copy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sftx.data.problems import Problems
 from sftx.data.read import FileReader, How
 from sftx.data.record import Record
-from sftx.data.sources import Source
+from sftx.data.shapes import Shaper
+from sftx.data.sources import Source, hub_rows
 from sftx.data.streaming import Reader
 
 SAMPLE = 1000
@@ -41,14 +43,12 @@ class StreamedFiles:
     @property
     def sha256(self) -> str:
         """A hash of the files' names and sizes: what is larger than a disk is not read twice to be hashed."""
-        return hashlib.sha256(json.dumps(self._sizes()).encode()).hexdigest()
-
-    def _sizes(self) -> list[tuple[str, int]]:
-        return [(s.path.name, s.path.stat().st_size) for s in self.sources]
+        parts = [(s.name if s.hub else s.path.name, _size(s)) for s in self.sources]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def facts(self) -> dict[str, object]:
         """Return what the manifest says of the corpus."""
-        files = [{"path": str(s.path), "bytes": s.path.stat().st_size} for s in self.sources]
+        files = [{"path": str(s.path), "bytes": _size(s)} for s in self.sources]
         return {"path": str(self.path), "streamed": True, "names_and_sizes_sha256": self.sha256, "files": files} | (
             self.detected
         )
@@ -85,7 +85,13 @@ class StreamedFiles:
         on_skip: Callable[[int, str], None] | None = None
         if self.skip_bad_rows:
             on_skip = lambda line, why: unsound.append(f"{source.path}:{line}: {why}")  # noqa: E731
-        reader = FileReader(source.path, self.how, keep_columns=self.keep_columns, source=source.name, on_skip=on_skip)
+        reader: FileReader | HubReader
+        if source.hub:
+            reader = HubReader(source, self.how, keep_columns=self.keep_columns, on_skip=on_skip)
+        else:
+            reader = FileReader(
+                source.path, self.how, keep_columns=self.keep_columns, source=source.name, on_skip=on_skip
+            )
         for record in reader:
             if not self.detected:
                 self.detected = _detected(reader)
@@ -101,5 +107,35 @@ def described(form: str | None, encoding: str | None, delimiter: str | None) -> 
     return ", ".join(part for part in (form, encoding, mark) if part)
 
 
-def _detected(reader: FileReader) -> dict[str, Any]:
+class HubReader:
+    """Reads a hub dataset as a FileReader reads a file; its lines are the numbers of its rows, from 1."""
+
+    format, encoding, delimiter = "hub", None, None
+
+    def __init__(
+        self, source: Source, how: How, *, keep_columns: bool, on_skip: Callable[[int, str], None] | None
+    ) -> None:
+        self.shape: str | None = None
+        self._source = source
+        self._problems = Problems(source.path, on_skip)
+        self._shaper = Shaper(
+            self._problems, source=source.name, shape=how.shape, columns=how.columns, keep=keep_columns, kind="column"
+        )
+
+    def __iter__(self) -> Iterator[Record]:
+        for number, row in enumerate(hub_rows(self._source, key="train_file_name"), 1):
+            if number == 1:
+                self._shaper.header(list(row), 1)
+                self.shape = self._shaper.shape
+            record = self._shaper.record(number, row)
+            self._problems.check()  # the rest of what may have no end is not read for its problems
+            if record is not None:
+                yield record
+
+
+def _size(source: Source) -> int | None:
+    return None if source.hub else source.path.stat().st_size
+
+
+def _detected(reader: FileReader | HubReader) -> dict[str, Any]:
     return {name: getattr(reader, name) for name in ("format", "encoding", "delimiter", "shape")}
