@@ -107,10 +107,18 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     template = load_template(source, family, config.template_name, family_named)
     data = rows_for(template)
     numerics = build(config.precision).resolve(engine.device, effective)
+    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
+    effective.settings["attn_implementation"] = attention
     mode = build(config.mode)
     dtype = numerics.dtype if engine.sharded else mode.weights_dtype(numerics.dtype)
     with engine.loading(dtype):
-        base = load_base(source, dtype=dtype, quantization=mode.quantization(numerics.dtype), device=engine.device)
+        base = load_base(
+            source,
+            dtype=dtype,
+            quantization=mode.quantization(numerics.dtype),
+            device=engine.device,
+            attention=attention,
+        )
     if isinstance(mode, Lora):
         base.requires_grad_(False)
     model = AdaptedModel(

@@ -23,8 +23,9 @@ from sftx.runs.metrics import read_metrics
         ["mode=qlora"],
         ["mode=full"],
         ["mode=lora", "batching=length_bucketed"],
+        ["mode=lora", "attn_implementation=eager"],
     ],
-    ids=["lora, recomputed", "qlora", "full", "against buckets"],
+    ids=["lora, recomputed", "qlora", "full", "against buckets", "eager"],
 )
 def test_padding_free_equals_padded(make_config, words: list[str]) -> None:
     """Loss and gradient norm of every step, and the evaluation, to 1e-5."""
@@ -87,15 +88,16 @@ def row_of(*ids: int) -> Row:
     return Row(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=np.float32), "c", "f:1", len(ids))
 
 
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 @pytest.mark.parametrize("window", [None, 4], ids=["whole", "sliding window"])
-def test_a_document_does_not_see_its_neighbours(window: int | None) -> None:
-    """Changing a row leaves its neighbours' logits bitwise unchanged, and they are those of plain sdpa."""
+def test_a_document_does_not_see_its_neighbours(window: int | None, implementation: str) -> None:
+    """Changing a row leaves its neighbours' logits bitwise unchanged, and they are those of the plain implementation."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, use_sliding_window=window is not None, sliding_window=window, max_window_layers=0,
-        attn_implementation=attention.register(),
+        attn_implementation=attention.register(implementation),
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).eval()
@@ -105,17 +107,16 @@ def test_a_document_does_not_see_its_neighbours(window: int | None) -> None:
     assert torch.equal(with_middle[:3], with_other[:3])
     assert torch.equal(with_middle[15:], with_other[15:])
     assert not torch.equal(with_middle[3:15], with_other[3:15])
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(implementation)
     alone = model(input_ids=torch.from_numpy(middle.ids_T.astype("int64"))[None], use_cache=False).logits[0]
     torch.testing.assert_close(with_middle[3:15], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_that_mixes_rows_is_padded_and_said(make_config, monkeypatch) -> None:
     """The proof at the start is a real one: an attention that ignores the lengths is found out."""
-    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def leaky(module, q, k, v, mask, document_lengths=None, **kwargs):
+    def leaky(attend, module, q, k, v, mask, document_lengths=None, **kwargs):
         return sdpa_attention_forward(module, q, k, v, mask, **kwargs)
 
     monkeypatch.setattr(attention, "attention", leaky)
@@ -127,7 +128,8 @@ def test_a_model_that_mixes_rows_is_padded_and_said(make_config, monkeypatch) ->
 
     with pytest.raises(ConfigError, match=r"batching=packed.*cannot keep rows apart"):
         run([make_config("max_steps=1", "batching=packed", output="packed")])
-    AttentionInterface.register(attention.NAME, attention.attention)
+    monkeypatch.undo()
+    attention.register("sdpa")
 
 
 def test_generation_is_as_with_plain_sdpa(make_config, captured) -> None:

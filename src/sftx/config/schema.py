@@ -167,6 +167,10 @@ class TrainConfig:
         "样本如何组成微批次：padding_free 首尾相接不填充，padded 填充，length_bucketed 将长度相近的样本放在一起填充，"
         "packed 将多个样本装满 max_seq_length（会减少每轮的步数）",
     )
+    attn_implementation: Literal["auto", "sdpa", "eager"] = knob(
+        "how attention is computed: sdpa is torch's fused one, eager the plain one of the model's own file; auto: sdpa",
+        "注意力的实现：sdpa 为 torch 的融合实现，eager 为模型文件自带的朴素实现；auto 即 sdpa",
+    )
     device: Literal["auto", "cpu", "cuda"] = knob(
         "where to train; auto takes the GPU when there is one", "训练设备；auto 表示有 GPU 则用 GPU"
     )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sftx.data.template import ChatTemplate, template_source
 from sftx.errors import ConfigError, ModelError
-from sftx.model import attention, builtin
+from sftx.model import builtin
+from sftx.model.attention import register
 from sftx.model.family import Family
 from sftx.model.find import local_folder, missing_files, weight_files
 
@@ -176,7 +177,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_base(source: Source, *, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:
+def load_base(
+    source: Source, *, dtype: torch.dtype, quantization: Any, device: torch.device, attention: str = "sdpa"
+) -> Any:
     """Load the base model's weights.
 
     Errors:
@@ -186,7 +189,7 @@ def load_base(source: Source, *, dtype: torch.dtype, quantization: Any, device: 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention.register()}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": register(attention)}
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:

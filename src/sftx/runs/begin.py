@@ -174,7 +174,8 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
     if config.lr_scheduler_type != "constant":
         rate += f", {warmup_length(config.warmup_steps, trial.steps.total)} steps of warm-up"
     ranks, dtype = session.engine.world_size, str(session.numerics.dtype).removeprefix("torch.")
-    compute = f"{session.numerics.device}, {dtype}, {torch.get_num_threads()} threads"
+    attention = trial.effective.settings["attn_implementation"]
+    compute = f"{session.numerics.device}, {dtype}, {attention}, {torch.get_num_threads()} threads"
     return [
         ("model", f"{source.name} ({source.model_type}, {count(model['parameters'])} parameters)"),
         ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%}), {config.train_mode}"),
