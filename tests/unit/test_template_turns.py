@@ -119,7 +119,7 @@ def test_later_turns_of_a_tokenizer_that_adds_spaces_are_tokenised_as_in_the_who
     tokenizer = sentencepiece_tokenizer("<s>", "</s>")
     template = ChatTemplate(tokenizer, template_source("mistral"), ["</s>"])
     (row,) = rows_of(template, talk("h", "An a", "a", "An"))
-    whole = "<s>[INST] h [/INST] An a</s>[INST] a [/INST] An</s>"
+    whole = "<s> [INST] h [/INST] An a</s> [INST] a [/INST] An</s>"
     assert row.ids_T.tolist() == tokenizer(whole, add_special_tokens=False).input_ids
     assert tokenizer.convert_ids_to_tokens(row.ids_T[row.supervised_T]) == ["▁An", "▁a", "</s>", "▁An", "</s>"]
 
@@ -247,8 +247,8 @@ def test_control_text_in_a_call_stays_letters() -> None:
 def test_a_turn_without_an_end_ends_with_who_speaks_next(name: str) -> None:
     record = talk("a", said("b"), Message("tool", "c"), said("d"))
     assert [text for row in spans(template_of(name), record) for text in row][1::2] == [
-        ("\n b" if name == "chatglm3" else "b") + "<|observation|>",
-        ("\n d" if name == "chatglm3" else "d") + "<|user|>",
+        ("\n b" if name == "chatglm3" else "\nb") + "<|observation|>",
+        ("\n d" if name == "chatglm3" else "\nd") + "<|user|>",
     ]
 
 
