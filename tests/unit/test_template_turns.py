@@ -163,6 +163,17 @@ def test_without_thinking_the_empty_block_is_the_prompts() -> None:
     assert template.prompt_ids(asked) == template.prompt_ids(asked, thinking=True)
 
 
+def test_the_switch_for_thinking_is_read_from_the_rows() -> None:
+    """So that a prompt after training is the one that training showed."""
+    template = template_of("qwen3")
+    plain = [r for t in (talk("a", "b", "c", "d"), talk(Message("user", "a"), said("b"))) for r in rows_of(template, t)]
+    thought = [r for t in ("a", "longer") for r in rows_of(template, talk(t, said("b", reasoning="r")))]
+    assert template.thinking_of(plain) is False
+    assert template.thinking_of(thought) is True
+    assert template.thinking_of([*plain, *thought]) is None
+    assert template_of("qwen2_5").thinking_of(rows_of(template_of("qwen2_5"), talk("a", "b"))) is None
+
+
 def test_thinking_inside_the_text_is_thinking() -> None:
     inline = talk("a", "<think>\nr\n</think>\n\nb")
     assert spans(template_of("qwen3"), inline) == spans(template_of("qwen3"), talk("a", said("b", reasoning="r")))
