@@ -308,3 +308,25 @@ def _alternating(messages: tuple[Message, ...]) -> list[Message]:
     first = messages[:1] if messages[0].role == "system" else ()
     rest = messages[len(first) :]
     return [*first, *(Message(("user", "assistant")[i % 2], m.content) for i, m in enumerate(rest[: len(rest) & ~1]))]  # type: ignore[arg-type]
+
+
+def test_qwen3_groups_tool_responses_and_drops_thinking_before_the_last_question() -> None:
+    """The strings of huggingface/trl trl/chat_templates/qwen3.jinja @ f2cd5771, for the same messages."""
+    call = {"type": "function", "function": {"name": "w", "arguments": {"city": "é"}}}
+    answered = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "sure", "reasoning_content": "\nhm\n", "tool_calls": [call, call]},
+        {"role": "tool", "content": "18"},
+        {"role": "tool", "content": "19"},
+    ]
+    further = [{"role": "assistant", "content": "yo", "reasoning_content": "ha"}, {"role": "user", "content": "bye"}]
+    user, start, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
+    calls = "\n".join(["sure", *['<tool_call>\n{"name": "w", "arguments": {"city": "é"}}\n</tool_call>'] * 2])
+    results = f"{user}<tool_response>\n18\n</tool_response>\n<tool_response>\n19\n</tool_response>{end}"
+    template = template_of("qwen3")
+    assert template.render(answered, generation_prompt=True) == (
+        f"{user}hi{end}{start}<think>\nhm\n</think>\n\n{calls}{end}{results}{start}"
+    )
+    assert template.render([*answered, *further], generation_prompt=True, thinking=False) == (
+        f"{user}hi{end}{start}{calls}{end}{results}{start}yo{end}{user}bye{end}{start}<think>\n\n</think>\n\n"
+    )
