@@ -25,6 +25,24 @@ def test_samples_are_generated_after_each_evaluation_and_for_own_prompts(make_co
     assert all(len(template.tokenizer.encode(s["answer"])) <= 6 for s in samples)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_prompts_without_thinking_are_the_ones_that_were_learned(make_config, captured, own: bool) -> None:
+    """Qwen3's template asks for thinking unless it is told not to; the model card says what to tell it."""
+    config = make_config(
+        "template_name=qwen3", "callback=generate_samples", "callback.generate_samples.max_new_tokens=1",
+        *(["callback.generate_samples.prompts=[你是谁？]"] if own else []), "max_steps=1",
+    )  # fmt: skip
+    run([config])
+    folder = Path(config.output_dir)
+    sample = json.loads((folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    row = captured.session.rows[0]
+    learned = captured.session.template.tokenizer.decode(row.ids_T[: int(row.supervised_T.argmax())])
+    end = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert sample["prompt"].endswith(end)
+    assert learned.endswith(end)
+    assert "return_dict=True, enable_thinking=False\n" in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_sampling_does_not_change_the_training(make_config) -> None:
     """It draws nothing and puts the model back into training mode, dropout included."""
     plain = make_config("lora_dropout=0.3", "eval_steps=1", output="plain")

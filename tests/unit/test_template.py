@@ -404,7 +404,7 @@ OWN: dict[str, tuple[Callable[[], Any], list[str], str, str]] = {
     "mistral": (
         lambda: byte_tokenizer("<unk>", "<s>", "</s>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"),
         ["</s>"],
-        "<s>[INST]   Hi <b>!\n [/INST]",
+        "<s> [INST]   Hi <b>!\n [/INST]",
         "  Hello \n</s>",
     ),
     "phi3": (
@@ -443,7 +443,7 @@ def test_an_own_template_renders_further_turns(name: str) -> None:
             "<|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
             "gemma": "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
             "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n",
-            "mistral": "<s>[INST] a [/INST] b</s>[INST] c [/INST]",
+            "mistral": "<s> [INST] a [/INST] b</s> [INST] c [/INST]",
             "phi3": "<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n<|user|>\nc<|end|>\n<|assistant|>\n",
         }[name]
     )
@@ -541,7 +541,7 @@ def test_no_space_is_put_before_the_answer() -> None:
     tokenizer = sentencepiece_tokenizer("<s>", "</s>")
     template = ChatTemplate(tokenizer, template_source("mistral"), ["</s>"])
     row = encoded(template, "h", "An a")
-    assert row.ids_T.tolist() == tokenizer("<s>[INST] h [/INST] An a</s>", add_special_tokens=False).input_ids
+    assert row.ids_T.tolist() == tokenizer("<s> [INST] h [/INST] An a</s>", add_special_tokens=False).input_ids
     learned = tokenizer.convert_ids_to_tokens(row.ids_T[row.supervised_T].tolist())
     assert learned == ["▁An", "▁a", "</s>"]
     source = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,6 +12,7 @@ from sftx.config.options import component_of
 from sftx.data.policy import EncodePolicy
 from sftx.data.record import Message, Record
 from sftx.data.template import TEMPLATES, ChatTemplate, template_source
+from sftx.model.family import family_named
 
 IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 CHATML = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -45,7 +47,7 @@ FAMILIES = {
     "chatml": Golden(IM, CHATML, "yo<|im_end|>", CHATML_NEXT, "ok<|im_end|>", {"eos_token": "<|im_end|>"}),
     "qwen1_5": Golden(
         IM, CHATML, "yo<|im_end|>", CHATML_NEXT, "ok<|im_end|>", {"eos_token": "<|im_end|>"},
-        bare="<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+        bare="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
     ),
     "qwen2": Golden(
@@ -79,12 +81,33 @@ FAMILIES = {
         "ok<|eot_id|>",
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
     ),
+    "llama3_1": Golden(
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "yo<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nbye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "ok<|eot_id|>",
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        bare="<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
     "llama2": Golden(
         ("<s>", "</s>"), "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nhi [/INST]", " yo </s>", "<s>[INST] bye [/INST]",
         " ok </s>", S2,
     ),
     "mistral": Golden(
-        ("<s>", "</s>"), "<s>[INST] S\n\nhi [/INST]", " yo</s>", "[INST] bye [/INST]", " ok</s>", S2
+        ("<s>", "</s>"), "<s> [INST] S\n\nhi [/INST]", " yo</s>", " [INST] bye [/INST]", " ok</s>", S2
+    ),
+    "mistral_v3": Golden(
+        ("<s>", "</s>", "[INST]", "[/INST]"), "<s>[INST] S\n\nhi[/INST]", " yo</s>", None, " ok</s>", S2,
+        last_prompt="<s>[INST] hi[/INST] yo</s>[INST] S\n\nbye[/INST]",
+    ),
+    "mistral_v7": Golden(
+        ("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        "<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST]hi[/INST]", "yo</s>", "[INST]bye[/INST]", "ok</s>", S2,
     ),
     "gemma": Golden(
         ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
@@ -97,13 +120,28 @@ FAMILIES = {
         "<|system|>\nS<|end|>\n<|user|>\nhi<|end|>\n<|assistant|>\n", "yo<|end|>",
         "\n<|user|>\nbye<|end|>\n<|assistant|>\n", "ok<|end|>", {"eos_token": "<|endoftext|>"},
     ),
+    "phi4": Golden(
+        ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+        "<|im_start|>system<|im_sep|>S<|im_end|><|im_start|>user<|im_sep|>hi<|im_end|><|im_start|>assistant<|im_sep|>",
+        "yo<|im_end|>", "<|im_start|>user<|im_sep|>bye<|im_end|><|im_start|>assistant<|im_sep|>", "ok<|im_end|>",
+        {"eos_token": "<|im_end|>"},
+    ),
+    "phi4_mini": Golden(
+        ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        "<|system|>S<|end|><|user|>hi<|end|><|assistant|>", "yo<|end|>", "<|user|>bye<|end|><|assistant|>",
+        "ok<|end|>", {"eos_token": "<|endoftext|>"},
+    ),
+    "yi": Golden(
+        IM, "S<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yo<|im_end|>", CHATML_NEXT, "ok<|im_end|>",
+        {"eos_token": "<|im_end|>"},
+    ),
     "chatglm3": Golden(
         GLM, "[gMASK]sop<|system|>\n S<|user|>\n hi<|assistant|>", "\n yo<|user|>", "\n bye<|assistant|>",
         "\n ok<|user|>", {"eos_token": "<|endoftext|>"},
     ),
     "glm4": Golden(
-        GLM, "[gMASK]<sop><|system|>\nS<|user|>\nhi<|assistant|>\n", "yo<|user|>", "\nbye<|assistant|>\n",
-        "ok<|user|>", {"eos_token": "<|endoftext|>"},
+        GLM, "[gMASK]<sop><|system|>\nS<|user|>\nhi<|assistant|>", "\nyo<|user|>", "\nbye<|assistant|>",
+        "\nok<|user|>", {"eos_token": "<|endoftext|>"},
     ),
     "baichuan2": Golden(
         ("<s>", "</s>", "<reserved_106>", "<reserved_107>"), "S<reserved_106>hi<reserved_107>", "yo</s>", None,
@@ -119,6 +157,15 @@ FAMILIES = {
     ),
 }  # fmt: skip
 """By template."""
+REGISTRY = [
+    ("qwen1_5", "qwen1_5"), ("qwen2_5", "qwen2_5"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("qwen3_moe", "qwen3"),
+    ("llama2", "llama2"), ("llama", "llama3"), ("llama3_1", "llama3_1"), ("mistral", "mistral"), ("mixtral", "mistral"),
+    ("mistral_v3", "mistral_v3"), ("mistral_v7", "mistral_v7"), ("gemma", "gemma"), ("gemma2", "gemma"),
+    ("gemma3_text", "gemma"), ("chatglm", "chatglm3"), ("glm", "glm4"), ("baichuan", "baichuan2"),
+    ("internlm2", "internlm2"), ("deepseek_v2", "deepseek_v2"), ("deepseek_v3", "deepseek_v3"), ("yi", "yi"),
+    ("phi3", "phi3"), ("phi4", "phi4"), ("phi4_mini", "phi4_mini"),
+]  # fmt: skip
+"""Family or model type, and the template it is trained with when the model brings none."""
 TALK = tuple(
     Message(role, text)  # type: ignore[arg-type]
     for role, text in (("system", "S"), ("user", "hi"), ("assistant", "yo"), ("user", "bye"), ("assistant", "ok"))
@@ -183,7 +230,56 @@ def test_what_stands_before_each_answer_is_inferences_prompt(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n, g in FAMILIES.items() if g.bare])
 def test_a_template_with_a_system_turn_of_its_own_writes_it(name: str) -> None:
     found = spans(template_of(name), Record(TALK[1:3], "c", "f", 1, {}))
-    assert found == [[FAMILIES[name].bare, "yo<|im_end|>"]]
+    assert found == [[FAMILIES[name].bare, FAMILIES[name].first]]
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+def test_a_template_cites_the_copy_it_was_compared_with(name: str) -> None:
+    head = " ".join(template_source(name).partition("-#}")[0].split())
+    assert re.match(r"\{#- [\w-]+/[\w.-]+|\{#- ChatML", head), "the model comes first"
+    assert re.search(r"\b[\w-]+/[\w.-]+ [\w./-]+ @ [0-9a-f]{8}\b", head), "then repository, path and commit"
+
+
+@pytest.mark.parametrize(("name", "template"), REGISTRY)
+def test_a_common_family_has_its_template(name: str, template: str) -> None:
+    family = family_named(name)
+    assert family is not None, f"no family covers {name}"
+    assert family.template == template
+    assert template_source(template)
+
+
+def test_deepseek_joins_what_several_system_turns_say() -> None:
+    asked = [{"role": "system", "content": "S"}, {"role": "system", "content": "T"}, {"role": "user", "content": "hi"}]
+    found = template_of("deepseek_v3").render(asked, generation_prompt=True)
+    assert found == "<｜begin▁of▁sentence｜>S\n\nT<｜User｜>hi<｜Assistant｜>"
+
+
+def test_llama_3_1_renders_tools_before_the_first_question_and_calls_as_parameters() -> None:
+    function = {"name": "w", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    call = {"type": "function", "function": {"name": "w", "arguments": {"city": "Bern"}}}
+    talk = (
+        Message("user", "hi"),
+        Message("assistant", "", tool_calls=(call,)),
+        Message("tool", "18"),
+        Message("assistant", "yo"),
+    )
+    record = Record(talk, "c", "f", 1, {}, tools=({"type": "function", "function": function},))
+    user, answer, tool = (f"<|start_header_id|>{r}<|end_header_id|>\n\n" for r in ("user", "assistant", "ipython"))
+    assert spans(template_of("llama3_1"), record) == [
+        [
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
+            f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>{user}"
+            "Given the following functions, please respond with a JSON for a function call with its proper arguments "
+            "that best answers the given prompt.\n\nRespond in the format "
+            '{"name": function name, "parameters": dictionary of argument name and its value}.'
+            'Do not use variables.\n\n{\n    "type": "function",\n    "function": {\n        "name": "w",\n'
+            '        "description": "d",\n        "parameters": {\n            "type": "object",\n'
+            f'            "properties": {{}}\n        }}\n    }}\n}}\n\nhi<|eot_id|>{answer}',
+            '{"name": "w", "parameters": {"city": "Bern"}}<|eot_id|>',
+            f'{tool}"18"<|eot_id|>{answer}',
+            "yo<|eot_id|>",
+        ]
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -212,3 +308,25 @@ def _alternating(messages: tuple[Message, ...]) -> list[Message]:
     first = messages[:1] if messages[0].role == "system" else ()
     rest = messages[len(first) :]
     return [*first, *(Message(("user", "assistant")[i % 2], m.content) for i, m in enumerate(rest[: len(rest) & ~1]))]  # type: ignore[arg-type]
+
+
+def test_qwen3_groups_tool_responses_and_drops_thinking_before_the_last_question() -> None:
+    """The strings of huggingface/trl trl/chat_templates/qwen3.jinja @ f2cd5771, for the same messages."""
+    call = {"type": "function", "function": {"name": "w", "arguments": {"city": "é"}}}
+    answered = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "sure", "reasoning_content": "\nhm\n", "tool_calls": [call, call]},
+        {"role": "tool", "content": "18"},
+        {"role": "tool", "content": "19"},
+    ]
+    further = [{"role": "assistant", "content": "yo", "reasoning_content": "ha"}, {"role": "user", "content": "bye"}]
+    user, start, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
+    calls = "\n".join(["sure", *['<tool_call>\n{"name": "w", "arguments": {"city": "é"}}\n</tool_call>'] * 2])
+    results = f"{user}<tool_response>\n18\n</tool_response>\n<tool_response>\n19\n</tool_response>{end}"
+    template = template_of("qwen3")
+    assert template.render(answered, generation_prompt=True) == (
+        f"{user}hi{end}{start}<think>\nhm\n</think>\n\n{calls}{end}{results}{start}"
+    )
+    assert template.render([*answered, *further], generation_prompt=True, thinking=False) == (
+        f"{user}hi{end}{start}{calls}{end}{results}{start}yo{end}{user}bye{end}{start}<think>\n\n</think>\n\n"
+    )

@@ -119,7 +119,7 @@ def test_later_turns_of_a_tokenizer_that_adds_spaces_are_tokenised_as_in_the_who
     tokenizer = sentencepiece_tokenizer("<s>", "</s>")
     template = ChatTemplate(tokenizer, template_source("mistral"), ["</s>"])
     (row,) = rows_of(template, talk("h", "An a", "a", "An"))
-    whole = "<s>[INST] h [/INST] An a</s>[INST] a [/INST] An</s>"
+    whole = "<s> [INST] h [/INST] An a</s> [INST] a [/INST] An</s>"
     assert row.ids_T.tolist() == tokenizer(whole, add_special_tokens=False).input_ids
     assert tokenizer.convert_ids_to_tokens(row.ids_T[row.supervised_T]) == ["▁An", "▁a", "</s>", "▁An", "</s>"]
 
@@ -161,6 +161,17 @@ def test_without_thinking_the_empty_block_is_the_prompts() -> None:
     (row,) = rows_of(template, talk("a", said("b", reasoning="r")))
     assert row.ids_T[~row.supervised_T].tolist() == template.prompt_ids(asked, thinking=True)
     assert template.prompt_ids(asked) == template.prompt_ids(asked, thinking=True)
+
+
+def test_the_switch_for_thinking_is_read_from_the_rows() -> None:
+    """So that a prompt after training is the one that training showed."""
+    template = template_of("qwen3")
+    plain = [r for t in (talk("a", "b", "c", "d"), talk(Message("user", "a"), said("b"))) for r in rows_of(template, t)]
+    thought = [r for t in ("a", "longer") for r in rows_of(template, talk(t, said("b", reasoning="r")))]
+    assert template.thinking_of(plain) is False
+    assert template.thinking_of(thought) is True
+    assert template.thinking_of([*plain, *thought]) is None
+    assert template_of("qwen2_5").thinking_of(rows_of(template_of("qwen2_5"), talk("a", "b"))) is None
 
 
 def test_thinking_inside_the_text_is_thinking() -> None:
@@ -247,8 +258,8 @@ def test_control_text_in_a_call_stays_letters() -> None:
 def test_a_turn_without_an_end_ends_with_who_speaks_next(name: str) -> None:
     record = talk("a", said("b"), Message("tool", "c"), said("d"))
     assert [text for row in spans(template_of(name), record) for text in row][1::2] == [
-        ("\n b" if name == "chatglm3" else "b") + "<|observation|>",
-        ("\n d" if name == "chatglm3" else "d") + "<|user|>",
+        ("\n b" if name == "chatglm3" else "\nb") + "<|observation|>",
+        ("\n d" if name == "chatglm3" else "\nd") + "<|user|>",
     ]
 
 

@@ -100,6 +100,7 @@ class Renderer:
     @cached_property
     def compiled(self) -> Any:
         """The template, compiled as `apply_chat_template` compiles it."""
+        # private: the public `render_jinja_template` keeps to itself the environment that `can_probe` parses with
         return chat_template_utils._compile_jinja_template(self.source)
 
     def arguments(

@@ -34,6 +34,8 @@ PROBE = [{"role": "user", "content": "Question"}, {"role": "assistant", "content
 """The conversation by which a template is tried out before any row is rendered."""
 CHUNK = 2048
 """Records encoded at a time."""
+LOOKED_AT = 1000
+"""Rows from which is read whether a corpus was learned with thinking."""
 TRIALS = 2
 """The first fillings of a skeleton are compared with what the template renders."""
 Pieces = list[list[Piece]]
@@ -117,7 +119,8 @@ class ChatTemplate:
     ) -> list[int]:
         """Return the tokens that generation starts from: the same that training put before the answer.
 
-        Training asks a template with a switch for thinking for none where an answer has no reasoning.
+        Training asks a template with a switch for thinking for none where an answer has no reasoning:
+        `thinking_of` says what it asked for.
         """
         text = self.render(
             self._letters.guarded(messages),
@@ -126,6 +129,25 @@ class ChatTemplate:
             thinking=thinking,
         )
         return self._letters.tokenise(text)
+
+    def thinking_of(self, rows: Sequence[Row]) -> bool | None:
+        """Return the switch for thinking that rows were rendered with; None if the template has none, or they differ.
+
+        Read from the tokens before the answers, of rows all over the corpus: the store keeps no reasoning.
+        """
+        if not self._renderer.switches_thinking:
+            return None
+        off, on = (self.prompt_ids(PROBE[:1], thinking=thinking) for thinking in (False, True))
+        if off == on:
+            return None
+        same = next((i for i, (a, b) in enumerate(zip(off, on, strict=False)) if a != b), min(len(off), len(on)))
+        tails = sorted(((off[same:], False), (on[same:], True)), key=lambda tail: -len(tail[0]))
+        found: set[bool | None] = set()
+        for place in range(0, len(rows), max(1, len(rows) // LOOKED_AT)):
+            row = rows[place]
+            before = row.ids_T[: int(row.supervised_T.argmax())].tolist()
+            found.add(next((switch for tail, switch in tails if before[len(before) - len(tail) :] == tail), None))
+        return found.pop() if len(found) == 1 else None
 
     def encode(self, record: Record, policy: EncodePolicy) -> list[Row] | str:
         """Return a record's rows, or the reason why it cannot be learned from.

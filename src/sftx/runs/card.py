@@ -7,8 +7,8 @@ from typing import Any
 from sftx.config.schema import TrainConfig
 
 
-def model_card(config: TrainConfig, manifest: dict[str, Any]) -> str:
-    """Return the card of a finished run as Markdown."""
+def model_card(config: TrainConfig, manifest: dict[str, Any], *, thinking: bool | None) -> str:
+    """Return the card of a finished run as Markdown; `thinking` is the template's switch that training set."""
     result = manifest["result"]
     kind = "model" if config.train_mode == "full" else "LoRA adapter"
     rows = [
@@ -41,7 +41,7 @@ def model_card(config: TrainConfig, manifest: dict[str, Any]) -> str:
         "## Use",
         "",
         "```python",
-        *_usage(config),
+        *_usage(config, thinking),
         "```",
         "",
         "`config.yaml` holds every setting, `manifest.json` versions, code, data hashes, hardware and each fallback.",
@@ -55,7 +55,7 @@ def _corpus(facts: dict[str, Any]) -> str:
     return f"{facts['path']} ({facts['rows']} rows, sha256 {facts['sha256'][:12]})"
 
 
-def _usage(config: TrainConfig) -> list[str]:
+def _usage(config: TrainConfig, thinking: bool | None) -> list[str]:
     package, loader = (
         ("transformers", "AutoModelForCausalLM")
         if config.train_mode == "full"
@@ -68,7 +68,8 @@ def _usage(config: TrainConfig) -> list[str]:
         'tokenizer = AutoTokenizer.from_pretrained("final")',
         'messages = [{"role": "user", "content": "Who are you?"}]',
         "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        + ("" if thinking is None else f", enable_thinking={thinking}"),
         ")",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
     ]

@@ -58,7 +58,8 @@ def finish_trial(trial: Trial, session: Session) -> Result:
                 "stop_reason": trial.stop_reason,
             }
             trial.folder.update(status="completed", result=facts)
-            write_text(trial.folder.path / "README.md", model_card(config, trial.folder.manifest))
+            thinking = session.template.thinking_of(session.rows)
+            write_text(trial.folder.path / "README.md", model_card(config, trial.folder.manifest, thinking=thinking))
             log.info("%s", _closing(trial, result, chosen))
     session.engine.barrier()
     return result

@@ -107,9 +107,11 @@ class GenerateSamples(Callback):
 
     def _prompts(self, session: Session) -> list[list[int]]:
         if self.prompts:
-            return [session.template.prompt_ids([{"role": "user", "content": p}]) for p in self.prompts]
+            thinking = session.template.thinking_of(session.rows)
+            asked = [[{"role": "user", "content": p}] for p in self.prompts]
+            return [session.template.prompt_ids(messages, thinking=thinking) for messages in asked]
         rows = session.eval_rows or session.rows
-        return [r.ids_T[~r.supervised_T].tolist() for r in rows[: self.count]]
+        return [r.ids_T[: int(r.supervised_T.argmax())].tolist() for r in rows[: self.count]]
 
 
 @torch.no_grad()
