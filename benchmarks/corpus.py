@@ -52,7 +52,7 @@ def make_corpus(asked: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         file = stack.enter_context((asked.folder / CSV).open("w", encoding="utf-8", newline=""))
         others = {k: stack.enter_context((asked.folder / n).open("w", encoding="utf-8")) for k, n in forms.items()}
-        table = csv.writer(file, lineterminator="\n")
+        table = csv.writer(file)
         table.writerow(["category", "human", "assistant"])
         for number, (kind, human, answer) in enumerate(_rows(asked.stretch)):
             if number >= asked.rows if asked.megabytes is None else file.tell() >= asked.megabytes * 1e6:
