@@ -215,10 +215,15 @@ def _to_line(record: Record, file: int) -> bytes:
     return json_line(made | {"line": record.line, "file": file})
 
 
+_decode = json.JSONDecoder().decode
+
+
 def _from_line(line: bytes, files: Sequence[str], sources: Sequence[str]) -> Record:
-    row = json.loads(line)
-    messages = tuple(
-        Message(
+    row = _decode(line.decode("utf-8"))
+    messages = [
+        Message(m["role"], m["content"])
+        if len(m) == 2
+        else Message(
             m["role"],
             m["content"],
             m.get("weight"),
@@ -227,10 +232,10 @@ def _from_line(line: bytes, files: Sequence[str], sources: Sequence[str]) -> Rec
             m.get("name"),
         )
         for m in row["messages"]
-    )
+    ]
     number = row["file"]
     return Record(
-        messages,
+        tuple(messages),
         row["category"],
         files[number],
         row["line"],

@@ -82,13 +82,14 @@ class Words:
         """Tokenise texts; `batch` tokenises what was not seen before."""
         known = self._known
         cut = [GAP.split(text) for text in texts]
-        new = list({word: None for words in cut for word in words if word not in known})
-        once: dict[str, list[int]] = {}
-        for word, ids in self._tokenised(new, batch).items():
-            (known if len(word) <= WORD and len(known) < WORDS else once)[word] = ids
-        if not once:
-            return [list(chain.from_iterable(map(known.__getitem__, words))) for words in cut]
-        return [list(chain.from_iterable([known[w] if w in known else once[w] for w in words])) for words in cut]
+        new = [word for word in dict.fromkeys(chain.from_iterable(cut)) if word not in known]
+        found = self._tokenised(new, batch)
+        known.update(found)
+        out = [list(chain.from_iterable(map(known.__getitem__, words))) for words in cut]
+        for word in found:
+            if len(word) > WORD or len(known) > WORDS:
+                del known[word]
+        return out
 
     def _tokenised(self, words: Sequence[str], batch: Batch) -> dict[str, list[int]]:
         """Tokenise words: those between which there would be a cut as one text, which costs half as much."""
