@@ -1,26 +1,30 @@
-"""What does it cost to make tokens of 100,000 rows? One JSON line: CPU-seconds, memory, and the ratio to a peer.
+"""What does it cost to make rows of a file? JSON lines: CPU-seconds, memory, and the ratios to the peers.
 
-    SFTX_SHARED=<folder with data/> python benchmarks/tokenise.py [--rows N] [--model FOLDER] [--workers N]
-    ... --against trl --peer-python <venv with trl>/bin/python        ... --against llamafactory --peer-python ...
+    SFTX_SHARED=<folder with data/> python benchmarks/tokenise.py [--rows N | --megabytes N] [--model FOLDER]
+    ... --against trl,llamafactory --peer-python <venv with trl>/bin/python,<venv with llamafactory>/bin/python
 
-The rows are recombined from the sentences of real Chinese and English files. What is measured begins when
-libraries, tokenizer and data set are loaded, and ends when the rows can be trained on: for sftx `open_rows`
-on the converted corpus (`read_cpu_seconds` is what converting it took), for TRL
-`SFTTrainer._prepare_dataset`, for LLaMA-Factory `get_dataset`.
+A line for each part that ran, one after the other and `--repeat` times over, then one that sums up: of each figure
+the median. A ratio is sftx's CPU-seconds by the peer's, so below 1 sftx needs less; the peer's are those of the
+same round.
+
+`prepare` begins with a data set that is read and ends with rows that can be trained on: for sftx it is
+`prepare.tokenise`, for TRL `SFTTrainer._prepare_dataset`, for LLaMA-Factory `get_dataset` without `load_dataset`.
+`total` begins with the file: with sftx's `prepare.select` (from CSV, which it checks cell by cell and converts to a
+store that later runs open), and with the peers' `load_dataset` (from JSON lines). Loading libraries and the
+tokenizer is part of neither.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.machinery
 import json
-import math
 import os
-import random
 import re
 import resource
 import shlex
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,13 +34,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("alpaca_zh_demo.csv", "self_instruct_seed.csv", "identity.csv", "questions_gen_postgres.csv")
-SENTENCE = re.compile(r"[^。！？.!?\n]*[。！？.!?\n]+\s?|[^。！？.!?\n]+")
-LETTERS = {True: (28, 70), False: (60, 172)}
-"""Median letters of a question and an answer, Chinese and not: together some 160 tokens of qwen-tiny."""
-SPREAD = 0.7
-"""Of the logarithm of the lengths: the longest of 100,000 rows is some twenty times the median."""
+from corpus import CSV, FORMS, make_corpus
+
 INSTALL = {"trl": "pip install trl", "llamafactory": "pip install llamafactory==0.9.5"}
+SAME = 0.02
+"""Rows are the same amount of work when their tokens are equal to within this share."""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false", "DISABLE_VERSION_CHECK": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -50,90 +52,45 @@ def main() -> int:
         return 0
     from sftx.errors import SftxError
 
-    if asked.against and not asked.peer_python:
-        raise SftxError(f"--against {asked.against}: name the Python that has it: --peer-python <venv>/bin/python.")
+    if len(asked.against) != len(asked.peer_python):
+        raise SftxError("--against: name for each peer the Python that has it: --peer-python <venv>/bin/python,...")
     with tempfile.TemporaryDirectory(prefix="sftx-tokenise-") as scratch:
         asked.folder = asked.folder or Path(scratch)
         asked.model = str(_model(asked.model))
-        if asked.against:
-            _check_peer(asked)
-        make_corpus(asked)
-        report = _measure(asked, Path(scratch))
-    print(json.dumps(report, ensure_ascii=False))
+        for peer, python in zip(asked.against, asked.peer_python, strict=True):
+            _check_peer(peer, python)
+        facts = make_corpus(asked)
+        rounds = []
+        for _ in range(asked.repeat):
+            rounds.append(_round(asked, Path(scratch)))
+    print(json.dumps(_summary(asked, facts, rounds), ensure_ascii=False))
     return 0
 
 
 def _arguments() -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--megabytes", type=float, help="make a file of this size instead")
     parser.add_argument("--stretch", type=float, default=1.0, help="make every row so many times as long")
-    parser.add_argument("--model", default="qwen-tiny", help="the embedded model, or a folder with a tokenizer")
+    parser.add_argument("--model", default="qwen-tiny", help="the embedded model, or a folder")
     parser.add_argument("--workers", type=int, help="processes that tokenise; default: as sftx chooses")
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--against", choices=sorted(INSTALL))
-    parser.add_argument("--peer-python", help="the Python of an environment with the peer")
-    parser.add_argument("--peer-procs", type=int, default=1, help="the peer's processes")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--against", type=names, default=[], help=f"some of {','.join(INSTALL)}")
+    parser.add_argument("--peer-python", type=names, default=[], help="the Pythons of environments with the peers")
+    parser.add_argument("--peer-procs", type=int, default=1, help="the peers' processes")
     parser.add_argument("--form", default="prompt-completion", choices=["prompt-completion", "assistant-only"])
     parser.add_argument("--folder", type=Path, help="keep the corpus here, and use it again")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-# --- the corpus ------------------------------------------------------------------------------------------------------
-
-
-def make_corpus(asked: argparse.Namespace) -> None:
-    """Write the same rows as sftx's JSONL and in the peers' forms."""
-    name = asked.folder / "rows.jsonl"
-    mark = asked.folder / "made"
-    recipe = json.dumps([asked.rows, asked.stretch, LETTERS, SPREAD])
-    if mark.is_file() and mark.read_text() == recipe:
-        return
-    asked.folder.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(0)
-    kinds = _sentences()
-    with (
-        name.open("w", encoding="utf-8") as rows,
-        (asked.folder / "pairs.jsonl").open("w", encoding="utf-8") as pairs,
-        (asked.folder / "chats.jsonl").open("w", encoding="utf-8") as chats,
-        (asked.folder / "alpaca.jsonl").open("w", encoding="utf-8") as alpaca,
-    ):
-        for _ in range(asked.rows):
-            kind = draw.choice(list(kinds))
-            human, answer = (_text(draw, kinds[kind], m * asked.stretch) for m in LETTERS[kind.endswith("zh_demo")])
-            question = {"role": "user", "content": human}
-            reply = {"role": "assistant", "content": answer}
-            for file, row in (
-                (rows, {"category": kind, "human": human, "assistant": answer}),
-                (pairs, {"prompt": [question], "completion": [reply]}),
-                (chats, {"messages": [question, reply]}),
-                (alpaca, {"instruction": human, "input": "", "output": answer}),
-            ):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    (asked.folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "alpaca.jsonl"}}))
-    mark.write_text(recipe)
-
-
-def _sentences() -> dict[str, list[str]]:
-    from sftx.errors import SftxError
-
-    shared = os.environ.get("SFTX_SHARED")
-    if not shared:
-        raise SftxError("SFTX_SHARED is not set: name the folder that holds data/alpaca_zh_demo.csv and the others.")
-    found = {}
-    for name in SOURCES:
-        with (Path(shared) / "data" / name).open(encoding="utf-8-sig", newline="") as file:
-            texts = [row[column] for row in csv.DictReader(file) for column in ("human", "assistant")]
-        found[name.removesuffix(".csv")] = [s for text in texts for s in SENTENCE.findall(text) if s.strip()]
-    return found
-
-
-def _text(draw: random.Random, sentences: list[str], median: float) -> str:
-    wanted = draw.lognormvariate(math.log(median), SPREAD)
-    text = draw.choice(sentences)
-    while len(text) < wanted:
-        text += draw.choice(sentences)
-    return text[: max(8, int(wanted))].strip() or "?"
+    parser.add_argument("--policy", default="keep", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    unknown = set(asked.against) - set(INSTALL)
+    if unknown:
+        parser.error(f"--against: no peer {', '.join(sorted(unknown))}; there are {', '.join(INSTALL)}")
+    return asked
 
 
 def _model(name: str) -> Path:
@@ -146,40 +103,60 @@ def _model(name: str) -> Path:
 
 
 def sftx_part(asked: argparse.Namespace) -> dict[str, Any]:
-    """Open the rows; the first time that tokenises them."""
-    from transformers import AutoTokenizer
-
+    """Read the file and tokenise it, as a run does; the second time both are there already."""
+    from sftx.config.check import freeze
+    from sftx.config.compose import compose_checked
     from sftx.data import store, tokenise, writer  # noqa: F401 - loaded before the clock starts, as the peers' are
-    from sftx.data.cache import RecordFile, open_rows
-    from sftx.data.corpus import Corpus
-    from sftx.data.policy import EncodePolicy
-    from sftx.data.template import ChatTemplate
+    from sftx.data.prepare import select
+    from sftx.data.prepare import tokenise as to_rows
+    from sftx.model.family import family_named, family_of
+    from sftx.model.load import find_model, load_template
 
-    tokenizer = AutoTokenizer.from_pretrained(asked.model)
-    template = ChatTemplate(tokenizer, tokenizer.chat_template, [tokenizer.eos_token])
-    started = cpu()
-    loaded = Corpus().load(str(asked.folder), "rows.jsonl", key="train_file_name", keep_columns=False)
-    files = [RecordFile(str(f["path"]), str(f["sha256"])) for f in loaded.files]
-    before, clock = cpu(), time.perf_counter()
-    rows = open_rows(loaded.records, files, template, EncodePolicy(asked.max_length), workers=asked.workers)
-    return measured(before, clock, len(rows), rows.tokens) | {
-        "open_seconds": round(time.perf_counter() - clock, 3),
-        "read_cpu_seconds": round(before - started, 2),
-        "supervised_tokens": rows.totals.supervised,
-        "corpus_mb": round((asked.folder / "rows.jsonl").stat().st_size / 1e6, 1),
-        "store_mb": round(rows.totals.bytes / 1e6, 1),
+    words = {
+        "model_name_or_path": asked.model, "train_file_path": asked.folder.resolve(), "train_file_name": CSV,
+        "max_seq_length": asked.max_length, "eval_ratio": 0, "data": "csv", "data.duplicates": asked.policy,
+    }  # fmt: skip
+    words |= {} if asked.workers is None else {"data.num_workers": asked.workers}
+    config = freeze(compose_checked([f"{key}={value}" for key, value in words.items()]))
+    source = find_model(config.model_name_or_path)
+    family, _ = family_of(config.model, source.model_type, downloaded=source.downloaded)
+    template = load_template(source, family, config.template_name, family_named)
+    clock = Clock()
+    selection = select(config)
+    read = clock.lap()
+    rows = to_rows(selection, config, template).train
+    return figures(read, clock.lap(), len(rows), rows.tokens)
+
+
+class Clock:
+    """CPU-seconds, of this process and of those it has waited for, and seconds, since the last lap."""
+
+    def __init__(self) -> None:
+        self._last = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(u.ru_utime + u.ru_stime for u in used), time.perf_counter()
+
+    def lap(self) -> tuple[float, float]:
+        now, before = self._now(), self._last
+        self._last = self._now()
+        return now[0] - before[0], now[1] - before[1]
+
+
+def figures(read: tuple[float, float], prepare: tuple[float, float], rows: int, tokens: int) -> dict[str, Any]:
+    """Return what a part has measured; `read` and `prepare` are CPU-seconds and seconds."""
+    return {
+        "rows": rows,
+        "tokens": tokens,
+        "read_cpu_s": round(read[0], 2),
+        "prepare_cpu_s": round(prepare[0], 2),
+        "total_cpu_s": round(read[0] + prepare[0], 2),
+        "read_s": round(read[1], 3),
+        "prepare_s": round(prepare[1], 3),
+        "total_s": round(read[1] + prepare[1], 3),
     }
-
-
-def cpu() -> float:
-    """Return the CPU-seconds of this process and of those it has waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
-
-
-def measured(before: float, clock: float, rows: int, tokens: int) -> dict[str, Any]:
-    used, wall = cpu() - before, time.perf_counter() - clock
-    return {"cpu_seconds": round(used, 2), "wall_seconds": round(wall, 2), "rows": rows, "tokens": tokens}
 
 
 # --- the peers; these run in their own environments, without sftx ----------------------------------------------------
@@ -189,26 +166,28 @@ def trl_part(asked: argparse.Namespace) -> dict[str, Any]:
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
-    result: dict[str, Any] = {}
+    seen: list[Any] = []
     prepare = SFTTrainer._prepare_dataset
 
     def timed(self: Any, *arguments: Any, **named: Any) -> Any:
-        before, clock = cpu(), time.perf_counter()
+        clock = Clock()
         prepared = prepare(self, *arguments, **named)
-        result.update(measured(before, clock, len(prepared), sum(map(len, prepared["input_ids"]))))
+        seen[:] = clock.lap(), prepared
         return prepared
 
     SFTTrainer._prepare_dataset = timed
     together = asked.form == "assistant-only"
-    file = asked.folder / ("chats.jsonl" if together else "pairs.jsonl")
+    file = asked.folder / FORMS["chats" if together else "pairs"]
     scratch = tempfile.mkdtemp(dir=asked.folder)
+    clock = Clock()
     data = load_dataset("json", data_files=str(file), split="train", cache_dir=scratch)
+    read = clock.lap()
     config = SFTConfig(
         output_dir=scratch, max_length=asked.max_length, use_cpu=True, bf16=False, report_to="none",
         assistant_only_loss=together, dataset_num_proc=asked.peer_procs if asked.peer_procs > 1 else None,
     )  # fmt: skip
     SFTTrainer(asked.model, args=config, train_dataset=data)
-    return result
+    return figures(read, seen[0], len(seen[1]), _tokens(seen[1]))
 
 
 def llamafactory_part(asked: argparse.Namespace) -> dict[str, Any]:
@@ -217,24 +196,47 @@ def llamafactory_part(asked: argparse.Namespace) -> dict[str, Any]:
     audio = types.ModuleType("torchaudio")  # LLaMA-Factory imports it at once; PyPI's needs CUDA
     audio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
     sys.modules["torchaudio"] = audio
-    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer, loader
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
+    reads: list[tuple[float, float]] = []
+    load = loader.load_dataset
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        clock = Clock()
+        loaded = load(*arguments, **named)
+        reads.append(clock.lap())
+        return loaded
+
+    loader.load_dataset = timed
     scratch = tempfile.mkdtemp(dir=asked.folder)
-    model_args, data_args, training_args, _, _ = get_train_args(
-        {
-            "model_name_or_path": asked.model, "stage": "sft", "do_train": True, "finetuning_type": "lora",
-            "dataset": "rows", "dataset_dir": str(asked.folder), "template": "qwen", "default_system": "",
-            "cutoff_len": asked.max_length, "output_dir": scratch, "cache_dir": scratch, "report_to": "none",
-            "use_cpu": True, "bf16": False, "fp16": False, "preprocessing_num_workers": asked.peer_procs,
-        }
-    )  # fmt: skip
+    settings = {
+        "model_name_or_path": asked.model, "stage": "sft", "do_train": True, "finetuning_type": "lora",
+        "dataset": "rows", "dataset_dir": str(asked.folder), "template": "qwen", "cutoff_len": asked.max_length,
+        "output_dir": scratch, "cache_dir": scratch, "report_to": "none", "use_cpu": True, "bf16": False,
+        "fp16": False, "preprocessing_num_workers": asked.peer_procs, "default_system": _system(asked.model),
+    }  # fmt: skip
+    model_args, data_args, training_args, _, _ = get_train_args(settings)
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-    before, clock = cpu(), time.perf_counter()
+    clock = Clock()
     data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
-    return measured(before, clock, len(data), sum(map(len, data["input_ids"])))
+    whole, (read,) = clock.lap(), reads
+    return figures(read, (whole[0] - read[0], whole[1] - read[1]), len(data), _tokens(data))
+
+
+def _system(model: str) -> str:
+    """Return what the model's own template puts before a conversation that has no system's turn."""
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(model).apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL)
+    return found.group(1) if found else ""
+
+
+def _tokens(data: Any) -> int:
+    return sum(len(ids) for batch in data.iter(1000) for ids in batch["input_ids"])
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -247,28 +249,48 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    cache = {"SFTX_CACHE": str(scratch / "cache")}
-    cold, memory = _run(asked, "sftx", sys.executable, cache)
-    warm, _ = _run(asked, "sftx", sys.executable, cache)
+def _round(asked: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
+    """Run sftx with nothing in its cache, the peers, and sftx again with all of it there."""
+    ours = {"SFTX_CACHE": tempfile.mkdtemp(dir=scratch)}
+    found = {"sftx": _run(asked, "sftx", sys.executable, ours)}
+    for peer, python in zip(asked.against, asked.peer_python, strict=True):
+        theirs = tempfile.mkdtemp(dir=scratch)
+        found[peer] = _run(asked, peer, python, {"HF_HOME": theirs, "HF_DATASETS_CACHE": theirs})
+        shutil.rmtree(theirs)
+    found["warm"] = _run(asked, "sftx", sys.executable, ours)
+    found["warm_drop_exact"] = _run(asked, "sftx", sys.executable, ours, "--policy", "drop_exact")
+    shutil.rmtree(ours["SFTX_CACHE"])
+    for part, figures_ in found.items():
+        print(json.dumps({"part": part} | figures_), flush=True)
+    return found
+
+
+def _summary(asked: argparse.Namespace, facts: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    def median(values: Sequence[float], digits: int = 2) -> float:
+        return round(statistics.median(values), digits)
+
+    cold = [found["sftx"] for found in rounds]
     report = {
         "benchmark": "tokenise",
         "command": shlex.join(["python", "benchmarks/tokenise.py", *_shown(sys.argv[1:])]),
         "model": Path(asked.model).name,
-        "workers": asked.workers,
         "cores": len(os.sched_getaffinity(0)),
-        **cold,
-        "rows_per_second": round(cold["rows"] / cold["wall_seconds"]),
-        "tokens_per_second": round(cold["tokens"] / cold["wall_seconds"]),
-        "tokens_per_cpu_second": round(cold["tokens"] / cold["cpu_seconds"]),
-        **memory,
-        "warm_open_seconds": warm["open_seconds"],
+        "rounds": len(rounds),
+        **facts,
+        **{name: median([c[name] for c in cold]) for name in cold[0]},
+        "tokens_per_cpu_s": round(statistics.median(c["tokens"] / c["prepare_cpu_s"] for c in cold)),
+        "warm_s": median([found["warm"]["total_s"] for found in rounds], 3),
+        "warm_drop_exact_s": median([found["warm_drop_exact"]["total_s"] for found in rounds], 3),
     }
-    if asked.against:
-        environment = {"HF_HOME": str(scratch / "hf"), "HF_DATASETS_CACHE": str(scratch / "hf")}
-        peer, its_memory = _run(asked, asked.against, asked.peer_python, environment)
-        report |= {f"{asked.against}_{name}": value for name, value in (peer | its_memory).items()}
-        report["cpu_ratio"] = round(peer["cpu_seconds"] / cold["cpu_seconds"], 2)
+    for peer in asked.against:
+        theirs = [found[peer] for found in rounds]
+        for name in ("prepare", "total"):
+            ratios = [c[f"{name}_cpu_s"] / t[f"{name}_cpu_s"] for c, t in zip(cold, theirs, strict=True)]
+            report[f"{name}_cpu_sftx_by_{peer}"] = median(ratios, 3)
+            report[f"{name}_cpu_sftx_by_{peer}_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+        share = cold[0]["tokens"] / theirs[0]["tokens"]
+        report[f"tokens_sftx_by_{peer}"] = round(share, 4)
+        report[f"{peer}_same_work"] = abs(share - 1) <= SAME and cold[0]["rows"] == theirs[0]["rows"]
     return report
 
 
@@ -277,14 +299,12 @@ def _shown(words: Sequence[str]) -> list[str]:
     return [f"<{Path(word).name}>" if word.startswith(("/", ".")) else word for word in words]
 
 
-def _run(
-    asked: argparse.Namespace, part: str, python: str, environment: dict[str, str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _run(asked: argparse.Namespace, part: str, python: str, environment: dict[str, str], *more: str) -> dict[str, Any]:
     """Run one part in a process of its own; return what it says, and the most memory it and its own had."""
     from sftx.errors import SftxError
 
     words = ["--part", part, "--folder", str(asked.folder), "--model", asked.model, "--form", asked.form]
-    words += ["--max-length", str(asked.max_length), "--peer-procs", str(asked.peer_procs)]
+    words += ["--max-length", str(asked.max_length), "--peer-procs", str(asked.peer_procs), *more]
     words += ["--workers", str(asked.workers)] if asked.workers is not None else []
     settings = os.environ | OFFLINE | environment
     if part != "sftx":
@@ -297,7 +317,7 @@ def _run(
     watch.join()
     if process.returncode:
         raise SftxError(f"the part `{part}` ended with exit code {process.returncode}; what it said is above.")
-    return json.loads(said.splitlines()[-1]), memory
+    return json.loads(said.splitlines()[-1]) | memory
 
 
 def _watch(process: subprocess.Popen[str], memory: dict[str, float]) -> None:
@@ -321,19 +341,16 @@ def _watch(process: subprocess.Popen[str], memory: dict[str, float]) -> None:
         time.sleep(0.2)
 
 
-def _check_peer(asked: argparse.Namespace) -> None:
+def _check_peer(peer: str, python: str) -> None:
     from sftx.errors import SftxError
 
-    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({asked.against!r}) is None)"
+    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({peer!r}) is None)"
     try:
-        found = subprocess.run([asked.peer_python, "-c", code], env={"PATH": os.environ.get("PATH", "")}).returncode
+        found = subprocess.run([python, "-c", code], env={"PATH": os.environ.get("PATH", "")}).returncode
     except OSError as error:
-        raise SftxError(f"--peer-python {asked.peer_python}: cannot be run ({error.strerror}).") from error
+        raise SftxError(f"--peer-python {python}: cannot be run ({error.strerror}).") from error
     if found:
-        raise SftxError(
-            f"--peer-python {asked.peer_python}: has no {asked.against}. In an environment of its own: "
-            f"{INSTALL[asked.against]}."
-        )
+        raise SftxError(f"--peer-python {python}: has no {peer}. In an environment of its own: {INSTALL[peer]}.")
 
 
 if __name__ == "__main__":

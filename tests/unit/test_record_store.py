@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from sftx.data import corpus as corpus_module
+from sftx.data.choose import ChoosePolicy, choose, facts_of
 from sftx.data.corpus import Corpus, LoadedFile, convert, split
 from sftx.data.record import Message, Record
 from sftx.data.record_store import RecordStore, RecordView, write_store
@@ -99,6 +100,20 @@ def test_a_split_reads_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sftx.data.record_store._from_line", None)
     training, held = split(store[:200], 0.1, 500)
     assert len(training) + len(held) == 200
+
+
+def test_what_the_policies_need_is_known_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [plain(i) for i in range(100)] + [plain(3), RICH]
+    store = store_of(tmp_path / "s", records)
+    monkeypatch.setattr("sftx.data.record_store._from_line", None)
+    for some, same in ((store, records), (store[5:80][::2], records[5:80][::2])):
+        known, read = facts_of(some), facts_of(same)
+        assert (known.prompts.tolist(), known.answers.tolist()) == (read.prompts.tolist(), read.answers.tolist())
+        assert (known.categories, known.sources) == (read.categories, read.sources)
+    assert [store.origin(i) for i in range(len(store))] == [r.origin for r in records]
+    assert store[10:][::3].origin(2) == records[16].origin
+    choice = choose(facts_of(store), store, ChoosePolicy(duplicates="drop_exact", conflicts="drop"), 0)
+    assert (100, "is /x/a.csv:3 again") in choice.left_out
 
 
 def test_a_store_that_is_cut_short_while_it_is_used(tmp_path: Path) -> None:

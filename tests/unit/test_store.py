@@ -550,3 +550,29 @@ def test_ls_imports_nothing_heavy() -> None:
     assert done.stdout == "nothing is kept\nset()\n"
     module = subprocess.run([sys.executable, "-m", "sftx", "data", "cache", "rm", "x"], capture_output=True, text=True)
     assert (module.returncode, module.stderr) == (2, "sftx: x: no such key.\n")
+
+
+def test_a_run_that_has_its_rows_imports_nothing_for_making_them(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "category,human,assistant\n" + "".join(f"c,q{i},a\n" for i in range(9)), encoding="utf-8"
+    )
+    code = (
+        "import sys\n"
+        "from sftx.config.check import freeze\n"
+        "from sftx.config.compose import compose_checked\n"
+        "from sftx.data.prepare import select, tokenise\n"
+        "from sftx.model.family import family_named, family_of\n"
+        "from sftx.model.load import find_model, load_template\n"
+        f"words = ['data=csv', 'train_file_path={tmp_path}', 'train_file_name=a.csv', 'data.duplicates=drop_exact']\n"
+        "config = freeze(compose_checked(words))\n"
+        "source = find_model(config.model_name_or_path)\n"
+        "family, _ = family_of(config.model, source.model_type, downloaded=source.downloaded)\n"
+        "template = load_template(source, family, None, family_named)\n"
+        "assert len(tokenise(select(config), config, template).train[0].ids_T)\n"
+        "heavy = {'datasets', 'pandas', 'pyarrow.parquet', 'pyarrow.dataset', 'pyarrow.compute'}\n"
+        "print((heavy | {'sftx.data.tokenise'}) & set(sys.modules))"
+    )
+    env = {**os.environ, "SFTX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in ("cold", "warm"):
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

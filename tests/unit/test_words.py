@@ -11,7 +11,7 @@ from tests.unit.test_template import sentencepiece_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from sftx.data.words import PATTERNS, Words, reads_words
+from sftx.data.words import PATTERNS, Words, bytes_of_ids, reads_words
 from sftx.model.builtin import ensure_builtin
 
 LETTERS = [
@@ -65,7 +65,8 @@ STEPS = [*map(bytes_after, sorted(PATTERNS)), GPT2, SMOL]
 
 @pytest.mark.parametrize("step", STEPS)
 def test_words_have_the_tokens_of_the_whole(step: Any) -> None:
-    whole, words, rng = backend(step), Words(), random.Random(3)
+    whole, rng = backend(step), random.Random(3)
+    words = Words(bytes_of_ids(whole))
     assert reads_words(whole)
     batch = lambda texts: [e.ids for e in whole.encode_batch_fast(list(texts), add_special_tokens=False)]  # noqa: E731
     for _ in range(40):
@@ -75,15 +76,27 @@ def test_words_have_the_tokens_of_the_whole(step: Any) -> None:
 
 def test_a_word_is_tokenised_once() -> None:
     seen: list[str] = []
-    words, whole = Words(), backend(GPT2)
+    whole = backend(GPT2)
+    words = Words(bytes_of_ids(whole))
 
     def batch(texts: Any) -> list[list[int]]:
         seen.extend(texts)
         return [e.ids for e in whole.encode_batch(list(texts))]
 
-    words.tokenise(["a b a b a", "b a"], batch)
-    words.tokenise(["a b"], batch)
-    assert sorted(seen) == [" a", " b", "a", "b"]
+    words.tokenise(["a b a b a", "b a é"], batch)
+    words.tokenise(["a b é"], batch)
+    assert sorted(seen) == [" b a", " é", "a", "b"]
+
+
+def test_words_of_which_a_byte_has_no_token_are_tokenised_alone() -> None:
+    tree = json.loads(backend(GPT2).to_str())
+    tree["model"]["merges"] = []
+    tree["model"]["vocab"] = {t: n for t, n in tree["model"]["vocab"].items() if len(t) == 1 and t != "q"}
+    whole = Tokenizer.from_str(json.dumps(tree))
+    batch = lambda texts: [e.ids for e in whole.encode_batch_fast(list(texts), add_special_tokens=False)]  # noqa: E731
+    texts = ["a b qb q c", "c q", "a b c", " qq"]
+    assert reads_words(whole)
+    assert Words(bytes_of_ids(whole)).tokenise(texts, batch) == batch(texts)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def check(files: Sequence[str], held_out: Sequence[str], config: TrainConfig, *,
     choice = choose(facts, loaded.records, corpus.choose_policy(), config.seed)
     rows, _ = rows_of(loaded, choice.kept, corpus, config, template)
     found = audit(loaded.records, facts, rows, config.max_seq_length, held_out=held, near=near)
-    left = [*loaded.skipped(), *(f"{loaded.records[i].origin}: {why}" for i, why in choice.left_out)]
+    left = [*loaded.skipped(), *(f"{loaded.records.origin(i)}: {why}" for i, why in choice.left_out)]
     return Checked(config, loaded, rows, template, found, left)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from sftx.config.derive import propose_length
 from sftx.data.choose import Facts, conflicts, exact_duplicates, near_duplicates
 from sftx.data.record import Record
+from sftx.data.record_store import origin_of
 from sftx.data.store import Rows
 
 SHARE = 0.99
@@ -94,9 +95,9 @@ def audit(
         categories=_categories(records, rows),
         unlearnable=[str(s) for s in rows.skipped],
         truncated=[f"{rows.origin(i)}: {rows.full_lengths[i]} tokens, {rows.lengths[i]} kept" for i in rows.truncated],
-        duplicates=[f"{records[i].origin}: {why}" for i, why in repeated.items()],
-        near_duplicates=[f"{records[i].origin}: {why}" for i, why in nearly.items()],
-        conflicts=[" and ".join(records[i].origin for i in g) for g in conflicts(facts, repeated)],
+        duplicates=[f"{origin_of(records, i)}: {why}" for i, why in repeated.items()],
+        near_duplicates=[f"{origin_of(records, i)}: {why}" for i, why in nearly.items()],
+        conflicts=[" and ".join(origin_of(records, i) for i in g) for g in conflicts(facts, repeated)],
         leaks=list(leaks(records, held_out)),
     )
 

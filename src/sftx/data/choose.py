@@ -5,7 +5,6 @@ Each policy is a key of group `data`, off unless set. Every record left out is r
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from sftx.data.record import Record
+from sftx.data.record_store import answer_hash, before_hash, entries_of, origin_of
 from sftx.errors import ConfigError, DataError, did_you_mean
 
 Duplicates = Literal["keep", "drop_exact", "drop_near"]
@@ -63,30 +63,23 @@ class Choice:
     """(record, reason)."""
 
 
-def prompt_hash(record: Record) -> int:
-    """Hash what stands before the last answer."""
-    before = [f"{m.role}\0{m.content}" for m in record.messages[:-1]]
-    return _hash("\1".join(before))
-
-
-def answer_hash(record: Record) -> int:
-    """Hash the last answer."""
-    return _hash(record.messages[-1].content)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
-
-
 def facts_of(records: Sequence[Record]) -> Facts:
-    """Return the facts of records, reading each once."""
-    prompts, answers = np.empty(len(records), np.uint64), np.empty(len(records), np.uint64)
-    categories, sources = [], []
-    for i, record in enumerate(records):
-        prompts[i], answers[i] = prompt_hash(record), answer_hash(record)
-        categories.append(record.category)
-        sources.append(record.source)
-    return Facts(prompts, answers, categories, sources)
+    """Return the facts of records; of those in a store its index knows them."""
+    found = entries_of(records)
+    if found is None:
+        return Facts(
+            np.array([before_hash(r) for r in records], np.uint64),
+            np.array([answer_hash(r) for r in records], np.uint64),
+            [r.category for r in records],
+            [r.source for r in records],
+        )
+    store, entries = found
+    return Facts(
+        np.ascontiguousarray(entries["before"]),
+        np.ascontiguousarray(entries["answer"]),
+        [store.categories[n] for n in entries["category"].tolist()],
+        [store.sources[n] for n in entries["file"].tolist()],
+    )
 
 
 def choose(facts: Facts, records: Sequence[Record], policy: ChoosePolicy, seed: int) -> Choice:
@@ -119,7 +112,7 @@ def exact_duplicates(facts: Facts, records: Sequence[Record]) -> Iterator[tuple[
     first: dict[tuple[int, int], int] = {}
     for i, pair in enumerate(zip(facts.prompts.tolist(), facts.answers.tolist(), strict=True)):
         if pair in first:
-            yield i, f"is {records[first[pair]].origin} again"
+            yield i, f"is {origin_of(records, first[pair])} again"
         else:
             first[pair] = i
 
@@ -149,7 +142,7 @@ def near_duplicates(records: Sequence[Record], threshold: float, skip: Mapping[i
         found = [n for n in index.query(sketch) if sketch.jaccard(sketches[n]) >= threshold]
         if found:
             near = min(found)
-            yield i, f"is nearly {records[near].origin} (MinHash, near_threshold={threshold:g})"
+            yield i, f"is nearly {origin_of(records, near)} (MinHash, near_threshold={threshold:g})"
         else:
             index.insert(i, sketch)
             sketches[i] = sketch
@@ -173,7 +166,7 @@ def conflicts(facts: Facts, skip: Mapping[int, str]) -> list[list[int]]:
 def _conflicting(facts: Facts, records: Sequence[Record], policy: Conflicts, skip: Mapping[int, str]) -> dict[int, str]:
     groups = conflicts(facts, skip)
     if groups and policy == "error":
-        shown = [f"{records[g[0]].origin} and {records[g[1]].origin}" for g in groups[:10]]
+        shown = [f"{origin_of(records, g[0])} and {origin_of(records, g[1])}" for g in groups[:10]]
         raise DataError(
             f"{len(groups)} prompts have several answers: {'; '.join(shown)}{'; ...' if len(groups) > 10 else ''}. "
             f"Keep one of each, or set data.conflicts=keep, keep_first or drop."
@@ -182,12 +175,13 @@ def _conflicting(facts: Facts, records: Sequence[Record], policy: Conflicts, ski
     for group in groups:
         first = group[0]
         same = {i for i in group if facts.answers[i] == facts.answers[first]} if policy == "keep_first" else set()
-        out |= {i: f"answers otherwise than {records[_other(facts, group, i)].origin}" for i in group if i not in same}
+        out |= {i: _otherwise(facts, records, group, i) for i in group if i not in same}
     return out
 
 
-def _other(facts: Facts, group: Sequence[int], index: int) -> int:
-    return next(i for i in group if facts.answers[i] != facts.answers[index])
+def _otherwise(facts: Facts, records: Sequence[Record], group: Sequence[int], index: int) -> str:
+    other = next(i for i in group if facts.answers[i] != facts.answers[index])
+    return f"answers otherwise than {origin_of(records, other)}"
 
 
 def _over_cap(labels: Sequence[str], cap: int, seed: int, skip: Mapping[int, str]) -> set[int]:

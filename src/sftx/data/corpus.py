@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sftx.data.choose import ChoosePolicy
+from sftx.data.digests import Stamp, known_sha256, stamp
 from sftx.data.policy import EncodePolicy
 from sftx.data.read import FileReader, How, sha256_file, suffixes
 from sftx.data.record import Record
@@ -23,7 +24,7 @@ from sftx.files import cache_root, locked, write_chunks, write_folder, write_tex
 
 __all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources", "split"]
 
-READER_VERSION = 3
+READER_VERSION = 4
 """Part of the cache key: raise it when the same file would be read differently."""
 FACTS, SKIPPED = "facts.json", "skipped.jsonl"
 
@@ -164,7 +165,8 @@ class Corpus:
         Errors:
             DataError: a file that cannot be read exactly.
         """
-        digests = [sha256_file(source.path) for source in sources]
+        stamps = [stamp(source.path) for source in sources]
+        digests = [known_sha256(source.path) for source in sources]
         settings = [self.format, self.encoding, self.delimiter, self.shape, self.columns, self.on_bad_rows]
         parts = [[digest, *suffixes(source.path)] for digest, source in zip(digests, sources, strict=True)]
         recipe = json.dumps([READER_VERSION, parts, keep_columns, settings])
@@ -177,7 +179,7 @@ class Corpus:
                 if facts is None:
                     for left in folder.parent.glob(f".{stem}.*/"):  # of a process that was killed
                         shutil.rmtree(left, ignore_errors=True)
-                    write_folder(folder, lambda into: self._convert(into, sources, keep_columns), replace=True)
+                    write_folder(folder, lambda into: self._convert(into, sources, stamps, keep_columns), replace=True)
                     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         files = tuple(
             {"path": str(source.path), "source": source.name, "sha256": digest} | told
@@ -190,7 +192,7 @@ class Corpus:
         path = sources[0].path if len(sources) == 1 else sources[0].path.parent
         return LoadedFile(path, folder / RECORDS, whole, files, records, facts["skipped_rows"])
 
-    def _convert(self, into: Path, sources: Sequence[Source], keep_columns: bool) -> None:
+    def _convert(self, into: Path, sources: Sequence[Source], stamps: Sequence[Stamp], keep_columns: bool) -> None:
         """Fill a folder with the records of files, and beside them what else is to be known."""
         how = self._how()
         files: list[dict[str, Any]] = []
@@ -214,6 +216,9 @@ class Corpus:
 
         with (into / SKIPPED).open("wb") as reasons:
             facts = write_store(into, records())
+        for source, before in zip(sources, stamps, strict=True):
+            if stamp(source.path) != before:  # its hash may be another content's than what was read
+                raise DataError(f"{source.path}: was changed while it was read; run the same command again")
         facts |= {"files": files, "skipped_rows": len(skipped), "index_sha256": sha256_file(into / INDEX)}
         write_text(into / FACTS, json.dumps(facts) + "\n")
 
@@ -222,8 +227,8 @@ def _cached(folder: Path) -> dict[str, Any] | None:
     """Return what is known of a store that was made earlier, or None when it is not there as it was left."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        whole = facts["jsonl_sha256"] == sha256_file(folder / RECORDS)
-        return facts if whole and facts["index_sha256"] == sha256_file(folder / INDEX) else None
+        whole = facts["jsonl_sha256"] == known_sha256(folder / RECORDS)
+        return facts if whole and facts["index_sha256"] == known_sha256(folder / INDEX) else None
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from sftx.data.words import Words, reads_words
+from sftx.data.words import Words, bytes_of_ids, reads_words
 from sftx.errors import ModelError
 
 BATCH = 4096
@@ -35,7 +35,6 @@ class Letters:
         self.pattern = _any_of(self.control)
         self.cuts = _any_of([t.content for t in added if t.content in set(self.control) and not t.single_word])
         self.swallowing = {t.content for t in added if t.rstrip}
-        self._words = Words()
         self._first_letters = {t[0] for t in self.control}
         nonce = secrets.token_hex(8)
         self._nonce = nonce
@@ -78,6 +77,10 @@ class Letters:
         if not self._reads_words:
             return _encoded(self.backend, texts)
         return self._words.tokenise(texts, lambda words: _encoded(self.backend, words))
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words(bytes_of_ids(self.backend))
 
     @cached_property
     def _reads_words(self) -> bool:

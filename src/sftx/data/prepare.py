@@ -120,7 +120,7 @@ def select(config: TrainConfig, corpus: Corpus) -> Selection:
         facts = facts_of(loaded.records[: len(places)])
         choice = choose(facts, loaded.records, policy, config.seed)
         places = choice.kept
-        left_out += [f"{loaded.records[i].origin}: {why}" for i, why in choice.left_out]
+        left_out += [f"{loaded.records.origin(i)}: {why}" for i, why in choice.left_out]
     files = [loaded]
     if config.eval_file_name is not None:
         files.append(_held_out_file(corpus, config, [Path(str(f["path"])) for f in loaded.files], keep))

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import struct
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,13 +17,29 @@ import numpy as np
 from sftx.data.record import Message, Record
 from sftx.errors import DataError
 
-RECORDS, INDEX = "records.jsonl", "index.npy"
-ENTRY = np.dtype([("start", "<i8"), ("category", "<i4"), ("prompt", "u1", 32)])
-"""What is known of a record without reading it: where it starts, its category's number, its prompt's SHA-256."""
+RECORDS, INDEX = "records.jsonl", "index.bin"
+ENTRY = np.dtype(
+    [
+        ("start", "<i8"),
+        ("line", "<i8"),
+        ("file", "<i4"),
+        ("category", "<i4"),
+        ("prompt", "u1", 32),
+        ("before", "<u8"),
+        ("answer", "<u8"),
+    ]
+)
+"""What is known of a record without reading it: where it starts, where it came from, the numbers of its file and its
+category, and the digests by which it is held out (`prompt_digest`) and compared (`before_hash`, `answer_hash`)."""
+_pack = struct.Struct("<qqii32sQQ").pack
 
 
 class _Lazy(Sequence[Record]):
     """Records that are read one at a time, equal to any sequence of equal records."""
+
+    @abstractmethod
+    def origin(self, place: int) -> str:
+        """Return where a record begins, as `file:line`, without reading it."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
@@ -40,7 +58,8 @@ class RecordStore(_Lazy):
         self._open()
 
     def _open(self) -> None:
-        self.entries: np.ndarray = np.load(self.folder / INDEX, mmap_mode="r")
+        path = self.folder / INDEX  # an empty file cannot be mapped
+        self.entries: np.ndarray = np.memmap(path, ENTRY, "r") if path.stat().st_size else np.zeros(0, ENTRY)
         self._starts = self.entries["start"]
         # Read at an offset, not mapped: where a mapped file is cut short the kernel kills the process.
         self._file = (self.folder / RECORDS).open("rb", buffering=0)
@@ -80,6 +99,11 @@ class RecordStore(_Lazy):
             raise DataError(f"{self.folder / RECORDS}: was changed while it was used; run the same command again")
         return _from_line(line, self.files, self.sources)
 
+    def origin(self, place: int) -> str:
+        """Return where a record begins."""
+        entry = self.entries[place]
+        return f"{self.files[entry['file']]}:{entry['line']}"
+
 
 class RecordView(_Lazy):
     """Some records of a sequence, by their places in it."""
@@ -102,28 +126,57 @@ class RecordView(_Lazy):
             return RecordView(self.records, self.places[place])
         return self.records[int(self.places[place])]
 
+    def origin(self, place: int) -> str:
+        """Return where a record begins."""
+        return origin_of(self.records, int(self.places[place]))
+
+
+def origin_of(records: Sequence[Record], place: int) -> str:
+    """Return where one of some records begins, as `file:line`; read only where that is not known otherwise."""
+    return records.origin(place) if isinstance(records, _Lazy) else records[place].origin
+
+
+def entries_of(records: Sequence[Record]) -> tuple[RecordStore, np.ndarray] | None:
+    """Return the store that records lie in, and what it knows of each; None when they lie in none."""
+    base, places = (records.records, records.places) if isinstance(records, RecordView) else (records, slice(None))
+    return (base, base.entries[places]) if isinstance(base, RecordStore) else None
+
 
 def write_store(folder: Path, records: Iterable[tuple[int, Record]]) -> dict[str, Any]:
     """Write records, each with its file's number, into a folder; return what is to be known of them."""
-    digest, start, rows = hashlib.sha256(), 0, bytearray()
+    digest, start, rows = hashlib.sha256(), 0, 0
     categories: dict[str, int] = {}
-    pack = struct.Struct("<qi32s").pack
-    with (folder / RECORDS).open("wb", buffering=1 << 20) as out:
+    with ExitStack() as files:
+        out, index = (files.enter_context((folder / n).open("wb", buffering=1 << 20)) for n in (RECORDS, INDEX))
         for number, record in records:
             line = _to_line(record, number)
             out.write(line)
             digest.update(line)
             category = categories.setdefault(record.category, len(categories))
-            rows += pack(start, category, prompt_digest(record))
+            digests = prompt_digest(record), before_hash(record), answer_hash(record)
+            index.write(_pack(start, record.line, number, category, *digests))
             start += len(line)
-    index = np.frombuffer(rows, ENTRY)
-    np.save(folder / INDEX, index)
-    return {"jsonl_sha256": digest.hexdigest(), "rows": len(index), "categories": list(categories)}
+            rows += 1
+    return {"jsonl_sha256": digest.hexdigest(), "rows": rows, "categories": list(categories)}
 
 
 def prompt_digest(record: Record) -> bytes:
     """Return what tells prompts apart: rows with the same must not be both trained on and evaluated."""
     return hashlib.sha256(record.human.encode("utf-8", "surrogatepass")).digest()
+
+
+def before_hash(record: Record) -> int:
+    """Hash what stands before the last answer."""
+    return _hash("\1".join([f"{m.role}\0{m.content}" for m in record.messages[:-1]]))
+
+
+def answer_hash(record: Record) -> int:
+    """Hash the last answer."""
+    return _hash(record.messages[-1].content)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def message_dict(message: Message) -> dict[str, Any]:
@@ -162,10 +215,15 @@ def _to_line(record: Record, file: int) -> bytes:
     return json_line(made | {"line": record.line, "file": file})
 
 
+_decode = json.JSONDecoder().decode
+
+
 def _from_line(line: bytes, files: Sequence[str], sources: Sequence[str]) -> Record:
-    row = json.loads(line)
-    messages = tuple(
-        Message(
+    row = _decode(line.decode("utf-8"))
+    messages = [
+        Message(m["role"], m["content"])
+        if len(m) == 2
+        else Message(
             m["role"],
             m["content"],
             m.get("weight"),
@@ -174,10 +232,10 @@ def _from_line(line: bytes, files: Sequence[str], sources: Sequence[str]) -> Rec
             m.get("name"),
         )
         for m in row["messages"]
-    )
+    ]
     number = row["file"]
     return Record(
-        messages,
+        tuple(messages),
         row["category"],
         files[number],
         row["line"],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sftx.data.record import Record
-from sftx.data.record_store import RecordStore, RecordView, prompt_digest
+from sftx.data.record_store import RecordView, entries_of, prompt_digest
 
 
 def split(records: Sequence[Record], ratio: float, max_rows: int) -> tuple[RecordView, RecordView]:
@@ -32,9 +32,10 @@ def split(records: Sequence[Record], ratio: float, max_rows: int) -> tuple[Recor
 
 def _keys(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Return each record's prompt digest and category number, and the categories' names."""
-    base, places = (records.records, records.places) if isinstance(records, RecordView) else (records, slice(None))
-    if isinstance(base, RecordStore):
-        return base.entries["prompt"][places], base.entries["category"][places], list(base.categories)
+    found = entries_of(records)
+    if found is not None:
+        store, entries = found
+        return entries["prompt"], entries["category"], list(store.categories)
     names: dict[str, int] = {}
     digests, numbers = bytearray(), []
     for record in records:
