@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 EXIT_FAULT = 1
 EXIT_USER = 2
+EXIT_STOPPED = 75
+"""The run was asked to end and can go on: `EX_TEMPFAIL` of sysexits.h, on which a scheduler may requeue."""
 EXIT_PIPE = 141
 
 
@@ -52,6 +54,12 @@ class TrainingError(SftxError):
     """Training cannot go on (a loss that is not finite, a rank that failed)."""
 
     exit_code = EXIT_FAULT
+
+
+class StoppedError(SftxError):
+    """A signal asked the run to end."""
+
+    exit_code = EXIT_STOPPED
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

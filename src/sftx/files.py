@@ -29,6 +29,9 @@ CAUSES = {
     errno.EIO: "the disk failed",
 }
 
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""A disk without locks."""
+
 
 def cache_root() -> Path:
     """Return the folder of what can be rebuilt: `$SFTX_CACHE`, or `~/.cache/sftx`."""
@@ -137,7 +140,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = 
             _sync(temporary)
             temporary.chmod(0o777 & ~_umask())
             if replace and folder.exists():
-                shutil.rmtree(folder)
+                remove_folder(folder)
             try:
                 temporary.rename(folder)
             except OSError:
@@ -146,6 +149,56 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = 
             _sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that its name never stands for half of it."""
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed left behind; only while none writes there."""
+    for left in folder.glob(".*.*") if folder.is_dir() else ():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+class Lock:
+    """A file that one process at a time holds; the kernel frees it when its owner ends, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def acquire(self, owner: str) -> str | None:
+        """Take it and leave the owner's name in it; return the name of the one who has it, or None when it is ours."""
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                name = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
+                os.close(descriptor)
+                return name or "another process"
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode("utf-8"), 0)
+        self._descriptor = descriptor
+        return None
+
+    def release(self) -> None:
+        """Let go of it; the file stays, or a third process could hold another one of that name."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 @contextmanager
@@ -167,7 +220,7 @@ def _lock(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in NO_LOCKS:
                 raise
             return descriptor  # a disk without locks: the work may be done twice, what is published is whole
         try:

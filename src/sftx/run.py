@@ -25,6 +25,7 @@ from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import family_named, family_of
 from sftx.model.load import Source, find_model, load_base, load_template
 from sftx.parallel.engine import Engine
+from sftx.parallel.signals import Signals
 from sftx.runs import manifest
 from sftx.runs.begin import Setting, open_trial
 from sftx.runs.effective import Effective
@@ -52,10 +53,16 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
         SftxError: whatever the user can mend, before anything is written where that is possible.
     """
     _check_shared(configs)
+    with Signals() as signals:
+        return _run(configs, notes, command, signals)
+
+
+def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, signals: Signals) -> list[Result]:
     first = configs[0]
     engine: Engine = build(first.parallel).start(first.device)
     run_log = RunLog(is_main=engine.is_main)
     trials: list[Trial] = []
+    finished = False
     try:
         configs = engine.from_main([with_output_dir(c, datetime.now()) for c in configs])
         folders = [RunFolder(Path(c.output_dir or "")) for c in configs]
@@ -63,6 +70,7 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
             folder.check(config.resume)
         effective = Effective(remarks=list(notes))
         session, data, source = _prepare(configs, engine, effective)
+        session.signals = signals
         count = len(configs)
         trials = [_trial(c, f, session, data, effective.copy(), count) for c, f in zip(configs, folders, strict=True)]
         session.flat = _laid_end_to_end(configs[0], session, trials)
@@ -72,15 +80,17 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
             with trial.active(session):
                 open_trial(trial, session, setting)
         train(session, trials)
-        return [finish_trial(trial, session) for trial in trials]
+        results = [finish_trial(trial, session) for trial in trials]
+        finished = True
+        return results
     except BaseException as error:
-        note_failure(trials, engine, error)
+        note_failure(trials, engine, error, stopped=signals.received is not None)
         raise
     finally:
         for trial in trials:
-            trial.recorder.finish()
+            trial.close()
         run_log.close()
-        engine.close()
+        engine.close(together=finished)
 
 
 def _check_shared(configs: Sequence[TrainConfig]) -> None:

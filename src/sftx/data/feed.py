@@ -6,7 +6,7 @@ that a resumed run is fed as if it had never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from sftx.data.loader import Batch, collate
 from sftx.data.plan import Plan
 from sftx.data.rows import Row
 from sftx.data.store import Rows
+from sftx.parallel.signals import ignore
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ class Feed(Protocol):
     units: int | None
     """Rows, or packs of them, of one pass; None when that is not known."""
 
-    def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Iterator[Step]:
-        """Yield the steps from `first` up to `last` (exclusive); `cursor` is that of the step before."""
+    def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Generator[Step]:
+        """Yield the steps from `first` up to `last` (exclusive); `cursor` is that of the step before.
+
+        Closing the generator ends the processes that it started.
+        """
         ...
 
 
@@ -74,13 +78,14 @@ class PlannedFeed:
         self.rows, self.plan, self._workers = rows, plan, workers
         self.units: int | None = plan.unit_count
 
-    def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Iterator[Step]:
+    def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Generator[Step]:
         """Yield steps; a plan finds each by its number."""
         loader = DataLoader(
             _MicroBatches(self.rows, layout),
             sampler=_Order(self.plan, layout.rank, first, last),
             batch_size=None,
             num_workers=self._workers,
+            worker_init_fn=ignore,
             generator=torch.Generator().manual_seed(self.plan.seed),  # the global generator is left alone
         )
         batches = iter(loader)

@@ -9,7 +9,7 @@ own micro-batches: tokenising costs a hundredth of training, and the steps are t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -23,6 +23,7 @@ from sftx.data.record import Record
 from sftx.data.rows import Row
 from sftx.errors import DataError
 from sftx.model.dropout import key_of
+from sftx.parallel.signals import ignore
 
 Encoder = Callable[[Sequence[Record]], Sequence[list[Row] | str]]
 """Returns for each record its rows, or why it has none."""
@@ -117,7 +118,7 @@ class StreamedFeed:
     def __init__(self, reader: Reader, encoder: Encoder, order: StreamOrder, workers: int) -> None:
         self._reader, self._encoder, self._order, self._workers = reader, encoder, order, workers
 
-    def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Iterator[Step]:
+    def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Generator[Step]:
         """Yield steps, made by another process when there may be one.
 
         Errors:
@@ -125,17 +126,18 @@ class StreamedFeed:
         """
         make = lambda: islice(self._steps(Cursor.of(cursor), layout), last - first)  # noqa: E731
         if not self._workers:
-            return make()
+            yield from make()
+            return
         loader = DataLoader(
             _OneProcess(make),
             batch_size=None,
             num_workers=1,  # one after the other is what a stream is
             prefetch_factor=4,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_settle,
             multiprocessing_context="fork",
             generator=torch.Generator().manual_seed(self._order.seed),
         )
-        return iter(loader)
+        yield from loader
 
     def _steps(self, cursor: Cursor, layout: Layout) -> Iterator[Step]:
         self._reader.counts = max(self._reader.counts, cursor.counts, key=len)
@@ -265,5 +267,6 @@ class _OneProcess(IterableDataset[Step]):
         return self._start()
 
 
-def _one_thread(_worker: int) -> None:
+def _settle(worker: int) -> None:
+    ignore(worker)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were left behind in the process that was forked

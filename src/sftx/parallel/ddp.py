@@ -113,10 +113,11 @@ class DdpEngine:
         """Wait for all ranks."""
         dist.barrier()
 
-    def close(self) -> None:
-        """Leave the process group."""
-        dist.barrier()
-        dist.destroy_process_group()
+    def close(self, *, together: bool) -> None:
+        """Leave the process group; a rank that failed waits for no other."""
+        if together:
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def _sum_bucket(bucket: list[torch.Tensor]) -> None:

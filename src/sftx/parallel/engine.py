@@ -83,8 +83,8 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Wait for all ranks."""
 
-    def close(self) -> None:
-        """End the process group, if there is one."""
+    def close(self, *, together: bool) -> None:
+        """End the process group, if there is one; without the others when they may not come to that."""
 
 
 def choose_device(asked: str, local_rank: int) -> torch.device:

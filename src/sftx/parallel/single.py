@@ -57,5 +57,5 @@ class SingleEngine:
     def barrier(self) -> None:
         """Do nothing."""
 
-    def close(self) -> None:
+    def close(self, *, together: bool) -> None:
         """Do nothing."""

@@ -140,11 +140,11 @@ class Zero3Engine(DdpEngine):
         model.forward = self.trained
         return Zero3Stepper(self, self.trained, adapter.parameters, optimizer)
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if self.trained is not None:
+    def close(self, *, together: bool) -> None:
+        """Leave the process group; a rank that failed waits for no other."""
+        if self.trained is not None and together:
             self.trained.destroy()
-        super().close()
+        super().close(together=together)
 
 
 class Zero3Stepper:

@@ -16,7 +16,7 @@ from sftx.config.derive import identity
 from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
 from sftx.data.read import sha256_file
-from sftx.errors import ConfigError, ModelError
+from sftx.errors import ConfigError, ModelError, RunFolderError
 from sftx.files import write_chunks, write_text
 from sftx.model.load import Source
 from sftx.runs import manifest
@@ -49,6 +49,9 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
     content = [f.sha256 for f in data.files] + [str(config.max_train_rows)]
     world = session.engine.world_size
     who = json.loads(json.dumps(identity(config, world, content, source.fingerprint(), _adapter_hash(config.adapter))))
+    held = session.engine.from_main(folder.lock() if session.engine.is_main else None)
+    if held is not None:  # every rank raises, or the others would wait for this one
+        raise RunFolderError(held)
     earlier = folder.earlier(who)
     resumed = _resume(trial, session, earlier)
     if not session.engine.is_main:

@@ -88,12 +88,14 @@ def _closing(trial: Trial, result: Result, chosen: int) -> str:
     return "\n".join(lines)
 
 
-def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException) -> None:
-    """Note in each manifest that the run did not end well."""
+def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException, *, stopped: bool) -> None:
+    """Note in each manifest that the run did not end well, or that a signal stopped it."""
     if not engine.is_main:
         return
+    status = "stopped" if stopped else "failed"
+    text = str(error) or type(error).__name__
     for trial in trials:
         if trial.folder.manifest:
-            trial.folder.update(status="failed", error=f"{type(error).__name__}: {error}")
+            trial.folder.update(status=status, error=f"{type(error).__name__}: {error}")
             with speaking(trial.name):
-                log.error("failed: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
+                log.error("%s: %s", status, text.splitlines()[0])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,10 @@ import yaml
 from sftx.config.derive import differences
 from sftx.config.schema import TrainConfig
 from sftx.errors import RunFolderError
-from sftx.files import check_writable, explained, write_json, write_text
+from sftx.files import Lock, check_writable, explained, sweep, write_json, write_text
 from sftx.runs.manifest import scrub
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
 ONLY = "default"
 """Name of the trial of a run that has only one."""
 
@@ -35,6 +38,7 @@ class RunFolder:
         self.streamed_rows = path / "streamed_rows.jsonl"
         self.log = path / "train.log"
         self.manifest: dict[str, Any] = {}
+        self._lock = Lock(path / LOCK)
 
     def check(self, resume: str) -> None:
         """Raise if this folder could not hold a run; look only, change nothing.
@@ -45,7 +49,7 @@ class RunFolder:
         check_writable(self.path)
         if not self.path.exists():
             return
-        there = sorted(p.name for p in self.path.iterdir() if p.name != "trial.json")
+        there = sorted(p.name for p in self.path.iterdir() if p.name not in ("trial.json", LOCK))
         if not there:
             return
         if not (self.path / MANIFEST).is_file():
@@ -58,6 +62,23 @@ class RunFolder:
                 f"output_dir={self.path}: holds a run, and resume=never would overwrite it. "
                 f"Choose another output_dir, or resume=auto to go on with it."
             )
+
+    def lock(self) -> str | None:
+        """Keep other runs out until this process ends; return why that cannot be, or None."""
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        other = self._lock.acquire(owner)
+        if other is not None:
+            return (
+                f"output_dir={self.path}: another run is writing there ({other}). Wait for it, end it, or choose "
+                "another output_dir."
+            )
+        for folder in (self.path, self.checkpoints):
+            sweep(folder)
+        return None
+
+    def unlock(self) -> None:
+        """Let other runs in."""
+        self._lock.release()
 
     def earlier(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Return the manifest of the same run's earlier attempt, or None when the folder is new.

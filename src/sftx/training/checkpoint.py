@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sftx.data.read import sha256_file
 from sftx.errors import CheckpointError
-from sftx.files import write_folder
+from sftx.files import remove_folder, write_folder
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.model.export import read_weights
 from sftx.parallel.engine import Stepper, Weights
@@ -70,7 +69,7 @@ def rotate(root: Path, limit: int | None, best_step: int | None) -> None:
         return
     for folder in listed(root)[:-limit]:
         if step_of(folder) != best_step:
-            shutil.rmtree(folder)
+            remove_folder(folder)
 
 
 def problem_of(folder: Path) -> str | None:

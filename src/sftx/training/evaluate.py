@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +58,9 @@ def evaluate(
     token_budget: int,
     flat: bool,
     pad_id: int,
-) -> Evaluation:
-    """Return the loss of the active adapter on `rows`; the ranks share the work.
+    asked_to_end: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Return the loss of the active adapter on `rows`, or None when a rank was asked to end; the ranks share the work.
 
     `token_budget` bounds a batch: training's own micro-batch size, so that evaluation never needs more.
     """
@@ -73,6 +74,9 @@ def evaluate(
     if engine.sharded:  # every rank must take part in every forward pass
         groups += [()] * (-len(groups) % engine.world_size)
     for indices in groups[engine.rank :: engine.world_size]:
+        ends = torch.tensor(float(asked_to_end()), device=engine.device)
+        if (engine.sum(ends) if engine.sharded else ends).item():
+            break
         batch = collate(rows, indices, flat=flat, pad_id=pad_id)
         with numerics.autocast():
             found = token_losses(model, batch, engine.device)
@@ -81,6 +85,8 @@ def evaluate(
         sums_N3 = torch.stack([found.losses_N.double() * weights_N, weights_N, torch.ones_like(weights_N)], dim=1)
         sums_C3.index_add_(0, category_B[found.places_N], sums_N3)
     model.module.train()
+    if engine.sum(torch.tensor(float(asked_to_end()), device=engine.device)).item():
+        return None
     sums = engine.sum(sums_C3).cpu()
     loss, weight, tokens = sums.sum(dim=0).tolist()
     by_category = {c: (sums[i, 0] / sums[i, 1]).item() for c, i in number.items() if sums[i, 1] > 0}

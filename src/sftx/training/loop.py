@@ -12,16 +12,17 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
 from sftx.data.feed import Step
-from sftx.errors import TrainingError
+from sftx.errors import StoppedError, TrainingError
 from sftx.files import append_line
 from sftx.model.dropout import key_of
 from sftx.model.export import save_weights
 from sftx.training import checkpoint
-from sftx.training.evaluate import Evaluation, evaluate
+from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses
 from sftx.training.progress import Progress
 from sftx.training.trial import Session, Trial, Window
@@ -30,13 +31,21 @@ log = logging.getLogger("sftx")
 
 
 def train(session: Session, trials: Sequence[Trial]) -> None:
-    """Train every trial to its end."""
+    """Train every trial to its end.
+
+    Errors:
+        StoppedError: a signal asked for the end; every trial that is not finished has left a checkpoint.
+        TrainingError: a step cannot be made.
+    """
     session.model.module.train()
+    session.signals.at_once = False
     with Progress(session, trials) as progress:
         for trial in trials:
             _start(session, trial)
         while running := [t for t in trials if not t.finished]:
             for trial in running:
+                if session.stopping:
+                    _stop(session, running)
                 with trial.active(session):
                     _advance(session, trial)
                 progress.update(trial)
@@ -53,12 +62,15 @@ def _start(session: Session, trial: Trial) -> None:
             _evaluate(session, trial)
         for callback in trial.callbacks.values():
             callback.on_start(session, trial)
+        if trial.evaluation_due:
+            _close_step(session, trial)
     trial.upcoming = trial.feed.steps(trial.step, trial.steps.total, trial.cursor, session.layout)
 
 
 def _advance(session: Session, trial: Trial) -> None:
     """Make one optimizer step, then what is due after it: a record, an evaluation, a checkpoint."""
     config = trial.config
+    assert trial.upcoming is not None, "a trial is started before it goes on"
     step = next(trial.upcoming)
     for callback in trial.callbacks.values():
         callback.on_batches(session, trial, step.batches)
@@ -70,11 +82,31 @@ def _advance(session: Session, trial: Trial) -> None:
         callback.on_step(session, trial)
     if trial.step == 1 or trial.due(config.logging_steps):
         _record(session, trial, grad_norm, rate)
-    improved = False
-    if trial.evaluates and trial.due(config.eval_steps):
-        improved = _evaluate(session, trial)
-    if trial.saves_now or (improved and config.keep_best):
+    trial.evaluation_due = trial.evaluates and trial.due(config.eval_steps)
+    _close_step(session, trial)
+
+
+def _close_step(session: Session, trial: Trial) -> None:
+    """Make the evaluation that is due and the checkpoint; when the run is to end, the checkpoint alone."""
+    improved = trial.evaluation_due and not session.stopping and _evaluate(session, trial)
+    if trial.saves_now or (improved and trial.config.keep_best):
         _save(session, trial)
+
+
+def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
+    """Save every trial that is not finished, and say where each stands."""
+    said = []
+    for trial in running:
+        if trial.step == 0:
+            said.append("before the first step; there was nothing to save")
+            continue
+        if trial.saved_step != trial.step:
+            with trial.active(session):
+                _save(session, trial)
+        where = checkpoint.folder_of(trial.folder.checkpoints, trial.step)
+        said.append(f"after step {trial.step} of {trial.steps.total}; the same command goes on from {where}")
+    asked = session.signals.received or "a signal to another rank"
+    raise StoppedError(f"{asked}: stopped " + "\n  ".join(said) + ".")
 
 
 def _step(session: Session, trial: Trial, step: Step) -> tuple[float, float]:
@@ -91,7 +123,10 @@ def _step(session: Session, trial: Trial, step: Step) -> tuple[float, float]:
             loss = token_losses(session.model, batch, engine.device).weighted_sum()
         trial.stepper.backward(loss / weight, last=number == len(batches) - 1)
         loss_sum += loss.detach()
-    loss_mean = engine.sum(loss_sum).item() / weight
+    asked = torch.full_like(loss_sum, float(session.signals.received is not None))
+    loss_total, asked_total = engine.sum(torch.stack([loss_sum, asked])).tolist()
+    session.stopping = asked_total > 0
+    loss_mean = loss_total / weight
     rate = config.learning_rate * trial.schedule.at(trial.step, trial.steps.total)
     grad_norm = trial.stepper.step(rate)
     _stop_if_not_finite(trial, step, loss_mean, grad_norm)
@@ -169,9 +204,12 @@ def _record(session: Session, trial: Trial, grad_norm: float, rate: float) -> No
 
 
 def _evaluate(session: Session, trial: Trial) -> bool:
-    """Evaluate, record it, tell the schedule and the callbacks; return whether it is the best so far."""
+    """Evaluate, record it, tell the schedule and the callbacks; return whether it is the best so far.
+
+    A rank that was asked to end ends the evaluation too: it is made when the run goes on.
+    """
     config = trial.config
-    result: Evaluation = evaluate(
+    result = evaluate(
         session.engine,
         session.model,
         session.numerics,
@@ -179,7 +217,12 @@ def _evaluate(session: Session, trial: Trial) -> bool:
         token_budget=config.max_seq_length * config.per_device_train_batch_size,
         flat=session.flat,
         pad_id=session.pad_id,
+        asked_to_end=lambda: session.signals.received is not None,
     )
+    if result is None:
+        session.stopping = True
+        return False
+    trial.evaluation_due = False
     trial.recorder.log(trial.step, result.metrics())
     trial.first_eval = trial.first_eval or result
     trial.last_eval, trial.eval_step = result, trial.step
@@ -198,6 +241,7 @@ def _evaluate(session: Session, trial: Trial) -> bool:
 
 def _save(session: Session, trial: Trial) -> None:
     """Publish a checkpoint, then remove those beyond the limit."""
+    trial.saved_step = trial.step
     weights, optimizer = trial.stepper.weights(), trial.stepper.state()  # every rank gives its part
     if session.engine.is_main:
         checkpoint.save(

@@ -7,7 +7,7 @@ own optimizer, schedule, loss scaler, clipping, data order, metrics and run fold
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.parallel.engine import Engine, Stepper
+from sftx.parallel.signals import Signals
 from sftx.runs.effective import Effective
 from sftx.runs.folder import RunFolder, speaking
 from sftx.runs.metrics import Recorder
@@ -40,6 +41,7 @@ class Session:
     """Those that are trained on; of a corpus that is streamed, the first ones."""
     eval_rows: Rows
     base_folder: Path
+    signals: Signals = field(default_factory=Signals)
     flat: bool = False
     """Rows are laid end to end instead of padded."""
 
@@ -47,6 +49,9 @@ class Session:
     def pad_id(self) -> int:
         """The token that fills the right of a batch."""
         return int(self.template.tokenizer.pad_token_id)
+
+    stopping: bool = False
+    """Some rank was asked to end, and all know it."""
 
     @property
     def layout(self) -> Layout:
@@ -95,8 +100,11 @@ class Trial:
     first_eval: Evaluation | None = None
     last_eval: Evaluation | None = None
     eval_step: int = -1
+    evaluation_due: bool = False
+    """The present step's evaluation was put off: the run was asked to end."""
+    saved_step: int = -1
     stop_reason: str | None = None
-    upcoming: Iterator[Step] = field(default_factory=lambda: iter(()))
+    upcoming: Generator[Step] | None = None
     """The steps that are still to be made."""
     started: float = field(default_factory=time.perf_counter)
 
@@ -105,6 +113,13 @@ class Trial:
         """Let this trial's adapter be the active one inside the block, and the messages its own."""
         with session.model.using(self.adapter.name), speaking(self.name):
             yield
+
+    def close(self) -> None:
+        """Let go of all that outlives the trial: loader processes, trackers, the run folder."""
+        if self.upcoming is not None:
+            self.upcoming.close()
+        self.recorder.finish()
+        self.folder.unlock()
 
     @property
     def finished(self) -> bool:
@@ -139,6 +154,7 @@ class Trial:
             "cursor": self.cursor,
             "streamed": self.streamed,
             "window": self.window.__dict__,
+            "evaluation_due": self.evaluation_due,
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "eval_loss_before": self.first_eval.loss if self.first_eval else None,
@@ -150,7 +166,7 @@ class Trial:
         """Take back what `state` returned."""
         self.step = state["step"]
         self.tokens_seen, self.epoch, self.cursor = state["tokens_seen"], state["epoch"], state["cursor"]
-        self.streamed = state["streamed"]
+        self.streamed, self.evaluation_due = state["streamed"], state["evaluation_due"]
         self.window = Window(**state["window"])
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
         if state["eval_loss_before"] is not None:

@@ -1,0 +1,177 @@
+"""A run that is asked to end leaves a checkpoint, says so by its exit code, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.conftest import ROOT, SMALL
+from tests.invariance.test_invariance import assert_same_weights, curve
+
+from sftx.config.check import freeze
+from sftx.config.compose import compose_checked
+from sftx.config.schema import TrainConfig
+from sftx.errors import EXIT_STOPPED, RunFolderError, StoppedError
+from sftx.parallel.signals import ASKING, Signals
+from sftx.run import run
+from sftx.runs.metrics import read_metrics
+
+SHARED = [
+    "mode=lora", "lora_dropout=0.2", "save_strategy=steps", "save_steps=100", "eval_steps=2", "max_train_rows=24",
+    "max_steps=6", "scheduler=reduce_lr_on_plateau",
+]  # fmt: skip
+
+
+def interrupt(patch: pytest.MonkeyPatch, module: str, name: str, call: int, *numbers: signal.Signals) -> None:
+    """Send signals when a function of a module is called for the n-th time."""
+    place = importlib.import_module(module)
+    original, calls = getattr(place, name), itertools.count(1)
+
+    def function(*arguments: object, **named: object) -> object:
+        if next(calls) == call:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return original(*arguments, **named)
+
+    patch.setattr(place, name, function)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that nothing interrupts."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    run([composed(f"output_dir={folder}")])
+    return folder
+
+
+def words(*typed: str) -> list[str]:
+    """Return what is typed, over what all runs here share, over the settings of a small run."""
+    names = {w.split("=", 1)[0] for w in typed}
+    shared = [w for w in SHARED if w.split("=", 1)[0] not in names]
+    names |= {w.split("=", 1)[0] for w in shared}
+    return [*(w for w in SMALL if w.split("=", 1)[0] not in names), *shared, *typed]
+
+
+def composed(*typed: str) -> TrainConfig:
+    return freeze(compose_checked(words(*typed)))
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert curve(one) == curve(other)
+    assert_same_weights(one, other)
+    found = [
+        [(r["step"], r["eval/loss"]) for r in read_metrics(f / "metrics.jsonl") if "eval/loss" in r]
+        for f in (one, other)
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("number", ASKING, ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("sftx.training.loop", 6),  # in the second step of 4 micro-batches
+        ("sftx.training.evaluate", 5),  # in the evaluation after it: the one before the first step has three batches
+    ],
+    ids=["stepping", "evaluating"],
+)
+def test_a_stopped_run_goes_on_exactly(
+    straight: Path, tmp_path: Path, one_thread: None, module: str, call: int, number: signal.Signals
+) -> None:
+    config = composed(f"output_dir={tmp_path}")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, module, "token_losses", call, number, number)
+        with pytest.raises(
+            StoppedError, match=rf"{number.name}: stopped after step 2 of 6; .* goes on from .*step-000002\."
+        ):
+            run([config])
+    assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "stopped"
+    assert not (tmp_path / "final").exists()
+    run([config])
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_signal_in_a_save_changes_nothing_of_it(straight: Path, tmp_path: Path, one_thread: None) -> None:
+    config = composed("save_steps=3", f"output_dir={tmp_path}")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "sftx.training.checkpoint", "write_folder", 1, signal.SIGTERM)
+        with pytest.raises(StoppedError, match=r"stopped after step [34] of 6"):
+            run([config])
+    run([config])
+    assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("sftx.data.corpus", "find_sources"), ("sftx.data.tokenise", "encode_chunk"), ("sftx.run", "load_base")],
+    ids=["reading", "tokenising", "loading"],
+)
+def test_before_the_first_step_a_run_ends_at_once_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
+    config = composed(f"output_dir={tmp_path / 'run'}")
+    interrupt(monkeypatch, module, name, 1, signal.SIGTERM, signal.SIGTERM)
+    with pytest.raises(StoppedError, match="SIGTERM: stopped before the first step; there was nothing to save"):
+        run([config])
+    assert not (tmp_path / "run").exists()
+    assert not [p for p in (tmp_path / "cache").rglob(".*") if not p.name.endswith(".lock")], "nothing half-written"
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(n) for n in ASKING]
+    with Signals():
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(n) for n in ASKING] == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_to_the_whole_group_ends_it_in_order(tmp_path: Path, workers: int) -> None:
+    """As a terminal or a scheduler sends it: to the trainer and to its loaders; no process is left."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *words("max_steps=5000", f"dataloader_num_workers={workers}", f"output_dir={tmp_path / 'run'}")], cwd=ROOT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (metrics.is_file() and metrics.read_text().count("train/loss") > 2):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, said
+    assert "SIGTERM: stopped after step" in said
+    assert "Traceback" not in said
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_there(tmp_path: Path) -> None:
+    config = composed(f"output_dir={tmp_path}")
+    code = (
+        "import sys; from pathlib import Path; from sftx.runs.folder import RunFolder; "
+        "RunFolder(Path(sys.argv[1])).lock(); print(1, flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    with pytest.raises(RunFolderError, match=rf"another run is writing there \(process {other.pid} on "):
+        run([config])
+    assert {p.name for p in tmp_path.iterdir()} == {".lock"}
+    other.kill()
+    other.wait()
+    run([config])
+    assert (tmp_path / "final").is_dir()
