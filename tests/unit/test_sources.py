@@ -64,6 +64,12 @@ def test_patterns_are_sorted_and_look_in_csv_too(tmp_path: Path) -> None:
     assert found(tmp_path, ["b.csv", "a*.csv"]) == ["b.csv", "a.csv", "a10.csv", "a9.csv"]
 
 
+def test_a_whole_path_is_one_file(tmp_path: Path) -> None:
+    file = put(tmp_path / "a.csv")
+    assert [s.path for s in find_sources(".", str(file), key=KEY)] == [file]
+    assert [s.path for s in find_sources(".", str(tmp_path), key=KEY)] == [file]
+
+
 def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path: Path) -> None:
     put(tmp_path / "a[1].csv")
     put(tmp_path / "a1.csv")

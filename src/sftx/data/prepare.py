@@ -52,6 +52,21 @@ def select(config: TrainConfig) -> Selection:
     corpus: Corpus = build(config.data)
     keep = not config.remove_unused_columns
     loaded = corpus.load(config.train_file_path, config.train_file_name, key="train_file_name", keep_columns=keep)
+    held_out = None
+    if config.eval_file_name is not None:
+        folder, name = config.train_file_path, config.eval_file_name
+        held_out = corpus.load(folder, name, key="eval_file_name", keep_columns=keep)
+    return select_from(loaded, held_out, corpus, config)
+
+
+def select_from(loaded: LoadedFile, held_out_file: LoadedFile | None, corpus: Corpus, config: TrainConfig) -> Selection:
+    """Choose the records of a corpus that is read, and of what is held out.
+
+    Errors:
+        DataError: nothing is left, or nothing can be held out.
+    """
+    if held_out_file is not None and held_out_file.sha256 == loaded.sha256:
+        raise DataError(f"{held_out_file.path}: to be held out, but it is the training file itself.")
     places = np.arange(len(loaded.records))[: config.max_train_rows]
     left_out: list[str] = []
     policy, facts = corpus.choose_policy(), None
@@ -61,25 +76,17 @@ def select(config: TrainConfig) -> Selection:
         places = choice.kept
         left_out += [f"{loaded.records[i].origin}: {why}" for i, why in choice.left_out]
     files = [loaded]
-    if config.eval_file_name is not None:
-        files.append(_held_out_file(corpus, config, loaded, keep))
-        held_out = np.arange(len(files[1].records))[: config.eval_max_rows]
+    if held_out_file is not None:
+        files.append(held_out_file)
+        held_out = np.arange(len(held_out_file.records))[: config.eval_max_rows]
     else:
         training, held = split(RecordView(loaded.records, places), config.eval_ratio, config.eval_max_rows)
         places, held_out = training.places, held.places
         if config.eval_ratio > 0 and not len(held_out):
             raise DataError(
-                f"{loaded.path}: {len(places)} rows are too few to hold some out: set eval_ratio=0 or eval_file_name."
+                f"{loaded.path}: too few rows ({len(places)}) to hold some out: set eval_ratio=0 or eval_file_name."
             )
     return Selection(corpus, files, _mixed(facts, places, corpus, config.seed), held_out, left_out)
-
-
-def _held_out_file(corpus: Corpus, config: TrainConfig, training: LoadedFile, keep_columns: bool) -> LoadedFile:
-    assert config.eval_file_name is not None
-    loaded = corpus.load(config.train_file_path, config.eval_file_name, key="eval_file_name", keep_columns=keep_columns)
-    if loaded.sha256 == training.sha256:
-        raise DataError(f"eval_file_name={config.eval_file_name}: is the training file itself: nothing is held out.")
-    return loaded
 
 
 def _mixed(facts: Facts | None, places: np.ndarray, corpus: Corpus, seed: int) -> np.ndarray:

@@ -66,14 +66,19 @@ def _find(folder: str, name: str, key: str) -> list[Source]:
 
 
 def _places(base: Path, name: str) -> list[Path]:
-    return [p for p in (base / name, base / "csv" / name) if p.exists()]
+    return [p for p in _candidates(base, name) if p.exists()]
+
+
+def _candidates(base: Path, name: str) -> list[Path]:
+    """Return where a name may be: in the folder or its `csv/`; a whole path is one place."""
+    return list(dict.fromkeys((base / name, base / "csv" / name)))
 
 
 def _matching(base: Path, pattern: str, key: str) -> list[Source]:
     try:
         found = [sorted(p for p in d.glob(pattern) if p.is_file()) for d in (base, base / "csv") if d.is_dir()]
     except (ValueError, NotImplementedError) as error:
-        raise DataError(f"{key}={pattern}: is not a pattern of names inside {base}: {error}.") from error
+        raise DataError(f"{_given(key, pattern)}: is not a pattern of names inside {base}: {error}.") from error
     names = [{p.name for p in paths} for paths in found]
     both = set.intersection(*names) if len(names) == 2 and "/" not in pattern else set()
     for name in sorted(both):
@@ -81,7 +86,8 @@ def _matching(base: Path, pattern: str, key: str) -> list[Source]:
     paths = [path for paths in found for path in paths]
     if not paths:
         raise DataError(
-            f"{key}={pattern}: no file in {base} or {base / 'csv'} has such a name. Files there: {_listing(base)}."
+            f"{_given(key, pattern)}: no file in {base} or {base / 'csv'} has such a name. "
+            f"Files there: {_listing(base)}."
         )
     return [Source(path, source_name(path)) for path in paths]
 
@@ -92,14 +98,16 @@ def _in_folder(folder: Path, name: str, key: str) -> list[Source]:
         splits = _json(folder / SPLITS).get("splits") or []
         chosen = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
         if chosen is None:
-            some = f"{key}={name}/{splits[0]}" if splits else "a split"
+            some = _given(key, f"{name}/{splits[0]}") if splits else "a split"
             raise DataError(f"{folder}: holds the splits {', '.join(map(str, splits)) or 'none'}; name one: {some}.")
         return _saved(folder / chosen, folder.resolve().name)
     if (folder / STATE).is_file():
         return _saved(folder, folder.resolve().name)
     paths = sorted(p for p in folder.iterdir() if p.is_file() and is_known(p) and not p.name.startswith("."))
     if not paths:
-        raise DataError(f"{key}={name}: the folder {folder} holds no corpus file. Files there: {_listing(folder)}.")
+        raise DataError(
+            f"{_given(key, name)}: the folder {folder} holds no corpus file. Files there: {_listing(folder)}."
+        )
     return [Source(path, source_name(path)) for path in paths]
 
 
@@ -138,7 +146,7 @@ def fetch(sources: Iterable[Source], *, key: str) -> list[Source]:
 
 
 def _fetched(source: Source, key: str) -> list[Source]:
-    begun = f"{key}={source.name}: no such file or folder, and as a dataset of the Hugging Face hub it cannot be read: "
+    begun = f"{_given(key, source.name)}: no such file or folder, and as a dataset of the hub it cannot be read: "
     try:
         from datasets import load_dataset  # heavy, and an extra
     except ImportError as error:
@@ -175,7 +183,7 @@ def find_file(folder: str, name: str, *, key: str) -> Path:
     """
     base = Path(folder).expanduser()
     _check_folder(base, folder, name, key)
-    found = [p for p in (base / name, base / "csv" / name) if p.is_file()]
+    found = [p for p in _candidates(base, name) if p.is_file()]
     if len(found) == 2:
         raise _twice(key, name, found)
     if not found:
@@ -185,7 +193,7 @@ def find_file(folder: str, name: str, *, key: str) -> Path:
 
 def _twice(key: str, name: str, found: Sequence[Path]) -> DataError:
     return DataError(
-        f"{key}={name}: found both as {found[0]} and as {found[1]}. "
+        f"{_given(key, name)}: found both as {found[0]} and as {found[1]}. "
         f"Remove one, or name the folder meant: train_file_path={found[1].parent}."
     )
 
@@ -200,6 +208,15 @@ def _listing(base: Path) -> str:
 
 
 def _missing(base: Path, name: str, key: str) -> DataError:
-    near = nearest(name, _names(base))
-    hint = f" Did you mean `{near}`?" if near else ""
-    return DataError(f"{key}={name}: no such file in {base} or {base / 'csv'}.{hint} Files there: {_listing(base)}.")
+    there = (base / name).parent
+    if not there.is_dir():
+        return DataError(f"{_given(key, name)}: no such file in {there}: there is no such folder.")
+    near = nearest(Path(name).name, _names(there))
+    hint = f" Did you mean `{Path(name).with_name(near)}`?" if near else ""
+    both = f"{there} or {there / 'csv'}" if (there / "csv").is_dir() else str(there)
+    return DataError(f"{_given(key, name)}: no such file in {both}.{hint} Files there: {_listing(there)}.")
+
+
+def _given(key: str, name: str) -> str:
+    """Return how a name was given: as a setting, or alone."""
+    return f"{key}={name}" if key else name
