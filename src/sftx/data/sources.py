@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sftx.data.hub import HUB_ID, hub_files
 from sftx.data.read import is_known, source_name
 from sftx.errors import DataError, nearest
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
@@ -49,8 +48,9 @@ def find_sources(folder: str, names: str | Sequence[str], *, key: str) -> list[S
 
 def _find(folder: str, name: str, key: str) -> list[Source]:
     base = Path(folder).expanduser()
-    if HUB_ID.fullmatch(name) and not is_known(Path(name)) and not _places(base, name):
-        return [Source(Path(name), name, hub=True)]
+    hub = HUB_ID.fullmatch(name)
+    if hub and not is_known(Path(name)) and not _places(base, name):
+        return [Source(Path(name), name.partition(":")[0], hub=True)]
     _check_folder(base, folder, name, key)
     if any(place.is_file() for place in _places(base, name)):
         path = find_file(folder, name, key=key)
@@ -137,7 +137,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def fetch(sources: Iterable[Source], *, key: str) -> list[Source]:
-    """Return the sources with each hub dataset's files, of its split `train`, in its place.
+    """Return the sources with each hub dataset's files in its place.
 
     Errors:
         DataError: `datasets` is not installed, or the hub has no such dataset or cannot be reached.
@@ -146,23 +146,8 @@ def fetch(sources: Iterable[Source], *, key: str) -> list[Source]:
 
 
 def _fetched(source: Source, key: str) -> list[Source]:
-    begun = f"{_given(key, source.name)}: no such file or folder, and as a dataset of the hub it cannot be read: "
-    try:
-        from datasets import load_dataset  # heavy, and an extra
-    except ImportError as error:
-        raise DataError(f"{begun}install the extra for that: pip install 'sftx[datasets]'.") from error
-    try:
-        data = load_dataset(source.name, split="train")
-    except Exception as error:
-        said = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise DataError(
-            f"{begun}{said.rstrip('.')}. Without a way to huggingface.co set HF_ENDPOINT to a mirror, or copy the "
-            "dataset (save_to_disk, or its Parquet files) into train_file_path."
-        ) from error
-    files = [Path(str(f["filename"])) for f in data.cache_files]
-    if not files:
-        raise DataError(f"{begun}it left no file; save it with save_to_disk and name that folder.")
-    return [Source(path, source.name) for path in files]
+    name = source.path.as_posix()
+    return [Source(path, source.name) for path in hub_files(name, _given(key, name))]
 
 
 def _check_folder(base: Path, folder: str, name: str, key: str) -> None:
