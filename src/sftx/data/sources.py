@@ -198,7 +198,7 @@ def _missing(base: Path, name: str, key: str) -> DataError:
         return DataError(f"{_given(key, name)}: no such file in {there}: there is no such folder.")
     near = nearest(Path(name).name, _names(there))
     hint = f" Did you mean `{Path(name).with_name(near)}`?" if near else ""
-    both = f"{there} or {there / 'csv'}" if (there / "csv").is_dir() else str(there)
+    both = f"{there} or {there / 'csv'}" if there == base else str(there)
     return DataError(f"{_given(key, name)}: no such file in {both}.{hint} Files there: {_listing(there)}.")
 
 
