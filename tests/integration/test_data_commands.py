@@ -80,6 +80,38 @@ def test_check_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
         sftx(["data", "check", str(bad), "train_file_name=x.csv"])
 
 
+def test_check_reports_and_then_refuses_what_only_a_run_would_refuse(corpus: Path, tmp_path: Path, capsys) -> None:
+    one = write(tmp_path / "one.jsonl", ROWS[:1])
+    with pytest.raises(DataError, match="too few rows"):
+        sftx(["data", "check", str(one)])
+    assert "1 records -> 1 rows" in capsys.readouterr().out
+    with pytest.raises(DataError, match="no record has the category `cod`"):
+        sftx(["data", "check", str(corpus), "data.category_weights={cod: 2}", "--json"])
+    assert "`cod`" in json.loads(capsys.readouterr().out)["refused"]
+    with pytest.raises(DataError, match="is trained on too"):
+        sftx(["data", "check", str(corpus), "--eval", str(corpus)])
+
+
+def test_check_counts_an_epoch_as_a_run_would(corpus: Path, capsys) -> None:
+    epoch = checked(capsys, corpus, "data.category_weights={more:3}")["epoch"]
+    assert epoch["held_out_rows"] == 1
+    assert epoch["rows"] > len(ROWS)
+
+
+def test_check_names_the_file_that_was_meant(corpus: Path) -> None:
+    with pytest.raises(DataError, match=rf"^{corpus.parent}/corpsu\.jsonl: no such file.*`{corpus}`"):
+        sftx(["data", "check", str(corpus.parent / "corpsu.jsonl")])
+
+
+def test_a_preview_is_what_is_trained_on_and_cannot_steer_the_terminal(tmp_path: Path, capsys) -> None:
+    question, answer = "q\tx\x1b[31m\u200b\uff1f ", "\u597d\uff0c  \nb"
+    file = write(tmp_path / "odd.jsonl", [("a", question, answer), *ROWS[6:9]])
+    assert sftx(["data", "check", str(file), "--show", "4"]) == 0
+    shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert "q<U+0009>x<U+001B>[31m<U+200B>\uff1f\u00b7<|im_end|>\u21b5" in shown
+    assert "\u27e6\u597d\uff0c\u00b7\u00b7\u21b5\n  b<|im_end|>\u27e7" in shown
+
+
 def test_convert_writes_what_can_be_read_again(corpus: Path, tmp_path: Path, capsys) -> None:
     alpaca = tmp_path / "alpaca.json"
     alpaca.write_text(json.dumps([{"instruction": "add", "input": "1+1", "output": "2"}]), encoding="utf-8")

@@ -135,7 +135,7 @@ def test_a_row_that_is_not_sound_ends_the_run_when_it_is_met(make_config, corpus
 
 def test_what_is_trained_on_cannot_be_held_out(make_config, corpus: Path) -> None:
     for words in ((), ("data.streaming=false",)):
-        with pytest.raises(DataError, match=r"a\.jsonl is trained on too: nothing is held out"):
+        with pytest.raises(DataError, match=r"a\.jsonl: to be held out, but it is trained on too"):
             run([make_config(*streamed(corpus, "eval_file_name=a.jsonl", *words))])
 
 
@@ -173,6 +173,7 @@ def test_a_hub_that_falls_silent_is_said(make_config, corpus: Path, monkeypatch:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
-        DataError, match=r"owner/name: row 2 cannot be had: the line is dead. Run the same command again"
+        DataError,
+        match=r"train_file_name=owner/name: row 2 cannot be had: the line is dead. Run the same command again",
     ):
         run([make_config(*streamed(corpus, "train_file_name=owner/name"))])

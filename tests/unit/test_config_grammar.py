@@ -103,6 +103,33 @@ def test_a_list_of_chinese_texts():
 
 
 @pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("{human:问题}", {"human": "问题"}),
+        ("{human: 问题, assistant:'回答，好'}", {"human": "问题", "assistant": "回答，好"}),
+        ('{"human":"问 题",\'a\':b}', {"human": "问 题", "a": "b"}),
+        ("{a:{b:问},c:[问,d]}", {"a": {"b": "问"}, "c": ["问", "d"]}),
+        ("{a:写（x）:y}", {"a": "写（x）:y"}),
+    ],
+)
+def test_a_mapping_of_chinese_texts(typed, value):
+    assert read_override(f"data.columns={typed}", multirun=False).value == value
+
+
+def test_a_chinese_name_in_a_mapping_goes_to_a_file_and_the_message_says_how(tmp_path):
+    problems = read_command_line(["data.category_prefix={a:b,代码:写}"]).problems
+    assert len(problems) == 1
+    assert "`data: {category_prefix: {代码: ...}}`" in problems[0]
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("data: {category_prefix: {代码: 写}}\n", encoding="utf-8")
+    config = compose_checked(["--config-dir", str(tmp_path), "experiment=mine"])
+    assert config.data.category_prefix == {"代码": "写"}
+    assert not read_command_line(["output_dir={问:b}"]).problems
+    (tmp_path / "args.json").write_text('{"data": {"category_prefix": {"代码": "写"}}}', encoding="utf-8")
+    assert "experiment=mine" in read_command_line([f"args_file={tmp_path / 'args.json'}"]).problems[0]
+
+
+@pytest.mark.parametrize(
     ("typed", "points"),
     [
         ("训练.csv,测试(2).csv", ["训练.csv", "测试(2).csv"]),

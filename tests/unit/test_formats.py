@@ -323,9 +323,8 @@ def test_characters_and_bad_bytes_at_the_border_of_two_chunks(
     tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = {"big5": "這個時間我們來學會", "cp932": "こんにちは、ありがとう", "cp949": "이것은무엇이고어디에있나요"}
-    rows = f"category,human,assistant\r\n{text.get(codec, '请问我们的一')},q,a\r\n" * 2
-    raw = rows.replace("category,human,assistant\r\n", "", 1).encode(codec)
-    raw = "category,human,assistant\r\n".encode(codec) + raw[2 if codec == "utf-16" else 0 :]
+    row = f"{text.get(codec, '请问我们的一')},q,a\r\n"
+    raw = ("category,human,assistant\r\n" + 3 * row).encode(codec)
     for size in (1, 2, 3, 5, 7):
         monkeypatch.setattr("sftx.data.blob.CHUNK", size)
         reading = read_file(write(tmp_path, raw, "a.csv"))

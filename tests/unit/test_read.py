@@ -306,8 +306,17 @@ def test_a_delimiter_that_cannot_be_one(tmp_path: Path, given: str) -> None:
 
 def test_a_given_delimiter_is_not_second_guessed(tmp_path: Path) -> None:
     found = refused(write(tmp_path, HEADER + "a,b,c\n"), delimiter=";")
-    assert len(found) == 3
-    assert all("found `category,human,assistant`" in line and "';'" in line for line in found)
+    assert len(found) == 1
+    assert "one cell, `category,human,assistant`, as cells are told by ';'; set data.delimiter=','" in found[0]
+
+
+def test_a_delimiter_that_is_not_known_is_named(tmp_path: Path) -> None:
+    check_one_line(write(tmp_path, "category^human^assistant\na^b^c\n"), 1, "is one cell", "set data.delimiter='^'")
+
+
+@pytest.mark.parametrize("again", ["category,human,assistant\n", " category,human , assistant\r\n"])
+def test_a_header_that_comes_again_is_no_row(tmp_path: Path, again: str) -> None:
+    check_one_line(write(tmp_path, HEADER + "a,b,c\n" + again + "d,e,f\n"), 3, "the header again")
 
 
 @pytest.mark.parametrize(

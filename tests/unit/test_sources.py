@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def test_patterns_are_sorted_and_look_in_csv_too(tmp_path: Path) -> None:
     assert found(tmp_path, "a?*.csv") == ["a10.csv", "a9.csv"]
     assert found(tmp_path, "[bx].*") == ["b.csv", "x.txt"]
     assert found(tmp_path, ["b.csv", "a*.csv"]) == ["b.csv", "a.csv", "a10.csv", "a9.csv"]
+
+
+def test_a_whole_path_is_one_file(tmp_path: Path) -> None:
+    file = put(tmp_path / "a.csv")
+    assert [s.path for s in find_sources(".", str(file), key=KEY)] == [file]
+    assert [s.path for s in find_sources(".", str(tmp_path), key=KEY)] == [file]
 
 
 def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path: Path) -> None:
@@ -191,30 +198,69 @@ def test_datasets_itself_saves_what_is_read(tmp_path: Path) -> None:
     assert [r.human for r in load(tmp_path, "dict").records] == ["q3", "q1"]
 
 
-def test_a_hub_dataset_is_fetched_when_nothing_local_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A stand-in for `datasets`, and a hub that answers."""
+    stand_in = types.SimpleNamespace(config=types.SimpleNamespace(HF_HUB_OFFLINE=False))
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr("sftx.data.hub.urllib.request.urlopen", lambda *_, **__: nullcontext())
+    return stand_in
+
+
+def test_a_hub_dataset_is_fetched_when_nothing_local_has_its_name(tmp_path: Path, hub: types.SimpleNamespace) -> None:
     asked: list[object] = []
 
-    def load_dataset(name: str, split: str) -> object:
-        asked.append((name, split))
+    def load_dataset(*names: str, split: str) -> object:
+        asked.append((*names, split))
         return types.SimpleNamespace(cache_files=[{"filename": str(arrow(tmp_path / "hub" / "x.arrow", "q1"))}])
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    hub.load_dataset = load_dataset
     assert find_sources(str(tmp_path), "owner/name", key=KEY) == [Source(Path("owner/name"), "owner/name", hub=True)]
     assert asked == [], "looking for the corpus fetches nothing"
     assert [(r.human, r.source) for r in load(tmp_path, "owner/name").records] == [("q1", "owner/name")]
-    assert asked == [("owner/name", "train")]
+    assert [r.source for r in load(tmp_path, "owner/name:test").records] == ["owner/name"]
+    assert [r.source for r in load(tmp_path, "owner/name/main:test").records] == ["owner/name/main"]
+    assert asked == [("owner/name", "train"), ("owner/name", "test"), ("owner/name", "main", "test")]
     put(tmp_path / "owner" / "name" / "a.csv", "c,local,a")
     assert load(tmp_path, "owner/name").records[0].human == "local"
 
 
-def test_a_hub_dataset_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_that_cannot_be_had(
+    tmp_path: Path, hub: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load_dataset(name: str, split: str) -> object:
-        raise ConnectionError("Couldn't reach 'owner/name' on the Hub (offline)\nmore")
+        raise ValueError("Unknown split \"tset\". Should be one of ['train', 'test'].\nmore")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    refused(tmp_path, "owner/name", "train_file_name=owner/name: no such file or folder", "(offline)", "HF_ENDPOINT")
+    hub.load_dataset = load_dataset
+    refused(tmp_path, "owner/name:tset", "train_file_name=owner/name:tset: no such file or folder", "['train', 'test']")
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused(tmp_path, "owner/name", "pip install 'sftx[datasets]'")
+
+
+def test_without_a_way_to_the_hub_only_what_is_kept_is_read(
+    tmp_path: Path, hub: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    def kept(*_: str, split: str) -> object:
+        assert hub.config.HF_HUB_OFFLINE, "the clients would try again and again"
+        return types.SimpleNamespace(cache_files=[{"filename": str(arrow(tmp_path / "hub" / "x.arrow", "q1"))}])
+
+    def nothing(*_: str, split: str) -> object:
+        raise ConnectionError("Couldn't find it")
+
+    monkeypatch.setattr("sftx.data.hub.urllib.request.urlopen", unreachable)
+    hub.load_dataset = kept
+    assert load(tmp_path, "owner/name").records[0].human == "q1"
+    assert not hub.config.HF_HUB_OFFLINE
+    hub.load_dataset = nothing
+    refused(tmp_path, "owner/other", "https://huggingface.co does not answer", "HF_ENDPOINT", "name that folder")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(tmp_path, "owner/other", "HF_HUB_OFFLINE is set")
+
+
+def test_local_files_need_no_hub(tmp_path: Path) -> None:
     assert fetch([Source(tmp_path, "x")], key=KEY) == [Source(tmp_path, "x")]

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,9 @@ def _check(asked: argparse.Namespace) -> int:
         print(json.dumps(_as_json(checked), ensure_ascii=False, indent=2))
     else:
         data_report.show(checked, rows=asked.show, terminal=sys.stdout)
+    sys.stdout.flush()
+    if checked.refused:
+        raise DataError(f"a run would be refused: {checked.refused}")
     return 0
 
 
@@ -71,4 +75,9 @@ def sort_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _as_json(checked: Checked) -> dict[str, Any]:
-    return {"files": list(checked.loaded.files), "left_out": checked.left_out} | checked.audit.as_dict()
+    return {
+        "files": list(checked.loaded.files),
+        "refused": checked.refused,
+        "epoch": asdict(checked.epoch) if checked.epoch else None,
+        "left_out": checked.left_out,
+    } | checked.audit.as_dict()

@@ -9,27 +9,40 @@ from typing import TextIO
 
 import numpy as np
 from rich.console import Console
-from rich.panel import Panel
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from sftx.build import build
+from sftx.commands.preview import heading, legend, preview
 from sftx.config.schema import TrainConfig
 from sftx.data.audit import LISTED, Audit, audit
 from sftx.data.choose import choose, facts_of
 from sftx.data.corpus import Corpus, LoadedFile
-from sftx.data.prepare import rows_of
+from sftx.data.prepare import Data, rows_of, select_from, tokenise
+from sftx.data.record import Record
+from sftx.data.record_store import RecordView
 from sftx.data.sources import fetch, find_sources
 from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
-from sftx.errors import ConfigError
+from sftx.errors import ConfigError, DataError
 from sftx.files import write_bytes
 from sftx.model.family import family_named, family_of
 from sftx.model.load import find_model, load_template
 
 BAR = 40
-SHOWN_TOKENS = 400
-"""Tokens of a row that are shown, at most."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of a run would train on, and what it would be evaluated on."""
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    held_out_rows: int
+    held_out_files: list[str]
+    """Empty when the rows are held out of the corpus itself."""
 
 
 @dataclass(frozen=True)
@@ -42,32 +55,61 @@ class Checked:
     template: ChatTemplate
     audit: Audit
     left_out: list[str]
-    """Records that the policies of group `data` leave out, as `file:line: why`."""
+    """Records that are not used, as `file:line: why`."""
+    epoch: Epoch | None
+    refused: str | None
+    """Why a run would be refused, if it would, though the files can be read."""
+    near: float | None
+
+    @property
+    def evaluates(self) -> bool:
+        """True when a run would hold something out."""
+        return self.epoch is not None and self.epoch.held_out_rows > 0
 
 
 def check(files: Sequence[str], held_out: Sequence[str], config: TrainConfig, *, near: float | None) -> Checked:
     """Read, choose and tokenise as a run would.
 
     Errors:
-        SftxError: whatever a run would refuse.
+        SftxError: files that cannot be read, or hold nothing to learn.
     """
     corpus: Corpus = build(config.data)
     loaded = _load(corpus, files, config)
-    held = _load(corpus, held_out, config).records if held_out else ()
+    held = _load(corpus, held_out, config) if held_out else None
     source = find_model(config.model_name_or_path)
     family, _ = family_of(config.model, source.model_type, downloaded=source.downloaded)
     template = load_template(source, family, config.template_name, family_named)
     facts = facts_of(loaded.records)
     choice = choose(facts, loaded.records, corpus.choose_policy(), config.seed)
     rows, _ = rows_of(loaded, choice.kept, corpus, config, template)
-    found = audit(loaded.records, facts, rows, config.max_seq_length, held_out=held, near=near)
+    training: Sequence[Record] = ()
+    evaluated: Sequence[Record] = ()
+    epoch, refused = None, None
+    try:
+        selection = select_from(loaded, held, corpus, config)
+        epoch = _epoch(tokenise(selection, config, template), held)
+        training = RecordView(loaded.records, np.unique(selection.training))
+        evaluated = RecordView((held or loaded).records, selection.held_out)
+    except DataError as error:
+        refused = str(error)
+    found = audit(loaded.records, facts, rows, config.max_seq_length, training=training, held_out=evaluated, near=near)
     left = [*loaded.skipped(), *(f"{loaded.records.origin(i)}: {why}" for i, why in choice.left_out)]
-    return Checked(config, loaded, rows, template, found, left)
+    return Checked(config, loaded, rows, template, found, left, epoch, refused, near)
+
+
+def _epoch(data: Data, held: LoadedFile | None) -> Epoch:
+    return Epoch(
+        len(data.train),
+        data.train.tokens,
+        int(data.train.supervised.sum()),
+        len(data.held_out),
+        [str(f["path"]) for f in held.files] if held else [],
+    )
 
 
 def _load(corpus: Corpus, files: Sequence[str], config: TrainConfig) -> LoadedFile:
-    sources = [s for f in files for s in find_sources(str(Path(f).parent), Path(f).name or ".", key="FILE")]
-    return corpus.read(fetch(sources, key="FILE"), keep_columns=not config.remove_unused_columns)
+    sources = [s for f in files for s in find_sources(".", f, key="")]
+    return corpus.read(fetch(sources, key=""), keep_columns=not config.remove_unused_columns)
 
 
 def show(checked: Checked, *, rows: int, terminal: TextIO) -> None:
@@ -75,68 +117,102 @@ def show(checked: Checked, *, rows: int, terminal: TextIO) -> None:
     console = Console(file=terminal, highlight=False)
     a = checked.audit
     console.print(_files(checked.loaded))
-    console.print(
-        f"{a.records:,} records -> {a.rows:,} rows, {a.tokens:,} tokens, {a.supervised_tokens:,} of them learned "
-        f"({checked.config.model_name_or_path}, template of {len(checked.template.source)} characters)"
-    )
+    console.print(Text(f"\n{_totals(checked)}"), soft_wrap=True)
     console.print(_lengths(a))
-    console.print(_categories(a))
-    for title, places in _findings(checked):
-        console.print(Text(f"{title}: {len(places)}", style="yellow" if places else "green"))
-        for place in places[:LISTED]:
-            console.print(Text(f"  {place}"), soft_wrap=True)
+    console.print(Padding(_categories(a), (0, 0, 1, 0)))
+    found = _findings(checked)
+    none = [title for title, places in found if not places]
+    if none:
+        console.print(Text(f"none: {', '.join(none)}", style="green"))
+    for title, places in found:
+        if places:
+            console.print(Text(f"{title}: {len(places):,}", style="yellow"))
+            for place in places[:LISTED]:
+                console.print(Text(f"  {place}"), soft_wrap=True)
         if len(places) > LISTED:
-            console.print(f"  and {len(places) - LISTED} more (--json names all)")
-    for index in _typical(checked.rows, rows):
-        console.print(_preview(checked, index))
+            console.print(f"  and {len(places) - LISTED:,} more (--json names all)")
+    colours = console.color_system is not None
+    control = set(checked.template.tokenizer.all_special_ids) | set(checked.template.stop_ids())
+    typical = _typical(checked.rows, rows)
+    if typical:
+        console.print(Padding(legend(colours=colours), (1, 0, 0, 0)))
+    for row in map(checked.rows.row, typical):
+        text = preview(row, checked.template.tokenizer, control, colours=colours)
+        console.print(Padding(heading(row), (1, 0, 0, 0)), Padding(text, (0, 0, 0, 2)), sep="")
+
+
+def _totals(checked: Checked) -> str:
+    a, config, epoch = checked.audit, checked.config, checked.epoch
+    template = f"template {config.template_name}" if config.template_name else "its own chat template"
+    lines = [
+        f"{a.records:,} records -> {a.rows:,} rows, {a.tokens:,} tokens, {a.supervised_tokens:,} of them learned "
+        f"({config.model_name_or_path}, {template})"
+    ]
+    if epoch:
+        held = f"{epoch.held_out_rows:,} held out" if epoch.held_out_rows else "nothing held out"
+        where = f" ({', '.join(epoch.held_out_files)})" if epoch.held_out_files else ""
+        lines.append(
+            f"an epoch of a run: {epoch.rows:,} rows, {epoch.tokens:,} tokens, "
+            f"{epoch.supervised_tokens:,} of them learned; {held}{where}"
+        )
+    return "\n".join(lines)
 
 
 def _findings(checked: Checked) -> list[tuple[str, list[str]]]:
     a = checked.audit
     return [
         ("left out", checked.left_out),
-        ("give nothing to learn", a.unlearnable),
+        ("nothing to learn", a.unlearnable),
         (f"longer than max_seq_length={checked.config.max_seq_length}", a.truncated),
         ("duplicates", a.duplicates),
-        *([("near-duplicates", a.near_duplicates)] if a.near_duplicates else []),
-        ("same question, other answer", a.conflicts),
-        ("held-out questions that are trained on", a.leaks),
+        *([("near-duplicates", a.near_duplicates)] if checked.near is not None else []),
+        ("one question with several answers", a.conflicts),
+        *([("held-out questions that are trained on", a.leaks)] if checked.evaluates else []),
     ]
 
 
 def _files(loaded: LoadedFile) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("file", "format", "encoding", "delimiter", "shape", "rows"):
-        table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
+    for name in ("rows", "format", "encoding", "delimiter", "shape", "file"):
+        table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold", no_wrap=name != "file")
     for f in loaded.files:
         delimiter = {"\t": "tab", None: "-"}.get(f["delimiter"], f["delimiter"])
-        table.add_row(
-            *(str(f[k] or "-") for k in ("path", "format", "encoding")), delimiter, f["shape"], f"{f['rows']:,}"
-        )
+        cells = (f"{f['rows']:,}", *(str(f[k] or "-") for k in ("format", "encoding")), delimiter, f["shape"] or "-")
+        table.add_row(*map(Text, (*cells, str(f["path"]))))
     return table
 
 
-def _lengths(found: Audit) -> Panel:
+def _lengths(found: Audit) -> Text:
+    """Draw the distribution; what is longer than `max_seq_length` is yellow."""
     n = found.lengths
     most = max(count for *_, count in n.histogram)
-    lines = [
-        f"{f'{low}-{high}':>13} {'█' * max(1, round(BAR * count / most)) if count else '':<{BAR}} {count:,}"
-        for low, high, count in n.histogram
-    ]
-    lines.append(f"median {n.median}, 90 % up to {n.p90}, 99 % up to {n.p99}, longest {n.longest}")
-    lines.append(
-        f"max_seq_length={n.max_seq_length} covers {n.covered:.1%} of the rows; "
-        f"proposed: {n.proposed}, which covers {n.proposed_covers:.1%}"
-    )
-    return Panel("\n".join(lines), title="tokens a row", title_align="left", expand=False)
+    names = [f"{low:,}-{high:,}" for low, high, _ in n.histogram]
+    width = max(map(len, names))
+    text = Text.assemble("\n", ("tokens a row", "bold"), "\n")
+    for name, (low, _, count) in zip(names, n.histogram, strict=True):
+        style = "yellow" if low > n.max_seq_length else "cyan"
+        bar = _bar(count / most)
+        text.append(f"{name:>{width}} ").append(bar + " " if bar else "", style=style).append(f"{count:,}\n")
+    if found.unlearnable:
+        text.append(f"rows with nothing to learn are not counted: {len(found.unlearnable):,}\n", style="yellow")
+    text.append(f"median {n.median:,}, 90 % up to {n.p90:,}, 99 % up to {n.p99:,}, longest {n.longest:,}\n")
+    of = f"the other {found.rows:,} rows" if found.unlearnable else "the rows"
+    text.append(f"max_seq_length={n.max_seq_length} covers {n.covered:.1%} of {of}; ")
+    return text.append(f"proposed: {n.proposed}, which covers {n.proposed_covers:.1%}\n")
+
+
+def _bar(share: float) -> str:
+    """Return a bar in eighths of a letter; what is there at all is seen."""
+    eighths = max(1, round(8 * BAR * share)) if share else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def _categories(found: Audit) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("category", "records", "tokens", "learned", "languages"):
-        table.add_column(name, justify="left" if name in ("category", "languages") else "right", overflow="fold")
+    for name in ("category", "records", "tokens", "learned", "languages, by script"):
+        table.add_column(name, justify="left" if name[0] in "cl" and name != "learned" else "right", overflow="fold")
     for name, c in found.categories.items():
-        languages = ", ".join(f"{k} {v}" for k, v in c.languages.items())
+        languages = ", ".join(f"{k} {v:,}" for k, v in c.languages.items())
         table.add_row(Text(name), f"{c.rows:,}", f"{c.tokens:,}", f"{c.supervised_tokens:,}", languages)
     return table
 
@@ -147,32 +223,6 @@ def _typical(rows: Rows, count: int) -> list[int]:
     middle = len(order) // 2
     start = max(0, middle - count // 2)
     return sorted(order[start : start + count].tolist())
-
-
-def _preview(checked: Checked, index: int) -> Panel:
-    """Show a row token by token: green is learned, blue is a control token, a dot a blank at a token's start."""
-    row, tokenizer = checked.rows.row(index), checked.template.tokenizer
-    control = set(tokenizer.all_special_ids) | set(checked.template.stop_ids())
-    text = Text()
-    for ids, learned, is_control in _runs(row.ids_T[:SHOWN_TOKENS].tolist(), row.supervised_T.tolist(), control):
-        style = ("bold " if is_control else "") + ("green" if learned else "blue" if is_control else "dim")
-        text.append(tokenizer.decode(ids, skip_special_tokens=False), style=style)
-    if len(row.ids_T) > SHOWN_TOKENS:
-        text.append(f" ... and {len(row.ids_T) - SHOWN_TOKENS} tokens", style="italic")
-    title = f"{row.origin}  {len(row.ids_T)} tokens, {row.supervised_tokens} learned (green)"
-    return Panel(text, title=Text(title), title_align="left")
-
-
-def _runs(ids: list[int], learned: list[bool], control: set[int]) -> list[tuple[list[int], bool, bool]]:
-    """Group tokens that are shown alike: parts of one character must be decoded together."""
-    runs: list[tuple[list[int], bool, bool]] = []
-    for token, is_learned in zip(ids, learned, strict=False):
-        kind = (is_learned, token in control)
-        if runs and runs[-1][1:] == kind and not kind[1]:
-            runs[-1][0].append(token)
-        else:
-            runs.append(([token], *kind))
-    return runs
 
 
 def draw(checked: Checked, path: Path) -> None:
@@ -188,14 +238,20 @@ def draw(checked: Checked, path: Path) -> None:
         raise ConfigError("--png needs matplotlib: pip install -c constraints.txt matplotlib.") from error
     import io
 
-    n = checked.audit.lengths
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    n, lengths = checked.audit.lengths, checked.rows.full_lengths
+    reach = min(n.longest, 2 * max(n.p99, n.proposed))  # one very long row would leave a single bar
+    beyond = int((lengths > reach).sum())
+    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    axes.hist(checked.rows.full_lengths, bins=60, color="#1f6feb")
-    for at, name, color in ((n.max_seq_length, "max_seq_length", "#cf222e"), (n.proposed, "proposed", "#1a7f37")):
-        if at <= 2 * n.longest:
-            axes.axvline(at, color=color, linewidth=1.5, label=f"{name}={at}")
-    axes.set(xlabel="tokens a row", ylabel="rows", title=f"{checked.audit.rows:,} rows, median {n.median} tokens")
+    axes.hist(lengths[lengths <= reach], bins=60, range=(0, reach), color="#1f6feb")
+    for at, covered, name, color in (
+        (n.max_seq_length, n.covered, "max_seq_length", "#cf222e"),
+        (n.proposed, n.proposed_covers, "proposed", "#1a7f37"),
+    ):
+        if at <= 1.1 * reach:
+            axes.axvline(at, color=color, linewidth=1.5, label=f"{name}={at} covers {covered:.1%}")
+    more = f"; {beyond:,} longer than {reach:,}, up to {n.longest:,}" if beyond else ""
+    axes.set(xlabel="tokens a row", ylabel="rows", title=f"{checked.audit.rows:,} rows, median {n.median:,}{more}")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     buffer = io.BytesIO()

@@ -60,7 +60,12 @@ def _flatten(pairs: _Pairs, head: str, path: Path, text: str, out: ArgsFile) -> 
             continue
         out.places[dotted] = place
         match = KEY.fullmatch(dotted)
-        if match is None or match["prefix"]:
+        if match is None and head and not key.isascii():  # Hydra's grammar has no way to write it
+            out.problems.append(
+                f"{place}: `{dotted}`: a name in a mapping must be ASCII here; write it in conf/experiment/mine.yaml, "
+                "as YAML, and choose it by experiment=mine."
+            )
+        elif match is None or match["prefix"]:
             out.problems.append(f"{place}: unknown key {dotted!r}. All keys: python train.py --help")
         elif isinstance(value, _Pairs) and value:
             _flatten(value, f"{dotted}.", path, text, out)

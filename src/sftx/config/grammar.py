@@ -106,13 +106,32 @@ def _parse(text: str) -> Override | None:
 
 
 def _mended(text: str) -> str:
-    """Quote what Hydra refuses, inside of lists too."""
+    """Quote what Hydra refuses, inside of lists and mappings too; a mapping's name it refuses cannot be quoted."""
     text = text.strip()
     if _parse(f"k={text}") is not None:
         return text
     if text.startswith("[") and text.endswith("]"):
         return "[" + ",".join(map(_mended, split_commas(text[1:-1]))) + "]"
+    if text.startswith("{") and text.endswith("}"):
+        pairs = [piece.partition(":") for piece in split_commas(text[1:-1])]
+        made = "{" + ",".join(f"{_bare_name(key)}:{_mended(value)}" for key, colon, value in pairs if colon) + "}"
+        if all(colon for _, colon, _ in pairs) and _parse(f"k={made}") is not None:
+            return made
     return quote(text)
+
+
+def _bare_name(text: str) -> str:
+    """Take the quotes from a mapping's name: JSON has them, Hydra's grammar knows none there."""
+    text = text.strip()
+    return text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def unwritable_name(text: str) -> str | None:
+    """Return the first name of a typed mapping that Hydra's grammar cannot hold."""
+    if not (text.startswith("{") and text.endswith("}")):
+        return None
+    names = [_bare_name(name) for name, colon, _ in (p.partition(":") for p in split_commas(text[1:-1])) if colon]
+    return next((name for name in names if _parse(f"k={{{name}:1}}") is None), None)
 
 
 def split_commas(text: str) -> list[str]:

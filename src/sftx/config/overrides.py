@@ -11,7 +11,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Glob
 
 from sftx.config.argsfile import read_args_file
-from sftx.config.grammar import Deleted, Sweep, grammar, read_override
+from sftx.config.grammar import Deleted, Sweep, grammar, read_override, unwritable_name
 from sftx.config.options import ALL_GROUPS, options
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS
 from sftx.config.spellings import plain_name, rewrite, settle, show
@@ -137,6 +137,15 @@ def _read_overrides(texts: list[str], line: CommandLine) -> tuple[dict[str, Any]
             line.problems.append(
                 f"command line: `{text}` is not an override. Wanted key=value, for example lora_rank=32; "
                 f"no spaces around `=`, and quotes around the whole when the value has spaces."
+            )
+            continue
+        name = unwritable_name(typed.value) if isinstance(typed.value, str) else None
+        if name is not None and not is_text(str(getattr(KNOBS.get(typed.name), "type", None))):
+            group, _, key = typed.name.partition(".")
+            line.problems.append(
+                f"command line: `{text}`: `{name}` cannot stand before a colon on the command line, where names are "
+                f"letters without accents, digits and `_`. Write conf/experiment/mine.yaml with the line "
+                f"`{group}: {{{key}: {{{name}: ...}}}}` and type experiment=mine."
             )
             continue
         if isinstance(typed.value, Deleted) and _cannot_go(plain_name(typed.name)):

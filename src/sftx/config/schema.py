@@ -44,10 +44,12 @@ class TrainConfig:
     )
     train_file_name: str | list[str] = knob(
         "the corpus in that folder: a CSV of category,human,assistant (or .tsv, .jsonl, .json, .parquet, .arrow, "
-        "also .gz and .zst); a pattern (*.csv), a list of names, a folder, a dataset that was saved, or a hub id; "
+        "also .gz and .zst); a pattern (*.csv), a list of names, a folder, a dataset that was saved, or a Hugging Face "
+        "dataset: org/name, org/name:split or org/name/config:split, the split being train unless named; "
         "it is converted to JSONL automatically",
         "该目录中的语料：列为 category,human,assistant 的 CSV（或 .tsv、.jsonl、.json、.parquet、.arrow，"
-        "可带 .gz、.zst）；也可以是通配符（*.csv）、文件名列表、文件夹、保存的 dataset 或 Hugging Face 数据集 id；"
+        "可带 .gz、.zst）；也可以是通配符（*.csv）、文件名列表、文件夹、save_to_disk 保存的数据集，"
+        "或 Hugging Face 数据集：org/name、org/name:split 或 org/name/config:split，不写 split 即为 train；"
         "会自动转换为 JSONL 再加载",
     )
     template_name: str | None = knob(
@@ -146,8 +148,10 @@ class TrainConfig:
     )
     max_train_rows: int | None = knob("use only the first rows of the corpus", "只使用语料的前多少行", at_least=1)
     eval_file_name: str | list[str] | None = knob(
-        "a held-out file in train_file_path; without one, eval_ratio of the corpus is held out",
-        "train_file_path 中的评估文件；不设则按 eval_ratio 从语料中划出",
+        "what is held out, named as train_file_name is: a file in train_file_path, a pattern, a list, a folder or a "
+        "hub dataset; without one, eval_ratio of the corpus is held out",
+        "评估语料，写法与 train_file_name 相同：train_file_path 中的文件、通配符、列表、文件夹或 Hugging Face 数据集；"
+        "不设则按 eval_ratio 从语料中划出",
     )
     eval_ratio: float = knob(
         "share of the corpus held out for evaluation, stratified by category; 0 turns evaluation off",

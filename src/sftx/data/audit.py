@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,10 +81,14 @@ def audit(
     rows: Rows,
     max_seq_length: int,
     *,
+    training: Sequence[Record] = (),
     held_out: Sequence[Record] = (),
     near: float | None = None,
 ) -> Audit:
-    """Look a corpus through; `near` is the likeness from which rows are near-duplicates, None does not look."""
+    """Look a corpus through; `near` is the likeness from which rows are near-duplicates, None does not look.
+
+    `training` are those of its records that a run would train on, `held_out` what it would be evaluated on.
+    """
     repeated = dict(exact_duplicates(facts, records))
     nearly = dict(near_duplicates(records, near, skip=repeated)) if near is not None else {}
     return Audit(
@@ -98,7 +103,7 @@ def audit(
         duplicates=[f"{origin_of(records, i)}: {why}" for i, why in repeated.items()],
         near_duplicates=[f"{origin_of(records, i)}: {why}" for i, why in nearly.items()],
         conflicts=[" and ".join(origin_of(records, i) for i in g) for g in conflicts(facts, repeated)],
-        leaks=list(leaks(records, held_out)),
+        leaks=list(leaks(training, held_out)),
     )
 
 
@@ -134,7 +139,8 @@ def _histogram(ordered: np.ndarray, bins: int = 20) -> list[tuple[int, int, int]
     beyond = int((ordered > edges[-1] + width).sum())
     if beyond:
         found.append((edges[-1] + width + 1, int(ordered[-1]), beyond))
-    return [f for i, f in enumerate(found) if f[2] or any(g[2] for g in found[i:])]
+    full = [i for i, (*_, count) in enumerate(found) if count]
+    return found[full[0] : full[-1] + 1]
 
 
 def language_of(text: str) -> str:
@@ -174,19 +180,15 @@ def leaks(training: Sequence[Record], held_out: Sequence[Record]) -> Iterator[st
     """Yield the held-out records whose question is in the training data, also in other case and spacing."""
     if not held_out:
         return
-    asked: dict[str, str] = {}
-    for record in training:
-        asked.setdefault(_plain(record.human), record.origin)
+    asked: dict[bytes, int] = {}
+    for i, record in enumerate(training):
+        asked.setdefault(_plain(record.human), i)
     for record in held_out:
-        origin = asked.get(_plain(record.human))
-        if origin is not None:
-            yield f"{record.origin}: its question is trained on, {origin}"
+        first = asked.get(_plain(record.human))
+        if first is not None:
+            yield f"{record.origin}: its question is trained on, {training[first].origin}"
 
 
-def _plain(text: str) -> str:
-    return "".join(text.lower().split())
-
-
-def plainest(findings: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Return the first places of each kind of finding."""
-    return {kind: list(places[:LISTED]) for kind, places in findings.items() if places}
+def _plain(text: str) -> bytes:
+    """Return a digest: the questions of a large corpus are not held in memory."""
+    return hashlib.blake2b("".join(text.lower().split()).encode(), digest_size=16).digest()

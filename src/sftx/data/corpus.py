@@ -251,7 +251,7 @@ def convert(files: Sequence[Path], out: Path, corpus: Corpus | None = None, *, k
     """
     if Path(out).resolve() in {Path(file).resolve() for file in files}:
         raise DataError(f"{out}: is one of the files to convert; give another name for the result")
-    sources = [s for file in files for s in find_sources(str(Path(file).parent), Path(file).name, key="file")]
+    sources = [s for file in files for s in find_sources(".", str(file), key="")]
     loaded = (corpus or Corpus()).read(sources, keep_columns=keep_columns)
     plain = all(_is_plain(record) for record in loaded.records)
     write_chunks(Path(out), (json_line(_row(record, plain=plain)) for record in loaded.records))

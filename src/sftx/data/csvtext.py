@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from sftx.data.blob import Blob
 from sftx.data.problems import Problems
@@ -47,6 +47,7 @@ def csv_rows(blob: Blob, text: Survey, mark: str, problems: Problems) -> Iterato
     # The limit is csv's own and for the whole process: raise it, never lower it.
     csv.field_size_limit(max(csv.field_size_limit(), min(text.characters, MAX_CELL) + 1))
     width = header_line = rows = 0
+    names: list[str] = []
     with text_lines(blob, text.encoding) as lines:
         reader = csv.reader(lines, delimiter=mark, strict=True)
         while True:
@@ -63,12 +64,23 @@ def csv_rows(blob: Blob, text: Survey, mark: str, problems: Problems) -> Iterato
                 yield first, names
             elif row:
                 rows += 1
-                if len(row) == width:
+                if row == names or [_bare(name) for name in row] == names:
+                    problems.row(first, "the header again, as where files were joined; delete this row")
+                elif len(row) == width:
                     yield first, row
                 else:
                     problems.row(first, _ragged(len(row), width, mark, first, reader.line_num))
     if not rows:
         problems.file(header_line, "no rows: the file has only its header; add at least one row")
+
+
+def other_delimiter(names: Sequence[str], known: Iterable[str]) -> str | None:
+    """Return what seems to stand between the names of a header that was read as one cell."""
+    if len(names) != 1:
+        return None
+    wanted = {name.casefold() for name in known}
+    marks = dict.fromkeys(c for c in names[0] if not c.isalnum() and c not in "_ \"'")
+    return next((m for m in marks if len({_bare(n).casefold() for n in names[0].split(m)} & wanted) > 1), None)
 
 
 def _bare(name: str) -> str:

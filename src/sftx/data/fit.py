@@ -78,7 +78,7 @@ def fit(drafts: list[Draft], record: Record, policy: EncodePolicy, encode: Encod
     if policy.too_long == "error":
         raise DataError(
             f"{record.origin}: {has}. Raise max_seq_length to {longest}, shorten the conversation, or choose what "
-            f"becomes of one that is too long, for example too_long=truncate_right."
+            f"becomes of one that is too long, for example data.too_long=truncate_right."
         )
     if policy.too_long == "drop":
         return f"{has}, and too_long=drop leaves it out; raise max_seq_length to {longest} to use it"

@@ -14,7 +14,6 @@ from sftx.config.schema import TrainConfig
 from sftx.data.cache import Names, RecordFile, open_rows
 from sftx.data.choose import Facts, choose, facts_of, mixed
 from sftx.data.corpus import Corpus, LoadedFile
-from sftx.data.read import sha256_file
 from sftx.data.record_store import RecordView
 from sftx.data.split import split
 from sftx.data.store import MemoryRows, Rows
@@ -99,7 +98,10 @@ def _streamed(config: TrainConfig, corpus: Corpus, template: ChatTemplate) -> Da
         raise DataError(f"{files.path}: none of the first {len(encoded)} records can be learned from: {encoded[0]}")
     if config.eval_file_name is None:
         return Data([files], MemoryRows(rows), MemoryRows([]), [], stream)
-    held = _held_out_file(corpus, config, [source.path for source in files.sources], keep)
+    held = corpus.load(config.train_file_path, config.eval_file_name, key="eval_file_name", keep_columns=keep)
+    for file in held.files:
+        if files.holds(Path(str(file["path"])), str(file["sha256"])):
+            raise _trained_too(str(file["path"]))
     places = np.arange(len(held.records))[: config.eval_max_rows]
     held_out, skipped = _held_out_rows(held, places, corpus, config, template)
     return Data([files, held], MemoryRows(rows), held_out, skipped, stream)
@@ -113,6 +115,23 @@ def select(config: TrainConfig, corpus: Corpus) -> Selection:
     """
     keep = not config.remove_unused_columns
     loaded = corpus.load(config.train_file_path, config.train_file_name, key="train_file_name", keep_columns=keep)
+    held_out = None
+    if config.eval_file_name is not None:
+        folder, name = config.train_file_path, config.eval_file_name
+        held_out = corpus.load(folder, name, key="eval_file_name", keep_columns=keep)
+    return select_from(loaded, held_out, corpus, config)
+
+
+def select_from(loaded: LoadedFile, held_out_file: LoadedFile | None, corpus: Corpus, config: TrainConfig) -> Selection:
+    """Choose the records of a corpus that is read, and of what is held out.
+
+    Errors:
+        DataError: nothing is left, or nothing can be held out.
+    """
+    trained = {file["sha256"] for file in loaded.files}
+    for file in held_out_file.files if held_out_file is not None else ():
+        if file["sha256"] in trained:
+            raise _trained_too(str(file["path"]))
     places = np.arange(len(loaded.records))[: config.max_train_rows]
     left_out: list[str] = []
     policy, facts = corpus.choose_policy(), None
@@ -122,28 +141,21 @@ def select(config: TrainConfig, corpus: Corpus) -> Selection:
         places = choice.kept
         left_out += [f"{loaded.records.origin(i)}: {why}" for i, why in choice.left_out]
     files = [loaded]
-    if config.eval_file_name is not None:
-        files.append(_held_out_file(corpus, config, [Path(str(f["path"])) for f in loaded.files], keep))
-        held_out = np.arange(len(files[1].records))[: config.eval_max_rows]
+    if held_out_file is not None:
+        files.append(held_out_file)
+        held_out = np.arange(len(held_out_file.records))[: config.eval_max_rows]
     else:
         training, held = split(RecordView(loaded.records, places), config.eval_ratio, config.eval_max_rows)
         places, held_out = training.places, held.places
         if config.eval_ratio > 0 and not len(held_out):
             raise DataError(
-                f"{loaded.path}: {len(places)} rows are too few to hold some out: set eval_ratio=0 or eval_file_name."
+                f"{loaded.path}: too few rows ({len(places)}) to hold some out: set eval_ratio=0 or eval_file_name."
             )
     return Selection(corpus, files, _mixed(facts, places, corpus, config.seed), held_out, left_out)
 
 
-def _held_out_file(corpus: Corpus, config: TrainConfig, training: Sequence[Path], keep_columns: bool) -> LoadedFile:
-    assert config.eval_file_name is not None
-    loaded = corpus.load(config.train_file_path, config.eval_file_name, key="eval_file_name", keep_columns=keep_columns)
-    sizes = {path.stat().st_size for path in training}
-    for file in loaded.files:
-        path = Path(str(file["path"]))
-        if path.stat().st_size in sizes and file["sha256"] in map(sha256_file, training):
-            raise DataError(f"eval_file_name={config.eval_file_name}: {path} is trained on too: nothing is held out.")
-    return loaded
+def _trained_too(path: str) -> DataError:
+    return DataError(f"{path}: to be held out, but it is trained on too. Name another eval_file_name.")
 
 
 def _mixed(facts: Facts | None, places: np.ndarray, corpus: Corpus, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from sftx.data.blob import COMPRESSIONS, Blob, sha256_file
-from sftx.data.csvtext import csv_rows, find_delimiter
+from sftx.data.csvtext import csv_rows, find_delimiter, other_delimiter
 from sftx.data.jsontext import is_jsonl, json_rows, jsonl_rows
 from sftx.data.problems import MAX_LISTED, Problems
 from sftx.data.record import Record
@@ -146,6 +146,10 @@ class FileReader:
         for line, row in rows:
             if not names:
                 names = row
+                other = other_delimiter(names, known_names(self._how.columns))
+                if other:
+                    one = f"the header is one cell, `{names[0]}`, as cells are told by {mark!r}"
+                    self._problems.stop(line, f"{one}; set data.delimiter={other!r}")
                 shaper.header(names, line, f"; cells were told by {mark!r}")
                 self.shape = shaper.shape
                 continue

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sftx.data.hub import HUB_ID, hub_files
 from sftx.data.read import is_known, source_name
 from sftx.errors import DataError, nearest
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
@@ -49,8 +48,9 @@ def find_sources(folder: str, names: str | Sequence[str], *, key: str) -> list[S
 
 def _find(folder: str, name: str, key: str) -> list[Source]:
     base = Path(folder).expanduser()
-    if HUB_ID.fullmatch(name) and not is_known(Path(name)) and not _places(base, name):
-        return [Source(Path(name), name, hub=True)]
+    hub = HUB_ID.fullmatch(name)
+    if hub and not is_known(Path(name)) and not _places(base, name):
+        return [Source(Path(name), name.partition(":")[0], hub=True)]
     _check_folder(base, folder, name, key)
     if any(place.is_file() for place in _places(base, name)):
         path = find_file(folder, name, key=key)
@@ -66,14 +66,19 @@ def _find(folder: str, name: str, key: str) -> list[Source]:
 
 
 def _places(base: Path, name: str) -> list[Path]:
-    return [p for p in (base / name, base / "csv" / name) if p.exists()]
+    return [p for p in _candidates(base, name) if p.exists()]
+
+
+def _candidates(base: Path, name: str) -> list[Path]:
+    """Return where a name may be: in the folder or its `csv/`; a whole path is one place."""
+    return list(dict.fromkeys((base / name, base / "csv" / name)))
 
 
 def _matching(base: Path, pattern: str, key: str) -> list[Source]:
     try:
         found = [sorted(p for p in d.glob(pattern) if p.is_file()) for d in (base, base / "csv") if d.is_dir()]
     except (ValueError, NotImplementedError) as error:
-        raise DataError(f"{key}={pattern}: is not a pattern of names inside {base}: {error}.") from error
+        raise DataError(f"{_given(key, pattern)}: is not a pattern of names inside {base}: {error}.") from error
     names = [{p.name for p in paths} for paths in found]
     both = set.intersection(*names) if len(names) == 2 and "/" not in pattern else set()
     for name in sorted(both):
@@ -81,7 +86,8 @@ def _matching(base: Path, pattern: str, key: str) -> list[Source]:
     paths = [path for paths in found for path in paths]
     if not paths:
         raise DataError(
-            f"{key}={pattern}: no file in {base} or {base / 'csv'} has such a name. Files there: {_listing(base)}."
+            f"{_given(key, pattern)}: no file in {base} or {base / 'csv'} has such a name. "
+            f"Files there: {_listing(base)}."
         )
     return [Source(path, source_name(path)) for path in paths]
 
@@ -92,14 +98,16 @@ def _in_folder(folder: Path, name: str, key: str) -> list[Source]:
         splits = _json(folder / SPLITS).get("splits") or []
         chosen = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
         if chosen is None:
-            some = f"{key}={name}/{splits[0]}" if splits else "a split"
+            some = _given(key, f"{name}/{splits[0]}") if splits else "a split"
             raise DataError(f"{folder}: holds the splits {', '.join(map(str, splits)) or 'none'}; name one: {some}.")
         return _saved(folder / chosen, folder.resolve().name)
     if (folder / STATE).is_file():
         return _saved(folder, folder.resolve().name)
     paths = sorted(p for p in folder.iterdir() if p.is_file() and is_known(p) and not p.name.startswith("."))
     if not paths:
-        raise DataError(f"{key}={name}: the folder {folder} holds no corpus file. Files there: {_listing(folder)}.")
+        raise DataError(
+            f"{_given(key, name)}: the folder {folder} holds no corpus file. Files there: {_listing(folder)}."
+        )
     return [Source(path, source_name(path)) for path in paths]
 
 
@@ -129,7 +137,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def fetch(sources: Iterable[Source], *, key: str) -> list[Source]:
-    """Return the sources with each hub dataset's files, of its split `train`, in its place.
+    """Return the sources with each hub dataset's files in its place.
 
     Errors:
         DataError: `datasets` is not installed, or the hub has no such dataset or cannot be reached.
@@ -138,50 +146,8 @@ def fetch(sources: Iterable[Source], *, key: str) -> list[Source]:
 
 
 def _fetched(source: Source, key: str) -> list[Source]:
-    data = _from_hub(source, key, streaming=False)
-    files = [Path(str(f["filename"])) for f in data.cache_files]
-    if not files:
-        raise DataError(f"{key}={source.name}: it left no file; save it with save_to_disk and name that folder.")
-    return [Source(path, source.name) for path in files]
-
-
-def hub_rows(source: Source, *, key: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a hub dataset's split `train` as they come, without keeping them.
-
-    Errors:
-        DataError: as `fetch`; or the connection is lost for good.
-    """
-    number = 0
-    rows = iter(_from_hub(source, key, streaming=True))
-    while True:
-        try:
-            row = next(rows, None)
-        except Exception as error:  # whatever the network and a dataset's reader raise
-            said = str(error).strip().split("\n")[0][:200] or type(error).__name__
-            raise DataError(
-                f"{source.name}: row {number + 1} cannot be had: {said.rstrip('.')}. Run the same command again: it "
-                "goes on at the last checkpoint."
-            ) from error
-        if row is None:
-            return
-        number += 1
-        yield row
-
-
-def _from_hub(source: Source, key: str, *, streaming: bool) -> Any:
-    begun = f"{key}={source.name}: no such file or folder, and as a dataset of the Hugging Face hub it cannot be read: "
-    try:
-        from datasets import load_dataset  # heavy, and an extra
-    except ImportError as error:
-        raise DataError(f"{begun}install the extra for that: pip install 'sftx[datasets]'.") from error
-    try:
-        return load_dataset(source.name, split="train", **({"streaming": True} if streaming else {}))
-    except Exception as error:
-        said = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise DataError(
-            f"{begun}{said.rstrip('.')}. Without a way to huggingface.co set HF_ENDPOINT to a mirror, or copy the "
-            "dataset (save_to_disk, or its Parquet files) into train_file_path."
-        ) from error
+    name = source.path.as_posix()
+    return [Source(path, source.name) for path in hub_files(name, _given(key, name))]
 
 
 def _check_folder(base: Path, folder: str, name: str, key: str) -> None:
@@ -202,7 +168,7 @@ def find_file(folder: str, name: str, *, key: str) -> Path:
     """
     base = Path(folder).expanduser()
     _check_folder(base, folder, name, key)
-    found = [p for p in (base / name, base / "csv" / name) if p.is_file()]
+    found = [p for p in _candidates(base, name) if p.is_file()]
     if len(found) == 2:
         raise _twice(key, name, found)
     if not found:
@@ -212,7 +178,7 @@ def find_file(folder: str, name: str, *, key: str) -> Path:
 
 def _twice(key: str, name: str, found: Sequence[Path]) -> DataError:
     return DataError(
-        f"{key}={name}: found both as {found[0]} and as {found[1]}. "
+        f"{_given(key, name)}: found both as {found[0]} and as {found[1]}. "
         f"Remove one, or name the folder meant: train_file_path={found[1].parent}."
     )
 
@@ -227,6 +193,15 @@ def _listing(base: Path) -> str:
 
 
 def _missing(base: Path, name: str, key: str) -> DataError:
-    near = nearest(name, _names(base))
-    hint = f" Did you mean `{near}`?" if near else ""
-    return DataError(f"{key}={name}: no such file in {base} or {base / 'csv'}.{hint} Files there: {_listing(base)}.")
+    there = (base / name).parent
+    if not there.is_dir():
+        return DataError(f"{_given(key, name)}: no such file in {there}: there is no such folder.")
+    near = nearest(Path(name).name, _names(there))
+    hint = f" Did you mean `{Path(name).with_name(near)}`?" if near else ""
+    both = f"{there} or {there / 'csv'}" if there == base else str(there)
+    return DataError(f"{_given(key, name)}: no such file in {both}.{hint} Files there: {_listing(there)}.")
+
+
+def _given(key: str, name: str) -> str:
+    """Return how a name was given: as a setting, or alone."""
+    return f"{key}={name}" if key else name

@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sftx.data.hub import hub_rows
 from sftx.data.problems import Problems
-from sftx.data.read import FileReader, How
+from sftx.data.read import FileReader, How, sha256_file
 from sftx.data.record import Record
 from sftx.data.shapes import Shaper
-from sftx.data.sources import Source, hub_rows
+from sftx.data.sources import Source
 from sftx.data.streaming import Reader
 
 SAMPLE = 1000
@@ -45,6 +46,11 @@ class StreamedFiles:
         """A hash of the files' names and sizes: what is larger than a disk is not read twice to be hashed."""
         parts = [(s.name if s.hub else s.path.name, _size(s)) for s in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def holds(self, path: Path, sha256: str) -> bool:
+        """Tell whether a file is one of these, whatever its name; only files of its size are read for that."""
+        size = path.stat().st_size
+        return any(not s.hub and _size(s) == size and sha256_file(s.path) == sha256 for s in self.sources)
 
     def facts(self) -> dict[str, object]:
         """Return what the manifest says of the corpus."""
@@ -123,7 +129,8 @@ class HubReader:
         )
 
     def __iter__(self) -> Iterator[Record]:
-        for number, row in enumerate(hub_rows(self._source, key="train_file_name"), 1):
+        name = self._source.path.as_posix()
+        for number, row in enumerate(hub_rows(name, f"train_file_name={name}"), 1):
             if number == 1:
                 self._shaper.header(list(row), 1)
                 self.shape = self._shaper.shape
