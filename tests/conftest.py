@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,12 @@ SMALL = (
     "save_strategy='no'",
 )
 """A run of a second or two on the embedded model."""
+
+
+def over(usual: Sequence[str], *typed: str) -> list[str]:
+    """Return settings with what is typed over them: each key once."""
+    names = {w.split("=", 1)[0] for w in typed}
+    return [*(w for w in usual if w.split("=", 1)[0] not in names), *typed]
 
 
 @dataclass

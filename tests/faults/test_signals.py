@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT, SMALL, over
 from tests.invariance.test_invariance import assert_same_weights, curve
 
 from sftx.config.check import freeze
@@ -56,11 +56,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(*typed: str) -> list[str]:
-    """Return what is typed, over what all runs here share, over the settings of a small run."""
-    names = {w.split("=", 1)[0] for w in typed}
-    shared = [w for w in SHARED if w.split("=", 1)[0] not in names]
-    names |= {w.split("=", 1)[0] for w in shared}
-    return [*(w for w in SMALL if w.split("=", 1)[0] not in names), *shared, *typed]
+    return over(SMALL, *over(SHARED, *typed))
 
 
 def composed(*typed: str) -> TrainConfig:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import SMALL
+from tests.conftest import SMALL, over
 from tests.invariance.test_invariance import assert_same_weights, curve
 
 from sftx.errors import ConfigError, DataError
@@ -36,8 +36,7 @@ def streamed(folder: Path, *words: str) -> list[str]:
         "data.shuffle_window=8", "eval_ratio=0", "max_train_rows=null", "per_device_train_batch_size=2",
         "gradient_accumulation_steps=2", "lora_dropout=0.2", "callback=log_batches",
     ]  # fmt: skip
-    typed = {w.split("=")[0] for w in words}
-    return [*(w for w in usual if w.split("=")[0] not in typed), *words]
+    return over(usual, *words)
 
 
 def batches(folder: Path) -> list[dict]:

@@ -178,6 +178,11 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = knob(
         "where to train; auto takes the GPU when there is one", "训练设备；auto 表示有 GPU 则用 GPU"
     )
+    on_nonfinite: Literal["stop", "skip", "rollback"] = knob(
+        "what to do when a loss or gradient is not finite, which never changes the weights: stop; skip the step; "
+        "rollback to the last checkpoint and go on with half the rate",
+        "损失或梯度非有限值时（绝不会更新权重）：stop 停止，skip 跳过该步，rollback 回到上一个检查点并将学习率减半",
+    )
     on_tracker_error: Literal["stop", "continue"] = knob(
         "what to do when a tracker cannot start", "指标上报工具无法启动时：stop 停止，continue 继续"
     )

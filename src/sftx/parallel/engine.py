@@ -33,10 +33,11 @@ class Stepper(Protocol):
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; `last` tells that a step follows."""
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, apply: bool = True) -> float:
         """Sum gradients over ranks, clip them, step; return their norm before clipping.
 
-        A gradient that is not finite changes nothing, and its norm is returned as it is.
+        A gradient that is not finite changes nothing, and its norm is returned as it is; without `apply`
+        none does.
         """
 
     def weights(self) -> Weights:

@@ -52,7 +52,7 @@ class WholeStepper:
         """Add the gradients of a micro-batch; they are summed over ranks at the step."""
         self.scaler.scale(loss).backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, apply: bool = True) -> float:
         """Sum, unscale, clip and step."""
         parameters = list(self.parameters.values())
         self.sum_gradients(parameters)
@@ -61,10 +61,8 @@ class WholeStepper:
         torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if (
-            math.isfinite(norm.item()) or self.scaler.is_enabled()
-        ):  # an enabled scaler skips the step itself, and adapts
-            self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled() or (apply and math.isfinite(norm.item())):
+            self.scaler.step(self.optimizer)  # one that is enabled skips a step that is not finite itself, and adapts
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()

@@ -165,8 +165,8 @@ class Zero3Stepper:
         self.trained.set_gradient_accumulation_boundary(last)
         self.trained.backward(loss * self.engine.world_size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
-        """Clip and step; DeepSpeed skips a step whose gradient is not finite."""
+    def step(self, learning_rate: float, *, apply: bool = True) -> float:
+        """Clip and step; DeepSpeed skips a step whose gradient is not finite, as that of such a loss is."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped = self.trained.skipped_steps

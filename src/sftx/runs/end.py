@@ -13,6 +13,7 @@ from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
 from sftx.runs.folder import speaking
 from sftx.training import checkpoint
+from sftx.training.recovery import check_finite
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
@@ -47,6 +48,7 @@ def finish_trial(trial: Trial, session: Session) -> Result:
         before = trial.first_eval.loss if trial.first_eval else None
         result = Result(trial.folder.path, trial.step, before, final_loss, trial.stop_reason)
         weights = trial.stepper.weights()
+        check_finite(chosen, weights)
         if session.engine.is_main:
             final = trial.folder.final
             save_final(session.model, trial.adapter, weights, session.template, final, session.base_folder)
@@ -56,6 +58,8 @@ def finish_trial(trial: Trial, session: Session) -> Result:
                 "eval_loss_before": before,
                 "eval_loss": final_loss,
                 "stop_reason": trial.stop_reason,
+                "skipped_steps": trial.faults.skipped,
+                "rollbacks": trial.faults.rollbacks,
             }
             trial.folder.update(status="completed", result=facts)
             thinking = session.template.thinking_of(session.rows)
@@ -71,6 +75,9 @@ def _closing(trial: Trial, result: Result, chosen: int) -> str:
     if result.eval_loss is not None and result.eval_loss_before is not None:
         change = result.eval_loss / result.eval_loss_before - 1
         lines[-1] += f" Eval loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f} ({change:+.1%})."
+    faults = trial.faults
+    if faults.skipped or faults.rollbacks:
+        lines.append(f"Not finite: {faults.skipped} steps skipped, {faults.rollbacks} rollbacks (see train.log).")
     if chosen != result.steps:
         lines.append(f"final/ holds the best state, step {chosen}.")
     kind = "model" if trial.config.train_mode == "full" else "adapter"

@@ -12,12 +12,13 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from sftx.data.feed import Step
-from sftx.errors import StoppedError, TrainingError
+from sftx.errors import StoppedError
 from sftx.files import append_line
 from sftx.model.dropout import key_of
 from sftx.model.export import save_weights
@@ -25,6 +26,7 @@ from sftx.training import checkpoint
 from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses
 from sftx.training.progress import Progress
+from sftx.training.recovery import Made, check_finite, recover
 from sftx.training.trial import Session, Trial, Window
 
 log = logging.getLogger("sftx")
@@ -64,7 +66,7 @@ def _start(session: Session, trial: Trial) -> None:
             callback.on_start(session, trial)
         if trial.evaluation_due:
             _close_step(session, trial)
-    trial.upcoming = trial.feed.steps(trial.step, trial.steps.total, trial.cursor, session.layout)
+    trial.open_feed(session)
 
 
 def _advance(session: Session, trial: Trial) -> None:
@@ -74,14 +76,16 @@ def _advance(session: Session, trial: Trial) -> None:
     step = next(trial.upcoming)
     for callback in trial.callbacks.values():
         callback.on_batches(session, trial, step.batches)
-    grad_norm, rate = _step(session, trial, step)
+    made = _step(session, trial, step)
+    if not made.finite and recover(session, trial, step, made):
+        return
     trial.step += 1
     trial.epoch, trial.cursor = step.epoch, step.cursor
     _tell(session, trial, step)
     for callback in trial.callbacks.values():
         callback.on_step(session, trial)
     if trial.step == 1 or trial.due(config.logging_steps):
-        _record(session, trial, grad_norm, rate)
+        _record(session, trial, made)
     trial.evaluation_due = trial.evaluates and trial.due(config.eval_steps)
     _close_step(session, trial)
 
@@ -109,8 +113,8 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
     raise StoppedError(f"{asked}: stopped " + "\n  ".join(said) + ".")
 
 
-def _step(session: Session, trial: Trial, step: Step) -> tuple[float, float]:
-    """Make one optimizer step; return the gradient norm before clipping and the learning rate."""
+def _step(session: Session, trial: Trial, step: Step) -> Made:
+    """Make one optimizer step, unless loss or gradient is not finite."""
     started = time.perf_counter()
     engine, config = session.engine, trial.config
     batches, weight = step.batches, step.weight
@@ -127,39 +131,27 @@ def _step(session: Session, trial: Trial, step: Step) -> tuple[float, float]:
     loss_total, asked_total = engine.sum(torch.stack([loss_sum, asked])).tolist()
     session.stopping = asked_total > 0
     loss_mean = loss_total / weight
-    rate = config.learning_rate * trial.schedule.at(trial.step, trial.steps.total)
-    grad_norm = trial.stepper.step(rate)
-    _stop_if_not_finite(trial, step, loss_mean, grad_norm)
+    rate = config.learning_rate * trial.faults.rate_factor * trial.schedule.at(trial.step, trial.steps.total)
+    norm = trial.stepper.step(rate, apply=math.isfinite(loss_mean))
+    # A loss scaler skips a step whose gradient is too large for it, and tries a smaller factor: that is no fault.
+    scaled = trial.stepper.loss_scale is not None
+    made = Made(loss_mean, norm, rate, finite=math.isfinite(loss_mean) and (math.isfinite(norm) or scaled))
     window = trial.window
-    window.loss += loss_mean * weight
-    window.weight += weight
+    if made.finite:
+        trial.faults = replace(trial.faults, in_a_row=0)
+        window.loss += loss_total
+        window.weight += weight
     window.supervised_tokens += step.supervised_tokens
     window.tokens += step.tokens
     trial.tokens_seen += step.tokens
     window.seconds += time.perf_counter() - started
-    return grad_norm, rate
+    return made
 
 
 def _set_random_state(trial: Trial, micro_batch: int) -> None:
     """Make every draw of a micro-batch a function of (seed, step, micro-batch)."""
     trial.adapter.clock.step, trial.adapter.clock.micro_batch = trial.step, micro_batch
     torch.manual_seed(key_of(trial.config.seed, trial.step, micro_batch))  # dropout of the base, in full mode
-
-
-def _stop_if_not_finite(trial: Trial, step: Step, loss: float, grad_norm: float) -> None:
-    """Raise after a step that was not made, so that nothing follows it.
-
-    Errors:
-        TrainingError: the loss is not finite, or a gradient is and no loss scaler will skip the step.
-    """
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or trial.stepper.loss_scale is not None):
-        return
-    rows = step.origins
-    raise TrainingError(
-        f"step {trial.step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}. The weights are as before "
-        f"it. Rows of the step: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}. "
-        f"Usual cures: a smaller learning_rate (now {trial.config.learning_rate:g}), warm-up, or bf16 instead of fp16."
-    )
 
 
 def _tell(session: Session, trial: Trial, step: Step) -> None:
@@ -177,19 +169,21 @@ def _tell(session: Session, trial: Trial, step: Step) -> None:
             append_line(trial.folder.streamed_rows, json.dumps(record, ensure_ascii=False))
 
 
-def _record(session: Session, trial: Trial, grad_norm: float, rate: float) -> None:
+def _record(session: Session, trial: Trial, made: Made) -> None:
     """Write the mean loss since the last record, and what goes with it."""
     window = trial.window
     seconds = max(window.seconds, 1e-9)
     metrics = {
         "epoch": trial.epoch,
-        "train/loss": window.loss / (window.weight or 1.0),
-        "train/grad_norm": grad_norm,
-        "train/learning_rate": rate,
+        "train/loss": window.loss / window.weight if window.weight else math.nan,
+        "train/grad_norm": made.grad_norm,
+        "train/learning_rate": made.learning_rate,
         "train/tokens": trial.tokens_seen,
         "perf/tokens_per_second": window.tokens / seconds,
         "perf/supervised_tokens_per_second": window.supervised_tokens / seconds,
     }
+    if trial.faults.skipped or trial.faults.rollbacks:
+        metrics |= {"train/skipped_steps": trial.faults.skipped, "train/rollbacks": trial.faults.rollbacks}
     if trial.feed.units is None:
         metrics |= {f"data/{kind}_rows": number for kind, number in trial.streamed.items()}
     if trial.stepper.loss_scale is not None:
@@ -197,7 +191,7 @@ def _record(session: Session, trial: Trial, grad_norm: float, rate: float) -> No
     trial.recorder.log(trial.step, metrics)
     log.info(
         "step %d/%d  loss %.4f  grad norm %.3f  rate %.2e  %s tokens/s",
-        trial.step, trial.steps.total, metrics["train/loss"], grad_norm, rate,
+        trial.step, trial.steps.total, metrics["train/loss"], made.grad_norm, made.learning_rate,
         f"{metrics['perf/tokens_per_second']:,.0f}",
     )  # fmt: skip
     trial.window = Window()
@@ -241,8 +235,8 @@ def _evaluate(session: Session, trial: Trial) -> bool:
 
 def _save(session: Session, trial: Trial) -> None:
     """Publish a checkpoint, then remove those beyond the limit."""
-    trial.saved_step = trial.step
     weights, optimizer = trial.stepper.weights(), trial.stepper.state()  # every rank gives its part
+    check_finite(trial.step, weights, optimizer[0])
     if session.engine.is_main:
         checkpoint.save(
             trial.folder.checkpoints,
@@ -253,4 +247,5 @@ def _save(session: Session, trial: Trial) -> None:
         )
         best = trial.best_step if trial.config.keep_best else None
         checkpoint.rotate(trial.folder.checkpoints, trial.config.save_total_limit, best)
+    trial.saved_step = trial.step
     session.engine.barrier()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sftx.runs.folder import RunFolder, speaking
 from sftx.runs.metrics import Recorder
 from sftx.training.evaluate import Evaluation
 from sftx.training.precision import Numerics
+from sftx.training.recovery import Faults
 from sftx.training.schedulers import Schedule
 
 
@@ -103,6 +104,7 @@ class Trial:
     evaluation_due: bool = False
     """The present step's evaluation was put off: the run was asked to end."""
     saved_step: int = -1
+    faults: Faults = field(default_factory=Faults)
     stop_reason: str | None = None
     upcoming: Generator[Step] | None = None
     """The steps that are still to be made."""
@@ -113,6 +115,12 @@ class Trial:
         """Let this trial's adapter be the active one inside the block, and the messages its own."""
         with session.model.using(self.adapter.name), speaking(self.name):
             yield
+
+    def open_feed(self, session: Session) -> None:
+        """Open the stream of steps where the trial stands."""
+        if self.upcoming is not None:
+            self.upcoming.close()
+        self.upcoming = self.feed.steps(self.step, self.steps.total, self.cursor, session.layout)
 
     def close(self) -> None:
         """Let go of all that outlives the trial: loader processes, trackers, the run folder."""
@@ -155,6 +163,7 @@ class Trial:
             "streamed": self.streamed,
             "window": self.window.__dict__,
             "evaluation_due": self.evaluation_due,
+            "faults": asdict(self.faults),
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "eval_loss_before": self.first_eval.loss if self.first_eval else None,
@@ -167,6 +176,7 @@ class Trial:
         self.step = state["step"]
         self.tokens_seen, self.epoch, self.cursor = state["tokens_seen"], state["epoch"], state["cursor"]
         self.streamed, self.evaluation_due = state["streamed"], state["evaluation_due"]
+        self.faults = Faults(**state["faults"])
         self.window = Window(**state["window"])
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
         if state["eval_loss_before"] is not None:

@@ -1,0 +1,137 @@
+"""A loss or gradient that is not finite never reaches the weights, and is dealt with as was asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.conftest import over
+
+from sftx.errors import TrainingError
+from sftx.run import run
+from sftx.runs.metrics import read_metrics
+from sftx.training import loop
+from sftx.training.loss import TokenLosses, token_losses
+
+SHARED = ["mode=lora", "lora_dropout=0", "eval_ratio=0", "max_steps=6", "save_strategy=steps", "save_steps=2"]
+
+
+def break_step(
+    monkeypatch: pytest.MonkeyPatch, captured, how: Callable[[TokenLosses], TokenLosses], *steps: int
+) -> None:
+    """Spoil the losses of some steps (from 1), each time they are made."""
+
+    def spoiled(*arguments: object) -> TokenLosses:
+        found = token_losses(*arguments)  # type: ignore[arg-type]
+        return how(found) if captured.trial.step + 1 in steps else found
+
+    monkeypatch.setattr(loop, "token_losses", spoiled)
+
+
+def nan_loss(found: TokenLosses) -> TokenLosses:
+    return found._replace(losses_N=found.losses_N * torch.nan)
+
+
+def infinite_gradient(found: TokenLosses) -> TokenLosses:
+    """The loss is as it was."""
+    losses = found.losses_N
+    losses.register_hook(lambda g: g * torch.inf)
+    return found
+
+
+def infinite_loss_alone(found: TokenLosses) -> TokenLosses:
+    """The gradient is as it was."""
+    return found._replace(losses_N=found.losses_N + torch.inf)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def lines(folder: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["train/loss"]) for r in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("how", [nan_loss, infinite_gradient, infinite_loss_alone], ids=lambda f: f.__name__)
+def test_a_run_stops_and_names_step_and_rows(make_config, monkeypatch, captured, how) -> None:
+    break_step(monkeypatch, captured, how, 4)
+    config = make_config(*SHARED)
+    with pytest.raises(TrainingError, match=r"step 4: the loss is .* Rows of the step: .*aspcoder_train\.csv:\d+"):
+        run([config])
+    folder = Path(config.output_dir)
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-000002"}
+    assert not (folder / "final").exists()
+    trained = captured.trial.stepper.weights()
+    assert all(torch.isfinite(t).all() for t in trained.values())
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
+    monkeypatch.undo()
+    run([config])  # goes on at step 2 as if nothing had been
+    other = make_config(*SHARED, output="straight")
+    run([other])
+    assert lines(folder) == lines(Path(other.output_dir))
+
+
+@pytest.mark.parametrize("how", [nan_loss, infinite_loss_alone], ids=lambda f: f.__name__)
+def test_a_step_is_skipped(make_config, monkeypatch, captured, how) -> None:
+    break_step(monkeypatch, captured, how, 3, 4)
+    config = make_config(*over(SHARED, "on_nonfinite=skip", "save_steps=1", "save_total_limit=null", "optimizer=sgd"))
+    run([config])
+    folder = Path(config.output_dir)
+    saved = {n: weights(folder / "checkpoints" / f"step-00000{n}") for n in range(1, 7)}
+    same = {n: all(torch.equal(saved[n][k], saved[n + 1][k]) for k in saved[n]) for n in range(1, 6)}
+    assert same == {1: False, 2: True, 3: True, 4: False, 5: False}
+    result = json.loads((folder / "manifest.json").read_text())["result"]
+    assert (result["skipped_steps"], result["rollbacks"]) == (2, 0)
+    assert "It is skipped" in (folder / "train.log").read_text()
+    assert read_metrics(folder / "metrics.jsonl")[-1]["train/skipped_steps"] == 2
+
+
+def test_many_steps_in_a_row_are_no_accident(make_config, monkeypatch, captured) -> None:
+    break_step(monkeypatch, captured, nan_loss, *range(2, 50))
+    with pytest.raises(TrainingError, match="10 steps before it were skipped already"):
+        run([make_config(*over(SHARED[:3], "on_nonfinite=skip", "max_steps=40", "gradient_accumulation_steps=1"))])
+    assert captured.trial.step == 11
+
+
+def test_a_run_goes_back_with_a_smaller_rate(make_config, monkeypatch, captured) -> None:
+    """Step 4 breaks until the rate is a quarter; what was made twice is recorded once."""
+    break_step(monkeypatch, captured, nan_loss, 4)
+    spoiled = loop.token_losses
+    monkeypatch.setattr(
+        loop, "token_losses", lambda *a: spoiled(*a) if captured.trial.faults.rollbacks < 2 else token_losses(*a)
+    )
+    config = make_config(*over(SHARED, "on_nonfinite=rollback", "scheduler=constant"))
+    run([config])
+    folder = Path(config.output_dir)
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [r["train/learning_rate"] for r in records] == pytest.approx([1e-3] * 2 + [2.5e-4] * 4)
+    assert json.loads((folder / "manifest.json").read_text())["result"]["rollbacks"] == 2
+    assert (folder / "train.log").read_text().count("Back to step 2") == 2
+
+
+def test_going_back_ends_too(make_config, monkeypatch, captured) -> None:
+    break_step(monkeypatch, captured, nan_loss, 4)
+    with pytest.raises(TrainingError, match="3 rollbacks have not helped"):
+        run([make_config(*over(SHARED, "on_nonfinite=rollback"))])
+    break_step(monkeypatch, captured, nan_loss, 2)
+    with pytest.raises(TrainingError, match="no checkpoint to go back to: set a smaller save_steps"):
+        run([make_config(*over(SHARED, "on_nonfinite=rollback"), output="none")])
+
+
+@pytest.mark.parametrize("rate", ["1e-30", "1e30"])
+def test_any_rate_reaches_the_loop_and_nothing_broken_is_published(make_config, rate: str) -> None:
+    config = make_config(*over(SHARED, f"learning_rate={rate}", "optimizer=sgd", "max_grad_norm=0", "save_steps=1"))
+    folder = Path(config.output_dir)
+    if rate == "1e-30":
+        run([config])
+    else:
+        with pytest.raises(TrainingError, match=r"step \d: (the loss is|`.*` holds numbers that are not finite)"):
+            run([config])
+        assert not (folder / "final").exists()
+    for path in folder.rglob("*.safetensors"):
+        assert all(torch.isfinite(t).all() for t in load_file(path).values()), path
