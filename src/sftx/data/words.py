@@ -100,7 +100,7 @@ class Words:
             ends = np.cumsum([len(word) for word in group])  # in bytes: the letters are ASCII
             reached = np.cumsum(self._lengths[ids])
             last = np.searchsorted(reached, ends)
-            if len(ids) > last[-1] and np.array_equal(reached[last], ends):  # else some byte has no token
+            if len(ids) == last[-1] + 1 and np.array_equal(reached[last], ends):  # else some byte has no token
                 places = [0, *(last + 1).tolist()]
                 found |= {word: ids[a:b] for word, a, b in zip(group, places, places[1:], strict=False)}
         alone = [word for word in words if word not in found]
