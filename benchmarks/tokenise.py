@@ -338,7 +338,7 @@ def _watch(process: subprocess.Popen[str], memory: dict[str, float]) -> None:
             sums = [sums[0] + full.pss / 1e6, sums[1] + full.uss / 1e6, sums[2] + 1]
         for name, value in zip(memory, sums, strict=True):
             memory[name] = round(max(memory[name], value))
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def _check_peer(peer: str, python: str) -> None:
