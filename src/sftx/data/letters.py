@@ -77,10 +77,11 @@ class Letters:
     def _batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not self._reads_words:
             return _encoded(self.backend, texts)
-        return self._words.tokenise(texts, lambda words: _encoded(self.backend, words))
+        return self.words.tokenise(texts, lambda words: _encoded(self.backend, words))
 
     @cached_property
-    def _words(self) -> Words:
+    def words(self) -> Words:
+        """The words seen so far."""
         return Words(bytes_of_ids(self.backend))
 
     @cached_property

@@ -111,6 +111,7 @@ def main() -> None:
         return
     try:
         template = job.template()
+        template.share_memory(len(ends))
     except Exception as error:  # noqa: BLE001 - raised again where the job came from
         control.send(_portable(error))
         return
