@@ -252,16 +252,20 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 def _round(asked: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
     """Run sftx with nothing in its cache, the peers, and sftx again with all of it there."""
     ours = {"SFTX_CACHE": tempfile.mkdtemp(dir=scratch)}
-    found = {"sftx": _run(asked, "sftx", sys.executable, ours)}
+    found: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, part: str, python: str, environment: dict[str, str], *more: str) -> None:
+        found[name] = _run(asked, part, python, environment, *more)
+        print(json.dumps({"part": name} | found[name]), flush=True)
+
+    measure("sftx", "sftx", sys.executable, ours)
     for peer, python in zip(asked.against, asked.peer_python, strict=True):
         theirs = tempfile.mkdtemp(dir=scratch)
-        found[peer] = _run(asked, peer, python, {"HF_HOME": theirs, "HF_DATASETS_CACHE": theirs})
+        measure(peer, peer, python, {"HF_HOME": theirs, "HF_DATASETS_CACHE": theirs})
         shutil.rmtree(theirs)
-    found["warm"] = _run(asked, "sftx", sys.executable, ours)
-    found["warm_drop_exact"] = _run(asked, "sftx", sys.executable, ours, "--policy", "drop_exact")
+    measure("warm", "sftx", sys.executable, ours)
+    measure("warm_drop_exact", "sftx", sys.executable, ours, "--policy", "drop_exact")
     shutil.rmtree(ours["SFTX_CACHE"])
-    for part, figures_ in found.items():
-        print(json.dumps({"part": part} | figures_), flush=True)
     return found
 
 
@@ -338,7 +342,7 @@ def _watch(process: subprocess.Popen[str], memory: dict[str, float]) -> None:
             sums = [sums[0] + full.pss / 1e6, sums[1] + full.uss / 1e6, sums[2] + 1]
         for name, value in zip(memory, sums, strict=True):
             memory[name] = round(max(memory[name], value))
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def _check_peer(peer: str, python: str) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 from sftx.data.words import Words, bytes_of_ids, reads_words
 from sftx.errors import ModelError
 
-BATCH = 4096
-"""Texts tokenised at once: what the tokenizer returns for a text is a hundred times its size."""
+BATCH_LETTERS = 1 << 14
+"""Letters tokenised at once: what the tokenizer returns for a text is a hundred times its size, and should stay in
+the processor's cache until its ids are taken out."""
 
 
 class Letters:
@@ -76,10 +77,11 @@ class Letters:
     def _batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not self._reads_words:
             return _encoded(self.backend, texts)
-        return self._words.tokenise(texts, lambda words: _encoded(self.backend, words))
+        return self.words.tokenise(texts, lambda words: _encoded(self.backend, words))
 
     @cached_property
-    def _words(self) -> Words:
+    def words(self) -> Words:
+        """The words seen so far."""
         return Words(bytes_of_ids(self.backend))
 
     @cached_property
@@ -141,11 +143,16 @@ class Letters:
 
 
 def _encoded(backend: Any, texts: Sequence[str]) -> list[list[int]]:
-    return [
-        encoding.ids
-        for start in range(0, len(texts), BATCH)
-        for encoding in backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
-    ]
+    out: list[list[int]] = []
+    start = 0
+    while start < len(texts):
+        stop, letters = start, 0
+        while stop < len(texts) and letters < BATCH_LETTERS:
+            letters += len(texts[stop])
+            stop += 1
+        out += [e.ids for e in backend.encode_batch_fast(texts[start:stop], add_special_tokens=False)]
+        start = stop
+    return out
 
 
 def _any_of(words: Sequence[str]) -> re.Pattern[str]:

@@ -99,6 +99,10 @@ class ChatTemplate:
     def _reader(self, reader: Conversation | Probe) -> TurnReader:
         return TurnReader(reader, self.stop_tokens, self._letters, switches_thinking=self._renderer.switches_thinking)
 
+    def share_memory(self, processes: int) -> None:
+        """Keep a part of the words that one process would: others keep as many."""
+        self._letters.words.most //= processes
+
     def stop_ids(self) -> list[int]:
         """Return the ids at which generation ends."""
         return [self.tokenizer.convert_tokens_to_ids(t) for t in self.stop_tokens]

@@ -2,7 +2,11 @@
 
 A byte-level tokenizer first cuts a text by a pattern, then looks at each part alone. In the patterns known
 here no match holds something that is not white space and then a space: so before such a space there always
-is a cut, whatever stands around, and the text on either side can be tokenised apart.
+is a cut, whatever stands around, and the text on either side can be tokenised apart. So there is where a line
+begins, unless white space stands before or after its line feed: a run of it is cut by what follows.
+
+And the other way round: words that begin with a space, put one after the other, keep their tokens, and cost half
+as much as alone. Which are whose is told by their bytes.
 """
 
 from __future__ import annotations
@@ -15,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
-GAP = re.compile(r"(?<=[!-~])(?= )")
+GAP = re.compile(r"(?<=[!-~])(?= )|(?<=[!-~]\n)(?=[!-~])")
 """Only after ASCII: what else is white space is not the same to all engines."""
-WORD, WORDS = 32, 100_000
-"""Longer stretches are not kept, and no more of them than this: some 30 MB in each process that tokenises."""
+WORD, WORDS = 32, 400_000
+"""Longer stretches are not kept, and all processes that tokenise keep no more of them than this: some 130 MB."""
+JOINS = re.compile(r" [!-~](?:[\x00-\x7f]*[!-~])?\n?")
+"""Words between any two of which there is a cut."""
 JOINED = 512
 """Words that are tokenised as one text."""
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -72,10 +78,10 @@ def bytes_of_ids(backend: Any) -> np.ndarray:
 
 
 class Words:
-    """Tokens of the words seen so far; `lengths` are those of `bytes_of_ids`."""
+    """Tokens of the words seen so far, of `most` at most; `lengths` are those of `bytes_of_ids`."""
 
     def __init__(self, lengths: np.ndarray) -> None:
-        self._lengths = lengths
+        self._lengths, self.most = lengths, WORDS
         self._known: dict[str, list[int]] = {}
 
     def tokenise(self, texts: Sequence[str], batch: Batch) -> list[list[int]]:
@@ -87,20 +93,20 @@ class Words:
         known.update(found)
         out = [list(chain.from_iterable(map(known.__getitem__, words))) for words in cut]
         for word in found:
-            if len(word) > WORD or len(known) > WORDS:
+            if len(word) > WORD or len(known) > self.most:
                 del known[word]
         return out
 
     def _tokenised(self, words: Sequence[str], batch: Batch) -> dict[str, list[int]]:
         """Tokenise words: those between which there would be a cut as one text, which costs half as much."""
         found: dict[str, list[int]] = {}
-        can_join = [w for w in words if w[:1] == " " and w.isascii() and "!" <= w[-1] <= "~"]
+        can_join = [word for word in words if JOINS.fullmatch(word)]
         groups = [can_join[at : at + JOINED] for at in range(0, len(can_join), JOINED)]
         for group, ids in zip(groups, batch(["".join(group) for group in groups]), strict=True):
             ends = np.cumsum([len(word) for word in group])  # in bytes: the letters are ASCII
             reached = np.cumsum(self._lengths[ids])
             last = np.searchsorted(reached, ends)
-            if len(ids) > last[-1] and np.array_equal(reached[last], ends):  # else some byte has no token
+            if len(ids) == last[-1] + 1 and np.array_equal(reached[last], ends):  # else some byte has no token
                 places = [0, *(last + 1).tolist()]
                 found |= {word: ids[a:b] for word, a, b in zip(group, places, places[1:], strict=False)}
         alone = [word for word in words if word not in found]

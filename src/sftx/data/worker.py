@@ -34,7 +34,7 @@ BATCH_LETTERS = 1 << 20
 BLOCK_TOKENS = 1 << 20
 """A block ends when it has so many tokens, and with its chunk."""
 
-COLLECT = 64
+COLLECT = 8
 """Chunks after which a process looks for garbage."""
 
 
@@ -111,6 +111,7 @@ def main() -> None:
         return
     try:
         template = job.template()
+        template.share_memory(len(ends))
     except Exception as error:  # noqa: BLE001 - raised again where the job came from
         control.send(_portable(error))
         return
