@@ -17,7 +17,7 @@ from sftx.config.derive import differences
 from sftx.config.schema import TrainConfig
 from sftx.errors import RunFolderError
 from sftx.files import check_writable, explained, write_json, write_text
-from sftx.runs.manifest import scrub
+from sftx.secrets import scrub, scrub_text
 
 MANIFEST = "manifest.json"
 ONLY = "default"
@@ -96,6 +96,14 @@ class RunFolder:
         write_json(self.path / MANIFEST, self.manifest)
 
 
+class Discreet(logging.Formatter):
+    """Writes log lines without the secrets in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one line."""
+        return scrub_text(super().format(record))
+
+
 class TqdmHandler(logging.Handler):
     """Prints log lines without tearing a progress bar."""
 
@@ -143,7 +151,7 @@ class RunLog:
         """Write further messages to a trial's file as well, but not those of other trials."""
         with explained(path):
             handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
         handler.addFilter(lambda record: _speaking.get() in (None, trial))
         self.logger.addHandler(handler)
 
