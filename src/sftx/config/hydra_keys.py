@@ -24,6 +24,8 @@ def check_key(key: str, value: Any, origin: str) -> str | None:
     """Return what is wrong with one setting, `sweep.dir` for `hydra.sweep.dir`, or None."""
     if key == "searchpath":
         return f"{origin}: `hydra.searchpath`: folders of your own are given by --config-dir FOLDER."
+    if key.partition(".")[0] in ("overrides", "runtime"):
+        return f"{origin}: `hydra.{key}`: Hydra fills this in itself: take it out."
     node: Any = HydraConf
     done = "hydra"
     for part in key.split("."):
