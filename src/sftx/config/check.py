@@ -89,8 +89,7 @@ def check_tree(cfg: DictConfig, origin: Origin = lambda _: "config") -> list[str
 def check_resolved(tree: Tree, origin: Origin, *, rules: bool = True) -> list[str]:
     """Return every problem of a configuration whose interpolations are resolved, with or without the rules."""
     problems = list(tree.problems)
-    for values in (tree.raw, tree.values):
-        problems += unlisted(values, tree.allow, origin)
+    problems += unlisted(tree.raw, tree.allow, origin) or unlisted(tree.values, tree.allow, origin)
     wrong = {k.split(".")[0] for k in tree.unresolved}
     for key in sorted(tree.values, key=lambda k: bool(tree.targets(k))):  # what names another key comes after it
         if key in tree.unresolved or key in GROUPS or wrong.intersection(tree.targets(key)):

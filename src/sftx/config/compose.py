@@ -29,7 +29,7 @@ from sftx.config.overrides import CommandLine, bare, override_text, read_command
 from sftx.config.schema import GROUPS
 from sftx.config.space import Axes, Point, check_space, first_point, is_sweep, values_of
 from sftx.config.spellings import Without, each, over, plain_name, raise_if, settle, show
-from sftx.config.strangers import TYPED_ONLY
+from sftx.config.strangers import TYPED_ONLY, placed_elsewhere
 from sftx.config.yamlfile import interpolation_problem
 from sftx.errors import did_you_mean
 from sftx.secrets import scrub_text
@@ -185,6 +185,9 @@ class _Preparation:
             reason = interpolation_problem(value)
             if name in TYPED_ONLY and is_sweep(value):
                 gathered.problems.append(f"{origin}: `{key}`: this is for all trials: it cannot be swept.")
+                del line.values[key]
+            elif placed_elsewhere(key):
+                gathered.problems.append(f"{origin}: {placed_elsewhere(key)}")
                 del line.values[key]
             elif name == "hydra":
                 gathered.problems.append(f"{origin}: type Hydra's keys one by one, for example hydra.sweep.dir=FOLDER.")

@@ -21,9 +21,9 @@ def unasked(cfg: DictConfig, privileges: dict[str, Any], origin: Origin) -> list
     """Return a problem for each key that only a person may set and that has another value than was typed."""
     raw = _plain(cfg)
     return [
-        f"{origin(key)}: `{key}`: found {show(raw.get(key))}, but only a person may set this, on the command line."
+        f"{origin(key)}: `{key}`: found {show(raw[key])}, but only a person may set this, on the command line."
         for key, typed in privileges.items()
-        if raw.get(key) not in (typed, TYPED_ONLY[key])
+        if key in raw and raw[key] not in (typed, TYPED_ONLY[key])
     ]
 
 

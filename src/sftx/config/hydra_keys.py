@@ -14,6 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from sftx.config.spellings import found
 from sftx.errors import did_you_mean
 
+OPEN = ("job_logging", "hydra_logging", "launcher", "sweeper")
+"""Nodes of which Hydra's schema says nothing."""
+
 
 @cache
 def _schema() -> DictConfig:
@@ -38,6 +41,8 @@ def check_key(key: str, value: Any, origin: str) -> str | None:
                 f"All of Hydra's keys: python train.py --cfg hydra"
             )
         node, done = known[part].default_factory, f"{done}.{part}"
+    if key.partition(".")[0] in OPEN:
+        return None
     try:
         OmegaConf.update(_schema(), key, value, merge=True)
     except OmegaConfBaseException as error:

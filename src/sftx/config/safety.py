@@ -54,6 +54,8 @@ RESOLVERS = frozenset({
 """`oc.create` and `oc.decode` are not among them: they make a tree out of a text, which no check has seen."""
 SPOKEN = ("hydra.overrides.", "hydra.job.override_dirname")
 """Where Hydra repeats the overrides as texts: nothing else can set these."""
+SPACES = ("hydra.sweeper.params.", "hydra.sweeper.search_space.")
+"""Keys such as `scheduler._target_` in a search space are the job's: each point is checked as the job that it is."""
 JOB_NAME = re.compile(r"\w[\w.-]*")
 PATTERN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*\.\*|[^\W\d]\w*(\.[^\W\d]\w*)+")
 
@@ -133,8 +135,8 @@ def _missing(target: str) -> str | None:
 def unlisted(tree: Any, allow: Sequence[str], origin: Origin, path: str = "") -> list[str]:
     """Return a problem for each `_target_` and each resolver of a job's tree that may not run."""
     problems = []
-    for key, value in nodes(tree, path):
-        if key.rpartition(".")[2] == "_target_":
+    for key, name, value in nodes(tree, path):
+        if name.rpartition(".")[2] == "_target_":
             reason = refusal(value, allow)
             problems += [f"{origin(key)}: `{key}={show(value)}`: {reason}"] if reason else []
         problems += bad_resolvers(key, value, origin)
@@ -144,10 +146,11 @@ def unlisted(tree: Any, allow: Sequence[str], origin: Origin, path: str = "") ->
 def unlisted_hydra(tree: dict[str, Any], allow: Sequence[str], origin: Origin) -> list[str]:
     """Return a problem for everything in Hydra's own tree that would run and may not."""
     problems = []
-    for key, value in nodes(tree, "hydra"):
+    for key, name, value in nodes(tree, "hydra"):
         if key.startswith(SPOKEN):
             continue
-        if key.rpartition(".")[2] == "_target_":
+        swept = key.startswith(SPACES) and name != "_target_"
+        if name.rpartition(".")[2] == "_target_" and not swept:
             reason = _hydra_refusal(key, value, allow)
             problems += [f"{origin(key)}: `{key}={show(value)}`: {reason}"] if reason else []
         problems += bad_resolvers(key, value, origin)
@@ -170,12 +173,12 @@ def _hydra_refusal(key: str, target: Any, allow: Sequence[str]) -> str | None:
     return refusal(target, allow, listed, none)
 
 
-def nodes(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every key of a tree, at any depth and in lists too, with its value."""
+def nodes(tree: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield every key of a tree, at any depth and in lists too, with its own name and its value."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     for name, value in items:
         key = f"{path}.{name}" if path else str(name)
-        yield key, value
+        yield key, str(name), value
         yield from nodes(value, key)
 
 
@@ -212,8 +215,8 @@ def resolvers_in(text: str) -> tuple[str, ...]:
 def bad_logging(tree: Any, path: str, origin: Origin) -> list[str]:
     """Return a problem for everything in a logging configuration that calls, imports or writes what it should not."""
     problems = []
-    for key, value in nodes(tree, path):
-        reason = _bad_entry(key.rpartition(".")[2], value)
+    for key, name, value in nodes(tree, path):
+        reason = _bad_entry(name, value)
         if reason:
             problems.append(f"{origin(key)}: `{key}={show(value)}`: {reason}")
     return problems

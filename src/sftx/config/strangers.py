@@ -43,13 +43,13 @@ def file_problems(body: dict[str, Any], place: Callable[[str], str], package: st
     """Return what a file sets and may not, and take it out of the body; `place` names the line of a key of the body."""
     problems = []
     head = f"{package}." if package else ""
-    for key, value in list(nodes(body)):
+    for key, _, value in list(nodes(body)):
         problem = setting_problem(f"{head}{key}", value)
         if problem and _take_out(body, key.split(".")):
             problems.append(f"{place(key)}: {problem}")
     defaults = body.get("defaults")
     if isinstance(defaults, list):
-        said = [(place(f"defaults.{i}"), _placed(entry)) for i, entry in enumerate(defaults)]
+        said = [(place(f"defaults.{i}"), placed_elsewhere(entry)) for i, entry in enumerate(defaults)]
         problems += [f"{line}: {problem}" for line, problem in said if problem]
         body["defaults"] = [entry for entry, (_, problem) in zip(defaults, said, strict=True) if not problem]
     return problems
@@ -73,6 +73,8 @@ def _hydra_problem(parts: list[str], value: Any) -> str | None:
     typed = f"`{key}`: a file may not set this; if you mean it, type it: {key}={show(value)}"
     if key in SHIPPED:
         return None if value == SHIPPED[key] else typed
+    if node in ("overrides", "runtime"):
+        return f"`{key}`: Hydra fills this in itself: take it out."
     if node == "searchpath":
         return None if value == [] else f"`{key}`: folders of your own are given by --config-dir FOLDER."
     if node in ("job_logging", "hydra_logging"):
@@ -107,11 +109,11 @@ def package_problem(package: str | None, group: str) -> str | None:
     return None if own else f"`# @package {package}`: a file of `{group}` sets `{group}` and nothing else."
 
 
-def _placed(entry: Any) -> str | None:
-    """Return why an entry of a defaults list may not put an option elsewhere by `@`, or None."""
+def placed_elsewhere(entry: Any) -> str | None:
+    """Return why an entry of a defaults list, or a typed key, may not put an option elsewhere by `@`, or None."""
     for key in entry if isinstance(entry, dict) else (entry,):
         name, at, package = str(key).rpartition(" ")[2].partition("@")
-        group = name.strip("/")
+        group = name.lstrip("+~").strip("/")
         if at and package != group and not package.startswith(f"{group}."):
             return f"`{key}`: an option of `{group}` goes to `{group}` and nowhere else: take out `@{package}`."
     return None
@@ -127,6 +129,9 @@ def _take_out(body: dict[str, Any], parts: list[str]) -> bool:
             del body[head]
             return True
         if isinstance(body[head], dict):
-            return _take_out(body[head], rest)
+            taken = _take_out(body[head], rest)
+            if not body[head]:
+                del body[head]
+            return taken
         return isinstance(body[head], list)  # within a list: it is said, and the list stays
     return False
