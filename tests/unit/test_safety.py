@@ -152,6 +152,13 @@ OTHERS: dict[str, tuple[dict[str, str], list[str]]] = {
     "the second point of a sweep": (
         {"experiment/evil.yaml": "hydra: {job_logging: {version: 1, handlers: {x: {(): bait.Handler}}}}"},
         ["-m", "experiment=quickstart,evil"]),
+    "what a sweep starts from, although each point replaces it": (
+        {
+            "train.yaml": PRIMARY.replace("experiment: null", "experiment: evil"),
+            "experiment/evil.yaml": "hydra: {callbacks: {x: {_target_: bait.Spy}}}",
+        },
+        ["-m", "experiment=quickstart,qwen2_5_7b_qlora"],
+    ),
     "a file below another": (
         {"experiment/base.yaml": "scheduler: {_target_: bait.Spy}", "experiment/evil.yaml": "defaults: [base]"},
         ["experiment=evil"]),

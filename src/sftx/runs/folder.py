@@ -72,7 +72,7 @@ class RunFolder:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunFolderError(f"{path}: cannot be read ({error}). Choose another output_dir.") from None
-        found = differences(manifest.get("identity", {}), json.loads(json.dumps(identity)))
+        found = differences(manifest.get("identity", {}), scrub(json.loads(json.dumps(identity))))
         if found:
             raise RunFolderError(
                 f"output_dir={self.path}: holds another run, which would be overwritten. It differs in:\n  "
