@@ -114,7 +114,14 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
     source = find_model(config.model_name_or_path)
     family, remark = family_of(config.model, source.model_type, downloaded=source.downloaded)
     effective.remarks += remark
-    template = load_template(source, family, config.template_name, family_named)
+    trust = config.trust_remote_code
+    if trust:
+        effective.remark(
+            f"trust_remote_code=true: the Python files of {source.folder} run as you. Leave it out if you have not "
+            f"read them."
+        )
+    effective.settings["trust_remote_code"] = trust
+    template = load_template(source, family, config.template_name, family_named, trust_remote_code=trust)
     data = rows_for(template)
     numerics = build(config.precision).resolve(engine.device, effective)
     attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
@@ -128,6 +135,7 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
             quantization=mode.quantization(numerics.dtype),
             device=engine.device,
             attention=attention,
+            trust_remote_code=trust,
         )
     if isinstance(mode, Lora):
         base.requires_grad_(False)

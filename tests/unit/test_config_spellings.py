@@ -212,7 +212,7 @@ def test_an_own_component_by_target(tmp_path, monkeypatch):
         "class Mine:\n    def __init__(self, slope: float, floor: float = 0): ...\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    argv = ["--config-dir", str(tmp_path), "lr_scheduler_type=mine"]
+    argv = ["--config-dir", str(tmp_path), "lr_scheduler_type=mine", "allow_targets=[own_schedule.*]"]
     cfg = compose_checked([*argv, "scheduler.floor=0.1"])
     assert OmegaConf.to_container(cfg.scheduler) == {"_target_": "own_schedule.Mine", "slope": 0.5, "floor": 0.1}
     assert cfg.lr_scheduler_type == "mine"

@@ -78,7 +78,9 @@ def check(files: Sequence[str], held_out: Sequence[str], config: TrainConfig, *,
     held = _load(corpus, held_out, config) if held_out else None
     source = find_model(config.model_name_or_path)
     family, _ = family_of(config.model, source.model_type, downloaded=source.downloaded)
-    template = load_template(source, family, config.template_name, family_named)
+    template = load_template(
+        source, family, config.template_name, family_named, trust_remote_code=config.trust_remote_code
+    )
     facts = facts_of(loaded.records)
     choice = choose(facts, loaded.records, corpus.choose_policy(), config.seed)
     rows, _ = rows_of(loaded, choice.kept, corpus, config, template)

@@ -19,6 +19,12 @@ class ArgsFile:
     places: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    def place(self, key: str) -> str:
+        """Return `file:line` of a key, or of the nearest one above it."""
+        while key not in self.places and "." in key:
+            key = key.rpartition(".")[0]
+        return self.places.get(key, "args_file")
+
 
 def read_args_file(name: str) -> ArgsFile:
     """Read a JSON object of the manual's names; nested objects become dotted keys."""

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sftx.config.options import option_keys, options
 from sftx.config.rules import broken_rules
+from sftx.config.safety import pattern_problem, refusal, unlisted
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TrainConfig
 from sftx.config.signature import Argument, TargetNotFound, read_signature
 from sftx.config.spellings import found, show
@@ -43,6 +44,12 @@ class Tree:
         for key, why in (causes or failed).items():
             self.problems.append(f"{origin(key)}: `{key}`: {show(_at(self.raw, key))} cannot be resolved: {why}.")
         self.unresolved |= set(failed)
+
+    @property
+    def allow(self) -> tuple[str, ...]:
+        """The targets that were allowed beside sftx's own; of a wrong list, none."""
+        patterns = self.raw.get("allow_targets")
+        return () if not isinstance(patterns, list) or any(map(pattern_problem, patterns)) else tuple(patterns)
 
     def _resolve(self, cfg: DictConfig, key: str, raw: Any, failed: dict[str, str]) -> Any:
         if isinstance(raw, dict):
@@ -82,6 +89,7 @@ def check_tree(cfg: DictConfig, origin: Origin = lambda _: "config") -> list[str
 def check_resolved(tree: Tree, origin: Origin, *, rules: bool = True) -> list[str]:
     """Return every problem of a configuration whose interpolations are resolved, with or without the rules."""
     problems = list(tree.problems)
+    problems += unlisted(tree.raw, tree.allow, origin) or unlisted(tree.values, tree.allow, origin)
     wrong = {k.split(".")[0] for k in tree.unresolved}
     for key in sorted(tree.values, key=lambda k: bool(tree.targets(k))):  # what names another key comes after it
         if key in tree.unresolved or key in GROUPS or wrong.intersection(tree.targets(key)):
@@ -100,7 +108,8 @@ def check_resolved(tree: Tree, origin: Origin, *, rules: bool = True) -> list[st
         problems.append(f"{origin(name)}: `{name}` has no value.")
     tree.wrong = wrong
     broken = broken_rules(tree.values, wrong) if rules else ()
-    return problems + [f"{origin(rule.keys[0])}: {text}" for rule, text in broken]
+    problems += [f"{origin(rule.keys[0])}: {text}" for rule, text in broken]
+    return list(dict.fromkeys(problems))
 
 
 def freeze(cfg: DictConfig) -> TrainConfig:
@@ -216,6 +225,8 @@ def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> li
     target = node.get("_target_")
     if not isinstance(target, str):
         return [f"{origin(key)}: `{key}._target_` names no class."]
+    if refusal(target, tree.allow):
+        return []  # `unlisted` says so, wherever in the tree it stands
     try:
         signature = read_signature(target)
     except TargetNotFound as error:

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx.config import source
-from sftx.config.check import Tree, check_component
 from sftx.config.grammar import Deleted, Sweep, read_override
+from sftx.config.guard import bad_callbacks, guard
 from sftx.config.hydra_keys import check_key
 from sftx.config.options import ALL_GROUPS, family_of_type, options, unknown_option, user_folders
 from sftx.config.overlay import Reading, known_values
@@ -28,8 +29,10 @@ from sftx.config.overrides import CommandLine, bare, override_text, read_command
 from sftx.config.schema import GROUPS
 from sftx.config.space import Axes, Point, check_space, first_point, is_sweep, values_of
 from sftx.config.spellings import Without, each, over, plain_name, raise_if, settle, show
+from sftx.config.strangers import TYPED_ONLY, placed_elsewhere
 from sftx.config.yamlfile import interpolation_problem
 from sftx.errors import did_you_mean
+from sftx.secrets import scrub_text
 
 __all__ = ["CONFIG_NAME", "Request", "compose_checked", "family_of_type", "options", "prepare"]
 
@@ -50,6 +53,8 @@ class Request:
     overrides: list[str] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
     """The words after `train.py` as the user typed them."""
+    privileges: dict[str, Any] = field(default_factory=lambda: dict(TYPED_ONLY))
+    """What only a person may set, as it was typed: `allow_targets`, `trust_remote_code`."""
     shown: str | None = None
     """What `--cfg job` prints: it is composed already, and Hydra would take as long again."""
 
@@ -85,7 +90,9 @@ def _prepared(argv: list[str]) -> tuple[Request, DictConfig]:
     user_folders[:] = line.folders
     if line.bypass:
         raise_if(line.problems)
-        return Request(list(argv), line.notes, False, [], list(argv)), OmegaConf.create()
+        # nothing is checked here: only completion, which runs nothing, is given what was typed
+        words = line.flags + (line.texts if line.completes else [])
+        return Request(words, line.notes, False, [], list(argv)), OmegaConf.create()
     collects = gc.isenabled()
     gc.disable()  # composing makes many small objects and little garbage: a quarter of the time is saved
     try:
@@ -128,6 +135,7 @@ class _Preparation:
         self.problems = line.problems
         self.multirun = line.multirun
         self.axes: Axes = {}
+        self.privileges = {k: line.values.get(k, unset) for k, unset in TYPED_ONLY.items()}
         self.hydra = OmegaConf.create()
         """Hydra's own node of the last composition."""
 
@@ -140,7 +148,7 @@ class _Preparation:
             if base is not None:
                 point = first_point(self.axes)
                 self.problems += check_space(self.axes, lambda p: base if p == point else self._compose(p), self.origin)
-                self.problems += self._check_hydra()
+                self.problems += bad_callbacks(self.hydra, self.privileges, self.origin)
         raise_if(self.problems + self.reading.problems)
         assert base is not None
         idle = [] if self.axes else _idle_knobs(base, self.line.origins)
@@ -151,7 +159,8 @@ class _Preparation:
             flags = [f for f in flags if f not in ("-m", "--multirun")]
         overrides = [override_text(self._key_for_hydra(k, v), v) for k, v in values.items()]
         shown = _as_yaml(base, resolve="--resolve" in flags) if _shows_job(flags) else None
-        request = Request(flags + overrides, notes, self.multirun and not line.shows, overrides, list(argv), shown)
+        multirun = self.multirun and not line.shows
+        request = Request(flags + overrides, notes, multirun, overrides, list(argv), self.privileges, shown)
         return request, base
 
     def origin(self, key: str) -> str:
@@ -174,7 +183,16 @@ class _Preparation:
         for key, value in list(line.values.items()):
             name, origin = bare(key), line.origin(key)
             reason = interpolation_problem(value)
-            if reason:
+            if name in TYPED_ONLY and is_sweep(value):
+                gathered.problems.append(f"{origin}: `{key}`: this is for all trials: it cannot be swept.")
+                del line.values[key]
+            elif placed_elsewhere(key):
+                gathered.problems.append(f"{origin}: {placed_elsewhere(key)}")
+                del line.values[key]
+            elif name == "hydra":
+                gathered.problems.append(f"{origin}: type Hydra's keys one by one, for example hydra.sweep.dir=FOLDER.")
+                del line.values[key]
+            elif reason:
                 gathered.problems.append(f"{origin}: `{key}`: {show(value)} is no interpolation: {reason}.")
                 del line.values[key]
             elif isinstance(value, Sweep) and not value.values:
@@ -215,6 +233,7 @@ class _Preparation:
             texts = {k: override_text(_lenient_key(k, v), v) for k, v in values.items()}
             try:
                 cfg, self.hydra = _load(list(texts.values()))
+                self.problems += guard(cfg, self.hydra, self.privileges, self.origin)
                 return cfg
             except COMPOSITION_ERRORS as error:
                 culprit = self._culprit(error, texts)
@@ -225,6 +244,16 @@ class _Preparation:
                 values.pop(culprit)
                 self.line.values.pop(culprit, None)
                 self.axes.pop(culprit, None)
+
+    def _guard_sweep(self) -> None:
+        """Guard what Hydra starts a sweep with: the composition without what is swept."""
+        if not self.axes:
+            return
+        texts = [override_text(_lenient_key(k, v), v) for k, v in self.line.values.items() if k not in self.axes]
+        loaded = list(self.reading.loaded)
+        with suppress(*COMPOSITION_ERRORS):  # Hydra will fail as well, and run nothing
+            self.problems += guard(*_load(texts), self.privileges, self.origin)
+        self.reading.loaded[:] = loaded
 
     def _culprit(self, error: Exception, texts: dict[str, str]) -> str | None:
         """Return the setting without which the configuration composes, or fails otherwise."""
@@ -258,6 +287,7 @@ class _Preparation:
                 complete = False
         complete &= not self._add_file_axes()
         complete &= not self._follow_family(base)
+        self._guard_sweep()
         return base if complete else self._compose(first_point(self.axes))
 
     def _add_file_axes(self) -> bool:
@@ -318,16 +348,6 @@ class _Preparation:
         is_plain = key in ALL_GROUPS or "." not in key or key != bare(key) or key.startswith("hydra")
         return key if is_plain or isinstance(value, Deleted) or self.reading.place_of(key) else f"++{key}"
 
-    def _check_hydra(self) -> list[str]:
-        """Check the classes that Hydra would import before any of sftx runs."""
-        tree = Tree(OmegaConf.create({"callbacks": OmegaConf.to_container(self.hydra.callbacks)}), self.origin)
-        callbacks = [n for n, node in tree.values["callbacks"].items() if isinstance(node, dict)]
-        problems = [p for name in callbacks for p in check_component(f"callbacks.{name}", tree, set(), self._at_hydra)]
-        return [p.replace("`callbacks.", "`hydra.callbacks.") for p in problems]
-
-    def _at_hydra(self, key: str) -> str:
-        return self.origin(f"hydra.{key}")
-
 
 def _shows_job(flags: list[str]) -> bool:
     """True for `--cfg job` without flags that only Hydra knows, such as `--package`."""
@@ -339,6 +359,7 @@ def _as_yaml(cfg: DictConfig, *, resolve: bool) -> str:
     if resolve:
         cfg = cfg.copy()
         OmegaConf.resolve(cfg)
+        return scrub_text(OmegaConf.to_yaml(cfg))  # often sent into a file
     return OmegaConf.to_yaml(cfg)
 
 

@@ -14,6 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from sftx.config.spellings import found
 from sftx.errors import did_you_mean
 
+OPEN = ("job_logging", "hydra_logging", "launcher", "sweeper")
+"""Nodes of which Hydra's schema says nothing."""
+
 
 @cache
 def _schema() -> DictConfig:
@@ -24,6 +27,8 @@ def check_key(key: str, value: Any, origin: str) -> str | None:
     """Return what is wrong with one setting, `sweep.dir` for `hydra.sweep.dir`, or None."""
     if key == "searchpath":
         return f"{origin}: `hydra.searchpath`: folders of your own are given by --config-dir FOLDER."
+    if key.partition(".")[0] in ("overrides", "runtime"):
+        return f"{origin}: `hydra.{key}`: Hydra fills this in itself: take it out."
     node: Any = HydraConf
     done = "hydra"
     for part in key.split("."):
@@ -36,6 +41,8 @@ def check_key(key: str, value: Any, origin: str) -> str | None:
                 f"All of Hydra's keys: python train.py --cfg hydra"
             )
         node, done = known[part].default_factory, f"{done}.{part}"
+    if key.partition(".")[0] in OPEN:
+        return None
     try:
         OmegaConf.update(_schema(), key, value, merge=True)
     except OmegaConfBaseException as error:

@@ -15,6 +15,7 @@ from sftx.config.grammar import Deleted, Sweep, grammar, read_override, unwritab
 from sftx.config.options import ALL_GROUPS, options
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS
 from sftx.config.spellings import plain_name, rewrite, settle, show
+from sftx.config.strangers import file_problems
 from sftx.config.types import is_text
 from sftx.errors import did_you_mean
 
@@ -25,6 +26,7 @@ CONFIG_DIR = ("--config-dir", "-cd")
 NOT_OURS = {
     "--config-name": "the one primary config is conf/train.yaml: write an experiment and choose it by experiment=NAME",
     "--config-path": "folders of your own are given by --config-dir FOLDER",
+    "--experimental-rerun": "it reads a pickle, which can run anything; type the command in the run's manifest.json",
 }
 NOT_OURS |= {"-cn": NOT_OURS["--config-name"], "-cp": NOT_OURS["--config-path"]}
 
@@ -39,7 +41,11 @@ class CommandLine:
     """True when the configuration is only shown: `--cfg`, `--info`."""
     bypass: bool = False
     """True when Hydra answers without a configuration: `--hydra-help`, shell completion."""
+    completes: bool = False
+    """True for shell completion."""
     folders: list[Path] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    """The overrides as they were typed."""
     values: dict[str, Any] = field(default_factory=dict)
     """key -> its plain value, a `Sweep` of them, or `Deleted`; Hydra's own keys keep their prefix."""
     origins: dict[str, str] = field(default_factory=dict)
@@ -67,12 +73,12 @@ def override_text(key: str, value: Any) -> str:
 def read_command_line(argv: list[str]) -> CommandLine:
     """Read what follows `train.py`; what is wrong with it stands in `problems`."""
     line = CommandLine()
-    texts, files = _sort_words(argv, line)
+    line.texts, files = _sort_words(argv, line)
     for file in files:
         read = read_args_file(file)
-        line.problems += read.problems
+        line.problems += read.problems + file_problems(read.values, read.place)
         _add(line, read.values, read.places)
-    _add(line, *_read_overrides(texts, line))
+    _add(line, *_read_overrides(line.texts, line))
     return line
 
 
@@ -120,6 +126,7 @@ def _take_flag(word: str, action: Any, words: list[str], line: CommandLine) -> N
         line.flags.append(given)
     line.multirun |= action.dest == "multirun"
     line.shows |= action.dest in ("cfg", "info")
+    line.completes |= action.dest == "shell_completion"
     line.bypass |= action.dest in ("hydra_help", "shell_completion", "version", "experimental_rerun")
     if action.choices and action.nargs != "?" and given not in action.choices:
         line.problems.append(

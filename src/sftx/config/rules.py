@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sftx.config.safety import pattern_problem
 from sftx.config.spellings import show
 from sftx.errors import did_you_mean
 
@@ -117,6 +118,11 @@ def _policies_of_a_stream(tree: Tree) -> str | None:
         return None
     named = ", ".join(f"data.{k}" for k in set_)
     return f"`data.streaming=true` cannot look at all records first, as {named} must: leave one out."
+
+
+@rule("allow_targets")
+def _patterns(tree: Tree) -> str | None:
+    return next(filter(None, map(pattern_problem, tree["allow_targets"])), None)
 
 
 @rule("warmup_steps")

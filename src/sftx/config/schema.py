@@ -183,6 +183,14 @@ class TrainConfig:
         "rollback to the last checkpoint and go on with half the rate",
         "损失或梯度非有限值时（绝不会更新权重）：stop 停止，skip 跳过该步，rollback 回到上一个检查点并将学习率减半",
     )
+    allow_targets: list[str] = knob(
+        "classes of your own that a configuration may name: my_parts.* or whole names; only on the command line",
+        "允许配置引用的自有类：my_parts.* 或完整类名；只能在命令行给出",
+    )
+    trust_remote_code: bool = knob(
+        "run the Python files that a model's folder brings; only on the command line, after reading them",
+        "运行模型目录自带的 Python 代码；只能在命令行给出，请先阅读其代码",
+    )
     on_tracker_error: Literal["stop", "continue"] = knob(
         "what to do when a tracker cannot start", "指标上报工具无法启动时：stop 停止，continue 继续"
     )

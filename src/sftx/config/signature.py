@@ -66,6 +66,20 @@ def read_signature(target: str) -> Signature | None:
 
 
 @cache
+def definition(target: str, hops: int = 20) -> str | None:
+    """Return the dotted path where a class or a function is defined, imports followed; None when no source says it."""
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        path = module_file(".".join(parts[:cut]))
+        if path is None:
+            continue
+        if path.suffix != ".py" or not hops:  # compiled, or two modules that import from each other
+            return None
+        return _Module(".".join(parts[:cut]), path).place(parts[cut:], hops - 1)
+    return None
+
+
+@cache
 def public_names(module: str) -> tuple[str, ...]:
     """Return the names of the classes and functions that a module defines."""
     path = module_file(module)
@@ -73,6 +87,13 @@ def public_names(module: str) -> tuple[str, ...]:
         return ()
     named = (n for n in _tree(path).body if isinstance(n, ast.ClassDef | ast.FunctionDef))
     return tuple(n.name for n in named if not n.name.startswith("_"))
+
+
+def defines_class(target: str) -> bool:
+    """Tell whether `package.module.Class` is a class that this very module defines."""
+    module, _, name = target.rpartition(".")
+    path = module_file(module) if module else None
+    return path is not None and path.suffix == ".py" and _Module(module, path).is_class(name)
 
 
 @cache
@@ -141,6 +162,27 @@ class _Module:
                 return self.signature([other, *rest])
         return None
 
+    def place(self, names: list[str], hops: int) -> str | None:
+        """Return where `Class`, `function` or `Class.method` is defined, or None."""
+        node = self._definition(names[0])
+        match node, names[1:]:
+            case ((ast.FunctionDef() | ast.ClassDef()), []):
+                return f"{self.name}.{names[0]}"
+            case ast.ClassDef(), [method] if any(
+                isinstance(i, ast.FunctionDef) and i.name == method for i in node.body
+            ):
+                return f"{self.name}.{names[0]}.{method}"
+            case ((ast.Import() | ast.ImportFrom()), rest):
+                imported = self._import_of(node, names[0])
+                return definition(".".join([imported, *rest]), hops) if "." in imported or rest else None
+            case ast.Assign(value=ast.Name(id=other)), rest if hops:
+                return self.place([other, *rest], hops - 1)
+        return None
+
+    def is_class(self, name: str) -> bool:
+        """Tell whether the module itself defines a class of this name."""
+        return isinstance(self._definition(name), ast.ClassDef)
+
     def _definition(self, name: str) -> ast.stmt | None:
         """Return the last statement that binds a name, also inside `if` and `try` blocks."""
         found: ast.stmt | None = None
@@ -160,15 +202,21 @@ class _Module:
         return found
 
     def _imported(self, node: ast.Import | ast.ImportFrom, name: str, rest: list[str]) -> Signature | None:
+        if isinstance(node, ast.Import) and not rest:
+            return None
+        return read_signature(".".join([self._import_of(node, name), *rest]))
+
+    def _import_of(self, node: ast.Import | ast.ImportFrom, name: str) -> str:
+        """Return the dotted path of what an import statement binds to a name."""
         alias = next(a for a in node.names if (a.asname or a.name) == name)
         if isinstance(node, ast.Import):
-            return read_signature(".".join([alias.name, *rest])) if rest else None
+            return alias.name
         module = node.module or ""
         if node.level:
             levels = self.name.split(".")
             keep = len(levels) - node.level + (self.path.stem == "__init__")
             module = ".".join([*levels[:keep], *([module] if module else [])])
-        return read_signature(".".join([module, alias.name, *rest]))
+        return f"{module}.{alias.name}"
 
     def _of_method(self, owner: ast.ClassDef, name: str) -> Signature | None:
         for item in owner.body:

@@ -21,6 +21,7 @@ from sftx.config.options import ALL_GROUPS, CONF, folder_of, user_folders
 from sftx.config.overlay import Reading, group_body, overlay_body
 from sftx.config.schema import GROUPS, OVERLAYS
 from sftx.config.spellings import raise_if
+from sftx.config.strangers import file_problems, package_problem
 from sftx.config.yamlfile import read_yaml
 
 LAYERS = {"train": 0, **{group: 2 + i for i, group in enumerate(OVERLAYS)}}
@@ -73,6 +74,12 @@ class SftxConfigSource(ConfigSource):
         reading.problems += file.problems
         header = self._get_header_dict(file.text)
         group, _, rest = config_path.partition("/")
+        misplaced = package_problem(header["package"], group) if group in GROUPS else None
+        if misplaced:
+            reading.problems.append(f"{file.place('')}: {misplaced}")
+            header["package"] = None
+        package = (header["package"] or group) if group in GROUPS else "_global_"
+        reading.problems += file_problems(file.body, file.place, "" if package == "_global_" else package)
         if group in GROUPS:
             body, package = group_body(file, group, rest, header, reading)
         else:

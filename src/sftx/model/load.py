@@ -116,7 +116,12 @@ def _download(name: str) -> Path:
 
 
 def load_template(
-    source: Source, family: Family, template_name: str | None, family_for: Callable[[str], Family | None]
+    source: Source,
+    family: Family,
+    template_name: str | None,
+    family_for: Callable[[str], Family | None],
+    *,
+    trust_remote_code: bool = False,
 ) -> ChatTemplate:
     """Load a model's tokenizer and choose its template: `template_name`, else its own, else the family's.
 
@@ -128,8 +133,10 @@ def load_template(
     if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{source.folder}: holds no tokenizer (tokenizer.json). Fetch the whole model again.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        # said even when false: left open, transformers asks on the terminal, and takes a `y` for an answer
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        _explain_code(source, error)
         raise ModelError(f"{source.folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{source.folder}: holds no tokenizer.json; sftx needs a fast tokenizer.")
@@ -177,8 +184,24 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def _explain_code(source: Source, error: Exception) -> None:
+    """Raise a ModelError that says what to type, when a model asks to run Python files of its own."""
+    if "trust_remote_code" in str(error):
+        files = ", ".join(sorted(p.name for p in source.folder.glob("*.py"))) or "of another repository"
+        raise ModelError(
+            f"model_name_or_path={source.name}: this model brings Python code of its own ({files} in {source.folder}), "
+            f"which would run as you. If you have read it and trust it, type: trust_remote_code=true"
+        ) from error
+
+
 def load_base(
-    source: Source, *, dtype: torch.dtype, quantization: Any, device: torch.device, attention: str = "sdpa"
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    quantization: Any,
+    device: torch.device,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load the base model's weights.
 
@@ -194,9 +217,10 @@ def load_base(
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source.folder, output_loading_info=True, trust_remote_code=False, **options
+            source.folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:
+        _explain_code(source, error)
         raise ModelError(f"{source.folder}: its weights cannot be loaded: {_first_line(error)}") from error
     missing = sorted(info.get("missing_keys") or [])
     if missing:

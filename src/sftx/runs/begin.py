@@ -19,11 +19,11 @@ from sftx.data.read import sha256_file
 from sftx.errors import ConfigError, ModelError, RunFolderError
 from sftx.files import write_chunks, write_text
 from sftx.model.load import Source
-from sftx.runs import manifest
 from sftx.runs.effective import Effective
 from sftx.runs.folder import RunFolder, RunLog
 from sftx.runs.header import as_text, count, header, length_line
 from sftx.runs.metrics import Recorder, Tracker, drop_after
+from sftx.secrets import scrub
 from sftx.training import checkpoint
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
@@ -63,6 +63,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
             "status": "running",
             "command": setting.command,
             "environment": setting.environment,
+            "allowed": {"allow_targets": config.allow_targets, "trust_remote_code": config.trust_remote_code},
             "identity": who,
             "model": {"name": source.name, "folder": str(source.folder), "model_type": source.model_type}
             | session.model.facts(),
@@ -151,7 +152,7 @@ def _trackers(trial: Trial) -> list[Tracker]:
     started: list[Tracker] = []
     for name, node in trial.config.tracker.items():
         try:
-            settings = manifest.scrub(asdict(trial.config))
+            settings = scrub(asdict(trial.config))
             started.append(build(node).start(trial.folder.path, settings, trial.step))
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

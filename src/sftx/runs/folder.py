@@ -20,7 +20,7 @@ from sftx.config.derive import differences
 from sftx.config.schema import TrainConfig
 from sftx.errors import RunFolderError
 from sftx.files import Lock, check_writable, explained, sweep, write_json, write_text
-from sftx.runs.manifest import scrub
+from sftx.secrets import scrub, scrub_text
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 ONLY = "default"
@@ -93,7 +93,7 @@ class RunFolder:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunFolderError(f"{path}: cannot be read ({error}). Choose another output_dir.") from None
-        found = differences(manifest.get("identity", {}), json.loads(json.dumps(identity)))
+        found = differences(manifest.get("identity", {}), scrub(json.loads(json.dumps(identity))))
         if found:
             raise RunFolderError(
                 f"output_dir={self.path}: holds another run, which would be overwritten. It differs in:\n  "
@@ -115,6 +115,14 @@ class RunFolder:
         """Change facts of the manifest."""
         self.manifest |= scrub(facts)
         write_json(self.path / MANIFEST, self.manifest)
+
+
+class Discreet(logging.Formatter):
+    """Writes log lines without the secrets in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one line."""
+        return scrub_text(super().format(record))
 
 
 class TqdmHandler(logging.Handler):
@@ -164,7 +172,7 @@ class RunLog:
         """Write further messages to a trial's file as well, but not those of other trials."""
         with explained(path):
             handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
         handler.addFilter(lambda record: _speaking.get() in (None, trial))
         self.logger.addHandler(handler)
 

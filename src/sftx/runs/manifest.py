@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -18,27 +17,8 @@ PACKAGES = (
     "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors", "hydra-core",
     "omegaconf", "numpy", "tensorboard", "wandb", "deepspeed",
 )  # fmt: skip
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 DIFF_LIMIT = 1_000_000
 """Characters of a git diff that are stored."""
-
-
-def scrub(value: Any) -> Any:
-    """Replace the values of secret environment variables wherever they occur in plain data."""
-    secrets = [v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 6]
-    return _scrub(value, secrets)
-
-
-def _scrub(value: Any, secrets: list[str]) -> Any:
-    if isinstance(value, str):
-        for secret in secrets:
-            value = value.replace(secret, "***")
-        return value
-    if isinstance(value, dict):
-        return {k: _scrub(v, secrets) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_scrub(v, secrets) for v in value]
-    return value
 
 
 def environment() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.runs.metrics import Tracker
+from sftx.secrets import scrub
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Wandb:
 
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            name=self.name or folder.name,
+            project=scrub(self.project),
+            entity=scrub(self.entity),
+            name=scrub(self.name) or folder.name,
             id=f"{folder.name}-{place}",
             resume="allow",
-            tags=self.tags or None,
+            tags=scrub(self.tags) or None,
             config=dict(config),
             dir=str(folder),
             settings=wandb.Settings(silent=True, console="off"),

@@ -19,11 +19,13 @@ from rich.table import Table
 
 from sftx.config.check import freeze
 from sftx.config.compose import Request
+from sftx.config.guard import unasked
 from sftx.config.schema import TrainConfig
 from sftx.data.sources import find_sources
-from sftx.errors import say
-from sftx.files import write_json
+from sftx.errors import ConfigError, say
+from sftx.files import write_json, write_text
 from sftx.runs.folder import RunFolder
+from sftx.secrets import scrub, scrub_text
 
 if TYPE_CHECKING:
     from sftx.runs.end import Result
@@ -40,12 +42,16 @@ class TrialFailed(Exception):
 def run_job(composed: DictConfig, request: Request) -> float | None:
     """Run one composed configuration; in a multirun, in its own folder, leaving its outcome there."""
     hydra = HydraConfig.get()
+    problems = unasked(composed, request.privileges, lambda _: "config")  # a sweeper may add what nobody typed
+    if problems:
+        raise ConfigError(problems)
     config = freeze(composed)
     command = request.command()
     if hydra.mode != RunMode.MULTIRUN:
         return _run(config, request, command).objective
     sweep_dir = Path(hydra.sweep.dir)
     _sweep_dirs.append(sweep_dir)
+    _scrub_record(sweep_dir / "multirun.yaml")
     folder = Path(config.output_dir or sweep_dir) / str(hydra.sweep.subdir)
     outcome: dict[str, Any] = {
         "number": int(hydra.job.num),
@@ -75,13 +81,21 @@ def _run(config: TrainConfig, request: Request, command: str) -> Result:
     return run([config], request.notes, command)[0]
 
 
+def _scrub_record(path: Path) -> None:
+    """Take out of Hydra's own record of a sweep what was typed and is secret."""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if scrub_text(text) != text:
+            write_text(path, scrub_text(text))
+
+
 def _swept(hydra: Any) -> list[str]:
     """Return the overrides in which the trials differ, or all when there is nothing to compare with."""
     return [str(o) for o in OmegaConf.to_container(hydra.overrides.task) or []]
 
 
 def _leave(sweep_dir: Path, outcome: dict[str, Any]) -> None:
-    write_json(sweep_dir / str(outcome["number"]) / TRIAL, outcome)
+    write_json(sweep_dir / str(outcome["number"]) / TRIAL, scrub(outcome))
 
 
 def end_of_sweep() -> int:

@@ -1,0 +1,47 @@
+"""Guard a composition before Hydra gets it: what would run, and what was set that nobody typed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sftx.config.check import Origin, Tree, check_component
+from sftx.config.safety import pattern_problem, unlisted_hydra
+from sftx.config.spellings import show
+from sftx.config.strangers import TYPED_ONLY
+
+
+def guard(cfg: DictConfig, hydra: DictConfig, privileges: dict[str, Any], origin: Origin) -> list[str]:
+    """Return what Hydra's own tree would run and may not, and the privileges that nobody typed."""
+    return [*unlisted_hydra(_plain(hydra), _patterns(privileges), origin), *unasked(cfg, privileges, origin)]
+
+
+def unasked(cfg: DictConfig, privileges: dict[str, Any], origin: Origin) -> list[str]:
+    """Return a problem for each key that only a person may set and that has another value than was typed."""
+    raw = _plain(cfg)
+    return [
+        f"{origin(key)}: `{key}`: found {show(raw[key])}, but only a person may set this, on the command line."
+        for key, typed in privileges.items()
+        if key in raw and raw[key] not in (typed, TYPED_ONLY[key])
+    ]
+
+
+def bad_callbacks(hydra: DictConfig, privileges: dict[str, Any], origin: Origin) -> list[str]:
+    """Return what is wrong with the arguments of Hydra's callbacks; which may be made is `guard`'s question."""
+    tree = Tree(OmegaConf.create({"callbacks": _plain(hydra)["callbacks"]}), origin)
+    tree.raw["allow_targets"] = _patterns(privileges)
+    names = [n for n, node in tree.values["callbacks"].items() if isinstance(node, dict)]
+    problems = [
+        p for n in names for p in check_component(f"callbacks.{n}", tree, set(), lambda k: origin(f"hydra.{k}"))
+    ]
+    return [p.replace("`callbacks.", "`hydra.callbacks.") for p in problems]
+
+
+def _patterns(privileges: dict[str, Any]) -> list[str]:
+    patterns = privileges["allow_targets"]
+    return patterns if isinstance(patterns, list) and not any(map(pattern_problem, patterns)) else []
+
+
+def _plain(tree: DictConfig) -> dict[str, Any]:
+    return {str(k): v for k, v in (OmegaConf.to_container(tree, resolve=False) or {}).items()}  # type: ignore[union-attr]

@@ -1,0 +1,244 @@
+"""What a configuration may run: an allowlist, asked before anything that a configuration names is imported.
+
+Hydra calls whatever `_target_` names, some of it before main. So every `_target_`, logging factory and
+resolver of a composed tree, `hydra.*` included, is looked up here, by reading source files and never by
+importing. What a person allows beside sftx's own parts is typed: `allow_targets=[my_parts.*]`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+from omegaconf.grammar_parser import parse
+
+from sftx.config.signature import TargetNotFound, defines_class, definition, module_file, read_signature
+from sftx.config.spellings import show
+
+COMPONENTS = (
+    "sftx.data.corpus", "sftx.model.adapt", "sftx.model.family", "sftx.parallel.ddp", "sftx.parallel.single",
+    "sftx.parallel.zero", "sftx.runs.trackers", "sftx.training.callbacks", "sftx.training.optimizers",
+    "sftx.training.precision", "sftx.training.schedulers",
+)  # fmt: skip
+"""Modules whose own public classes are sftx's components."""
+LAUNCHERS = frozenset({
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+})  # fmt: skip
+SWEEPERS = frozenset({
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
+})  # fmt: skip
+SAMPLERS = frozenset(
+    f"optuna.samplers.{name}Sampler"
+    for name in ("TPE", "Random", "CmaEs", "NSGAII", "Grid", "QMC", "MOTPE", "GP", "BruteForce")
+)
+LOGGING = frozenset({
+    "logging.StreamHandler", "logging.NullHandler", "logging.Formatter", "logging.Filter", "colorlog.ColoredFormatter",
+    "colorlog.StreamHandler",
+})  # fmt: skip
+"""What `class:` and `()` of Hydra's logging may name; none of it writes where a configuration says."""
+STREAMS = frozenset({"ext://sys.stdout", "ext://sys.stderr"})
+LOG_FILES = frozenset({"${hydra.runtime.output_dir}/${hydra.job.name}.log", "hydra-${hydra.job.name}.log"})
+"""The file names that Hydra's own `logging.FileHandler`s have."""
+RESOLVERS = frozenset({
+    "hydra", "now", "python_version", "oc.env", "oc.select", "oc.deprecated", "oc.dict.keys", "oc.dict.values"
+})  # fmt: skip
+"""`oc.create` and `oc.decode` are not among them: they make a tree out of a text, which no check has seen."""
+SPOKEN = ("hydra.overrides.", "hydra.job.override_dirname")
+"""Where Hydra repeats the overrides as texts: nothing else can set these."""
+SPACES = ("hydra.sweeper.params.", "hydra.sweeper.search_space.")
+"""Keys such as `scheduler._target_` in a search space are the job's: each point is checked as the job that it is."""
+JOB_NAME = re.compile(r"\w[\w.-]*")
+PATTERN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*\.\*|[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+Origin = Callable[[str], str]
+
+
+def pattern_problem(pattern: Any) -> str | None:
+    """Return what is wrong with one entry of `allow_targets`, or None."""
+    if isinstance(pattern, str) and PATTERN.fullmatch(pattern):
+        return None
+    return f"`allow_targets`: found {show(pattern)}, wanted `package.*` or the whole name of a class."
+
+
+def is_allowed(target: str, allow: Sequence[str]) -> bool:
+    """Tell whether a dotted name is among the patterns."""
+    return any(target == p or (p.endswith(".*") and target.startswith(p[:-1])) for p in allow)
+
+
+def refusal(
+    target: Any, allow: Sequence[str], listed: frozenset[str] = frozenset(), none: str = "none of sftx's components"
+) -> str | None:
+    """Return why a `_target_` may not run, or None; `listed`: whole names beside sftx's; `none`: what it is not."""
+    if not isinstance(target, str) or not all(p.isidentifier() for p in target.split(".")) or "." not in target:
+        return "wanted the dotted name of a class, written out."
+    if target in allow or target in listed:
+        return None
+    if is_allowed(target, allow):
+        return _not_its_own(target, allow)
+    module, _, name = target.rpartition(".")
+    if target.startswith("sftx."):
+        if module in COMPONENTS and not name.startswith("_") and defines_class(target):
+            return None
+        return _no_component(target)
+    return f"this is {none}, and a configuration may run nothing else. {cure(target)}"
+
+
+def cure(target: str) -> str:
+    """Say what to type if the target is the user's own."""
+    top = target.partition(".")[0]
+    if top in sys.stdlib_module_names or top in ("sftx", "hydra", "omegaconf"):
+        return "Do not run a configuration that asks for it."
+    return f"If it is yours, or you have read it, type: allow_targets=[{top}.*]"
+
+
+def _not_its_own(target: str, allow: Sequence[str]) -> str | None:
+    """Say why a target that matches a pattern is refused all the same: a package's imports are not its own."""
+    place = definition(target)
+    if place is not None and is_allowed(place, allow):
+        return None
+    if place is not None:
+        return f"this is another name for `{place}`, which allow_targets={show(list(allow))} does not cover."
+    return _missing(target) or (
+        f"its source does not say what it is, so a pattern does not cover it. "
+        f"If you trust it, type its whole name: allow_targets=[{target}]"
+    )
+
+
+def _no_component(target: str) -> str:
+    parts = target.split(".")
+    inside = [".".join(parts[:n]) for n in range(2, len(parts) - 1)]
+    within_module = any((path := module_file(m)) is not None and path.stem != "__init__" for m in inside)
+    missing = None if within_module else _missing(target)  # what a module imports is not looked at
+    return missing or f"this is no component. Components are the public classes of {', '.join(COMPONENTS)}."
+
+
+def _missing(target: str) -> str | None:
+    """Return the message for a target that does not exist, or None."""
+    try:
+        read_signature(target)
+    except TargetNotFound as error:
+        return str(error)
+    except RecursionError:  # modules that import from each other
+        return None
+    return None
+
+
+def unlisted(tree: Any, allow: Sequence[str], origin: Origin, path: str = "") -> list[str]:
+    """Return a problem for each `_target_` and each resolver of a job's tree that may not run."""
+    problems = []
+    for key, name, value in nodes(tree, path):
+        if name.rpartition(".")[2] == "_target_":
+            reason = refusal(value, allow)
+            problems += [f"{origin(key)}: `{key}={show(value)}`: {reason}"] if reason else []
+        problems += bad_resolvers(key, value, origin)
+    return problems
+
+
+def unlisted_hydra(tree: dict[str, Any], allow: Sequence[str], origin: Origin) -> list[str]:
+    """Return a problem for everything in Hydra's own tree that would run and may not."""
+    problems = []
+    for key, name, value in nodes(tree, "hydra"):
+        if key.startswith(SPOKEN):
+            continue
+        swept = key.startswith(SPACES) and name != "_target_"
+        if name.rpartition(".")[2] == "_target_" and not swept:
+            reason = _hydra_refusal(key, value, allow)
+            problems += [f"{origin(key)}: `{key}={show(value)}`: {reason}"] if reason else []
+        problems += bad_resolvers(key, value, origin)
+    for name in ("job_logging", "hydra_logging"):
+        problems += bad_logging(tree.get(name), f"hydra.{name}", origin)
+    name = (tree.get("job") or {}).get("name", "train")
+    if not JOB_NAME.fullmatch(str(name)):  # Hydra's log file is named after it
+        problems.append(f"{origin('hydra.job.name')}: `hydra.job.name={show(name)}`: wanted a name without `/`.")
+    return problems
+
+
+def _hydra_refusal(key: str, target: Any, allow: Sequence[str]) -> str | None:
+    listed = {"hydra.launcher._target_": LAUNCHERS, "hydra.sweeper._target_": SWEEPERS}.get(key, frozenset())
+    if key.startswith("hydra.sweeper.") and not listed:
+        listed = SAMPLERS
+    if isinstance(target, str) and target.startswith("sftx.") and not is_allowed(target, allow):
+        return "sftx has no part that Hydra itself runs: take it out."
+    known = ", ".join(sorted(name.rpartition(".")[2] for name in listed))
+    none = f"none of {known}" if known else "no part of sftx"
+    return refusal(target, allow, listed, none)
+
+
+def nodes(tree: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield every key of a tree, at any depth and in lists too, with its own name and its value."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for name, value in items:
+        key = f"{path}.{name}" if path else str(name)
+        yield key, str(name), value
+        yield from nodes(value, key)
+
+
+def bad_resolvers(key: str, value: Any, origin: Origin) -> list[str]:
+    """Return a problem for each resolver in a text that is not among those known to do nothing but look up."""
+    if not isinstance(value, str) or "${" not in value:
+        return []
+    return [
+        f"{origin(key)}: `{key}`: the resolver `{name}` of {value} is not allowed: write the value itself. "
+        f"Allowed: {', '.join(sorted(RESOLVERS))}."
+        for name in resolvers_in(value)
+        if name not in RESOLVERS
+    ]
+
+
+@cache
+def resolvers_in(text: str) -> tuple[str, ...]:
+    """Return the names of all resolvers of a text, nested ones too."""
+    if ":" not in text:
+        return ()
+    try:
+        waiting = [parse(text)]
+    except OmegaConfBaseException:
+        return ()  # a bad interpolation, which is reported as one
+    names = []
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
+            names.append(node.resolverName().getText())
+        waiting += list(getattr(node, "children", None) or ())
+    return tuple(names)
+
+
+def bad_logging(tree: Any, path: str, origin: Origin) -> list[str]:
+    """Return a problem for everything in a logging configuration that calls, imports or writes what it should not."""
+    problems = []
+    for key, name, value in nodes(tree, path):
+        reason = _bad_entry(name, value)
+        if reason:
+            problems.append(f"{origin(key)}: `{key}={show(value)}`: {reason}")
+    return problems
+
+
+def _bad_entry(name: str, value: Any) -> str | None:
+    if isinstance(value, dict | list):
+        return "wanted a name, written out." if name in ("()", "class") else None
+    if name in ("()", "class"):
+        if value in LOGGING or (name, value) == ("class", "logging.FileHandler"):
+            return None
+        return f"not among what logging may make. Allowed: {', '.join(sorted(LOGGING))}."
+    if name in (".", "factory"):
+        return "logging is set up by names only: take it out."
+    if name == "filename":
+        return None if value in LOG_FILES else "sftx writes train.log itself; a log file elsewhere is not allowed."
+    if isinstance(value, str) and ("${" in value or re.search(r"(ext|cfg)://", value)) and value not in STREAMS:
+        return f"wanted a value, written out. Allowed: {', '.join(sorted(STREAMS))}."
+    return None
+
+
+def check_object(target: str, found: Any) -> str | None:
+    """Return why what Python found under one of sftx's names is not that class, or None."""
+    defined = f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', '?')}"
+    return f"`{target}` is really `{defined}`." if target.startswith("sftx.") and defined != target else None

@@ -1,0 +1,137 @@
+"""What a file may not set, whoever wrote it: the keys by which a configuration would reach past the allowlist.
+
+Asked as each file is read (conf/, `--config-dir` folders, experiments, sweeps, JSON): a file's value may be
+hidden at one point of a sweep and come into force at another, and `hydra.searchpath` imports as it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from hydra.conf import HydraConf
+
+from sftx.config.safety import JOB_NAME, bad_logging, nodes
+from sftx.config.spellings import show
+
+TYPED_ONLY: dict[str, Any] = {"allow_targets": [], "trust_remote_code": False}
+"""Keys that only a person may set, on the command line, with the one value that a file may hold."""
+HYDRA = frozenset({"mode", "sweep", "verbose", "callbacks", "job_logging", "hydra_logging", "help", "hydra_help"})
+"""Hydra's nodes and keys that a file may set as a whole; what they hold is checked by `safety`."""
+SHIPPED = {"hydra.run.dir": ".", "hydra.output_subdir": None}
+"""Keys that may stand in a file only with the value that conf/train.yaml gives them."""
+SWEEPER = frozenset({
+    "_target_", "params", "search_space", "max_batch_size", "sampler", "direction", "study_name", "n_trials", "n_jobs",
+    "max_failure_rate",
+})  # fmt: skip
+LAUNCHER = frozenset({
+    "_target_", "n_jobs", "verbose", "timeout_min", "cpus_per_task", "gpus_per_node", "gpus_per_task",
+    "tasks_per_node", "mem_gb", "mem_per_gpu", "mem_per_cpu", "nodes", "name", "partition", "qos", "account",
+    "constraint", "exclude", "array_parallelism", "signal_delay_s", "max_num_timeout",
+})  # fmt: skip
+"""Neither `setup` nor `python` nor `srun_args`: they are commands. A word of these is one word: no line break."""
+
+
+def bare_name(key: str) -> str:
+    """Return a key without `+`, `~` and `@package`."""
+    return key.lstrip("+~").partition("@")[0]
+
+
+def file_problems(body: dict[str, Any], place: Callable[[str], str], package: str = "") -> list[str]:
+    """Return what a file sets and may not, and take it out of the body; `place` names the line of a key of the body."""
+    problems = []
+    head = f"{package}." if package else ""
+    for key, _, value in list(nodes(body)):
+        problem = setting_problem(f"{head}{key}", value)
+        if problem and _take_out(body, key.split(".")):
+            problems.append(f"{place(key)}: {problem}")
+    defaults = body.get("defaults")
+    if isinstance(defaults, list):
+        said = [(place(f"defaults.{i}"), placed_elsewhere(entry)) for i, entry in enumerate(defaults)]
+        problems += [f"{line}: {problem}" for line, problem in said if problem]
+        body["defaults"] = [entry for entry, (_, problem) in zip(defaults, said, strict=True) if not problem]
+    return problems
+
+
+def setting_problem(key: str, value: Any) -> str | None:
+    """Return why a file may not set a dotted key to this value, or None."""
+    parts = bare_name(key).split(".")
+    last = bare_name(parts[-1])
+    if last in TYPED_ONLY and value != TYPED_ONLY[last]:
+        return f"`{key}`: only a person may set this, on the command line: {last}={show(value)}"
+    if parts[0] == "hydra" and len(parts) > 1 and not (isinstance(value, dict) and value and len(parts) == 2):
+        return _hydra_problem(parts, value)
+    if parts[0].startswith("hydra/"):
+        return f"`{key}`: Hydra's own choices stand in the defaults list: `- override /{parts[0]}: {show(value)}`."
+    return None
+
+
+def _hydra_problem(parts: list[str], value: Any) -> str | None:
+    key, node, below = ".".join(parts), parts[1], parts[2:]
+    typed = f"`{key}`: a file may not set this; if you mean it, type it: {key}={show(value)}"
+    if key in SHIPPED:
+        return None if value == SHIPPED[key] else typed
+    if node in ("overrides", "runtime"):
+        return f"`{key}`: Hydra fills this in itself: take it out."
+    if node == "searchpath":
+        return None if value == [] else f"`{key}`: folders of your own are given by --config-dir FOLDER."
+    if node in ("job_logging", "hydra_logging"):
+        found = bad_logging({below[-1]: value}, ".".join(parts[:-1]), lambda _: "") if below else ()
+        return found[0].removeprefix(": ") if found else None
+    if node == "job":
+        harmless = below[:1] == ["config"] or (below == ["name"] and JOB_NAME.fullmatch(str(value)))
+        return None if harmless or (not below and value == {}) else typed
+    if node in ("launcher", "sweeper"):
+        return _plugin_problem(parts, value, typed)
+    unknown = node not in {f.name for f in fields(HydraConf)}  # said by `hydra_keys`, and refused by Hydra
+    return None if node in HYDRA or unknown or (node == "run" and below != ["dir"] and not value) else typed
+
+
+def _plugin_problem(parts: list[str], value: Any, typed: str) -> str | None:
+    """Return what is wrong with one key of a launcher or a sweeper."""
+    _, node, *below = parts
+    if not below:
+        return None
+    if below[0] not in (LAUNCHER if node == "launcher" else SWEEPER):
+        return typed
+    if isinstance(value, str) and re.search(r"[\n\r\0]", value):
+        return f"`{'.'.join(parts)}`: found a line break, wanted one word."
+    if below[0] in ("params", "search_space") and len(below) > 1 and bare_name(below[1]).startswith(("hydra", "_")):
+        return f"`{'.'.join(parts)}`: Hydra's own settings cannot be swept."
+    return None
+
+
+def package_problem(package: str | None, group: str) -> str | None:
+    """Return why a component's file may not put its keys there by `# @package`, or None."""
+    own = package is None or package in ("_global_", "_group_", group) or package.startswith(f"{group}.")
+    return None if own else f"`# @package {package}`: a file of `{group}` sets `{group}` and nothing else."
+
+
+def placed_elsewhere(entry: Any) -> str | None:
+    """Return why an entry of a defaults list, or a typed key, may not put an option elsewhere by `@`, or None."""
+    for key in entry if isinstance(entry, dict) else (entry,):
+        name, at, package = str(key).rpartition(" ")[2].partition("@")
+        group = name.lstrip("+~").strip("/")
+        if at and package != group and not package.startswith(f"{group}."):
+            return f"`{key}`: an option of `{group}` goes to `{group}` and nowhere else: take out `@{package}`."
+    return None
+
+
+def _take_out(body: dict[str, Any], parts: list[str]) -> bool:
+    """Take a key out of a nested body; False when it went with its parent already."""
+    for n in range(len(parts), 0, -1):  # a key may itself hold dots
+        head, rest = ".".join(parts[:n]), parts[n:]
+        if head not in body:
+            continue
+        if not rest:
+            del body[head]
+            return True
+        if isinstance(body[head], dict):
+            taken = _take_out(body[head], rest)
+            if not body[head]:
+                del body[head]
+            return taken
+        return isinstance(body[head], list)  # within a list: it is said, and the list stays
+    return False

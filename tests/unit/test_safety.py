@@ -1,0 +1,498 @@
+"""A configuration from a stranger cannot hurt: each of these is refused before a marker file could appear."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sftx.build import build
+from sftx.config import safety
+from sftx.config.check import freeze
+from sftx.config.compose import compose_checked, prepare
+from sftx.config.options import component_of, options
+from sftx.config.schema import GROUPS
+from sftx.config.signature import definition, public_names
+from sftx.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+BAIT = """from pathlib import Path
+import os
+import logging
+Path({mark!r}).write_text("imported")
+try:
+    from hydra.experimental.callback import Callback
+except ImportError:
+    Callback = object
+
+
+class Spy(Callback):
+    def __init__(self, **settings):
+        Path({mark!r}).write_text("made")
+
+
+class Handler(logging.Handler):
+    def __init__(self, **settings):
+        super().__init__()
+        Path({mark!r}).write_text("made")
+"""
+PRIMARY = (ROOT / "conf/train.yaml").read_text().replace("\nhydra:", "\n\nhydra:")
+
+# name -> (files in a --config-dir folder, command line); MARK is the marker's path, FOLDER the folder's.
+OVERLAYS = {
+    "a target of os": "scheduler: {_target_: os.system, command: touch MARK}",
+    "subprocess": "optimizer: {_target_: subprocess.run, args: [touch, MARK]}",
+    "builtins.exec": "mode: {_target_: builtins.exec, _args_: ['open(\"MARK\", \"w\")']}",
+    "builtins.eval": "data: {_target_: builtins.eval, _args_: ['open(\"MARK\", \"w\")']}",
+    "builtins.open": "model: {_target_: builtins.open, file: MARK, mode: w}",
+    "__import__": "precision: {_target_: builtins.__import__, name: bait}",
+    "import_module": "parallel: {_target_: importlib.import_module, name: bait}",
+    "runpy": "scheduler: {_target_: runpy.run_module, mod_name: bait}",
+    "pickle": "scheduler: {_target_: pickle.loads, data: 'x'}",
+    "an own package": "scheduler: {_target_: bait.Spy}",
+    "an alias in logging": "scheduler: {_target_: logging.os.system, command: touch MARK}",
+    "an alias in sftx": "scheduler: {_target_: sftx.files.os.system, command: touch MARK}",
+    "an alias in a component's module": "scheduler: {_target_: sftx.training.schedulers.math.os.system}",
+    "what a component's module imports": "callback: {x: {_target_: sftx.training.callbacks.Path}}",
+    "a function of sftx": "scheduler: {_target_: sftx.files.write_text, path: MARK, text: x}",
+    "sftx's own instantiate": "scheduler: {_target_: sftx.build.build, node: {_target_: bait.Spy}}",
+    "a private name of a component's module": "scheduler: {_target_: sftx.runs.trackers._Wandb}",
+    "dunder names": "scheduler: {_target_: sftx.training.schedulers.Cosine.__init__.__globals__}",
+    "hydra's instantiate": "scheduler: {_target_: hydra.utils.instantiate, config: {_target_: bait.Spy}}",
+    "hydra's get_method": "scheduler: {_target_: hydra.utils.get_method, path: bait.Spy}",
+    "omegaconf registers a resolver": "scheduler: {_target_: omegaconf.OmegaConf.register_new_resolver, name: x}",
+    "functools.partial": "scheduler: {_target_: functools.partial, _args_: [{_target_: os.system}]}",
+    "_partial_": "scheduler: {_target_: os.system, _partial_: true, command: touch MARK}",
+    "nested in an argument": "callback: {x: {_target_: sftx.training.callbacks.Profile, steps: {_target_: bait.Spy}}}",
+    "nested in a list": "callback: {x: {_target_: sftx.training.callbacks.GenerateSamples, prompts: [{_target_: bait.Spy}]}}",
+    "deep in a mapping": "data: {columns: {human: {x: [[{_target_: bait.Spy}]]}}}",
+    "in a knob": "adapter: {_target_: bait.Spy}",
+    "a target that is put together": "scheduler: {_target_: '${template_name}.system'}\ntemplate_name: os",
+    "a target from the environment": "scheduler: {_target_: '${oc.env:HOME,os.system}'}",
+    "a target in a list": "scheduler: {_target_: [os.system]}",
+    "oc.create": "data: {columns: '${oc.create:\"{_target_: bait.Spy}\"}'}",
+    "oc.decode": "data: {columns: '${oc.decode:\"{_target_: bait.Spy}\"}'}",
+    "a resolver by a name that is put together": "template_name: oc.create\ndata: {columns: '${${template_name}:\"{_target_: bait.Spy}\"}'}",
+    "a callback of Hydra": "hydra: {callbacks: {x: {_target_: bait.Spy}}}",
+    "a callback that pickles": "hydra: {callbacks: {x: {_target_: hydra.experimental.callbacks.PickleJobInfoCallback}}}",
+    "a callback by a dotted key": "hydra.callbacks.x._target_: bait.Spy",
+    "a handler's class": "hydra: {job_logging: {version: 1, handlers: {x: {class: bait.Handler}}, root: {handlers: [x]}}}",
+    "a handler's factory": "hydra: {job_logging: {version: 1, handlers: {x: {(): bait.Handler}}, root: {handlers: [x]}}}",
+    "a formatter's factory": "hydra: {job_logging: {version: 1, formatters: {x: {(): os.system, command: touch MARK}}}}",
+    "a filter's factory": "hydra: {hydra_logging: {version: 1, filters: {x: {(): 'ext://bait.Handler'}}}}",
+    "ext in logging": "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.StreamHandler, stream: 'ext://bait.Spy'}}}}",
+    "cfg in logging": "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.StreamHandler, stream: 'cfg://version'}}}}",
+    "a log file anywhere": "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.FileHandler, filename: MARK}}, root: {handlers: [x]}}}",
+    "Hydra's own logging, sent elsewhere": "hydra: {hydra_logging: {version: 1, handlers: {x: {class: logging.FileHandler, filename: MARK}}, root: {handlers: [x]}}}",
+    "logging over a socket": "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.handlers.SocketHandler, host: h, port: 1}}}}",
+    "a queue of logging": "hydra: {job_logging: {version: 1, handlers: {x: {class: logging.handlers.QueueHandler, queue: bait.Spy}}}}",
+    "a job's name with a path": "hydra: {job: {name: ../../x}}",
+    "a launcher": "hydra: {launcher: {_target_: bait.Spy}}",
+    "a launcher by a plugin's prefix": "hydra: {launcher: {_target_: hydra_plugins.bait.Spy}}",
+    "shell lines of a launcher": "hydra: {launcher: {setup: [touch MARK]}}",
+    "a launcher's python": "hydra: {launcher: {python: touch MARK}}",
+    "a line break for sbatch": 'hydra: {launcher: {partition: "a\\ntouch MARK"}}',
+    "a sweeper": "hydra: {mode: MULTIRUN, sweeper: {_target_: bait.Spy}}",
+    "a sampler of a sweeper": "hydra: {sweeper: {sampler: {_target_: bait.Spy}}}",
+    "a sweeper's function": "hydra: {sweeper: {custom_search_space: bait.Spy}}",
+    "a sweeper's storage": "hydra: {sweeper: {storage: {_target_: bait.Spy}}}",
+    "a sweep over targets": "hydra: {mode: MULTIRUN, sweeper: {params: {scheduler._target_: 'sftx.training.schedulers.Cosine,bait.Spy'}}}",
+    "a sweep over callbacks": "hydra: {mode: MULTIRUN, sweeper: {params: {+hydra.callbacks.x._target_: 'bait.Spy,bait.Spy'}}}",
+    "a sweep over logging": "hydra: {mode: MULTIRUN, sweeper: {params: {hydra/job_logging: 'default,none'}}}",
+    "a sweep over what is allowed": "hydra: {mode: MULTIRUN, sweeper: {params: {'+allow_targets': '[bait.*],[os.*]'}}}",
+    "a search path": "hydra: {searchpath: ['pkg://bait']}",
+    "overrides that Hydra repeats": "hydra: {overrides: {task: ['scheduler._target_=bait.Spy']}}",
+    "environment variables": "hydra: {job: {env_set: {LD_PRELOAD: MARK}}}",
+    "secrets copied": "hydra: {job: {env_copy: [HOME]}}",
+    "files of Hydra's elsewhere": "hydra: {run: {dir: MARK}, output_subdir: .}",
+    "it allows itself": "allow_targets: ['bait.*']\nscheduler: {_target_: bait.Spy}",
+    "it allows itself, put together": "allow_targets: '${oc.dict.keys:data.columns}'\ndata: {columns: {bait.Spy: x}}",
+    "it trusts a model's code": "trust_remote_code: true",
+    "it trusts a model's code, put together": "trust_remote_code: ${gradient_checkpointing}",
+    "a Python tag": "scheduler: !!python/object/apply:os.system ['touch MARK']",
+    "an anchor": "x: &x {_target_: bait.Spy}\nscheduler: *x",
+    "a merge key": "x: &x {_target_: bait.Spy}\nscheduler: {<<: *x}",
+    "a default put elsewhere": "defaults: [{/scheduler@hydra.callbacks.x: cosine}]",
+    "an option of Hydra's that is not there": "defaults: [{override hydra/job_logging: evil}]",
+}  # fmt: skip
+OTHERS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "a component's file": ({"scheduler/evil.yaml": "_target_: bait.Spy"}, ["scheduler=evil"]),
+    "a component put into Hydra": (
+        {"scheduler/evil.yaml": "# @package hydra.callbacks.x\n_target_: bait.Spy"}, ["scheduler=evil"]),
+    "a component that fills Hydra's logging": (
+        {"scheduler/evil.yaml": "# @package hydra.job_logging\nhandlers: {x: {(): bait.Handler}}"}, ["scheduler=evil"]),
+    "a component's file that sets all": (
+        {"scheduler/evil.yaml": "# @package _global_\nscheduler: {_target_: sftx.training.schedulers.Constant}\n"
+         "hydra: {callbacks: {x: {_target_: bait.Spy}}}"}, ["scheduler=evil"]),
+    "a component's file that allows itself": (
+        {"scheduler/evil.yaml": "# @package _global_\nscheduler: {_target_: bait.Spy}\nallow_targets: [bait.*]"},
+        ["scheduler=evil"]),
+    "a primary configuration": (
+        {"train.yaml": PRIMARY.replace("\nhydra:", "\nhydra:\n  callbacks: {x: {_target_: bait.Spy}}", 1)}, []),
+    "a search path of the primary configuration": (
+        {"train.yaml": PRIMARY.replace("\nhydra:", "\nhydra:\n  searchpath: ['pkg://bait']", 1)}, []),
+    "a launcher's file": (
+        {"hydra/launcher/evil.yaml": "hydra: {launcher: {_target_: bait.Spy}}"}, ["hydra/launcher=evil"]),
+    "a logging file": (
+        {"hydra/job_logging/evil.yaml": "hydra: {job_logging: {handlers: {x: {(): bait.Handler}}}}"},
+        ["hydra/job_logging=evil"]),
+    "callbacks' file": (
+        {"hydra/callbacks/evil.yaml": "hydra: {callbacks: {x: {_target_: bait.Spy}}}"}, ["hydra/callbacks=evil"]),
+    "a debug mode": ({"debug/evil.yaml": "hydra: {callbacks: {x: {_target_: bait.Spy}}}"}, ["debug=evil"]),
+    "a sweep's file": ({"sweep/evil.yaml": "hydra: {launcher: {_target_: bait.Spy}}"}, ["sweep=evil"]),
+    "the second point of a sweep": (
+        {"experiment/evil.yaml": "hydra: {job_logging: {version: 1, handlers: {x: {(): bait.Handler}}}}"},
+        ["-m", "experiment=quickstart,evil"]),
+    "what a sweep starts from, although each point replaces it": (
+        {
+            "train.yaml": PRIMARY.replace("experiment: null", "experiment: evil"),
+            "experiment/evil.yaml": "hydra: {callbacks: {x: {_target_: bait.Spy}}}",
+        },
+        ["-m", "experiment=quickstart,qwen2_5_7b_qlora"],
+    ),
+    "a file below another": (
+        {"experiment/base.yaml": "scheduler: {_target_: bait.Spy}", "experiment/evil.yaml": "defaults: [base]"},
+        ["experiment=evil"]),
+    "JSON": ({"a.json": '{"scheduler": {"_target_": "bait.Spy"}}'}, ["args_file=FOLDER/a.json"]),
+    "JSON with a launcher": ({"a.json": '{"hydra": {"launcher": {"_target_": "bait.Spy"}}}'}, ["args_file=FOLDER/a.json"]),
+    "JSON with the environment": (
+        {"a.json": '{"hydra": {"job": {"env_set": {"LD_PRELOAD": "MARK"}}}}'}, ["args_file=FOLDER/a.json"]),
+    "JSON that allows itself": (
+        {"a.json": '{"allow_targets": ["bait.*"], "scheduler": {"_target_": "bait.Spy"}}'}, ["args_file=FOLDER/a.json"]),
+    "JSON that trusts": ({"a.json": '{"trust_remote_code": true}'}, ["args_file=FOLDER/a.json"]),
+    "typed": ({}, ["scheduler._target_=os.system", "+scheduler.command='touch MARK'"]),
+    "typed with +": ({}, ["+hydra.callbacks.x._target_=bait.Spy"]),
+    "typed with ++": ({}, ["++callback.x._target_=bait.Spy"]),
+    "typed as a mapping": ({}, ["++callback={x:{_target_:bait.Spy}}"]),
+    "typed into Hydra as a mapping": ({}, ["hydra={callbacks:{x:{_target_:bait.Spy}}}"]),
+    "typed search path": ({}, ["hydra.searchpath=[pkg://bait]"]),
+    "typed search path with +": ({}, ["+hydra.searchpath=[pkg://bait]"]),
+    "typed launcher": ({}, ["-m", "seed=1,2", "hydra.launcher._target_=bait.Spy"]),
+    "typed sweeper": ({}, ["-m", "seed=1,2", "hydra.sweeper._target_=bait.Spy"]),
+    "typed, put elsewhere": ({}, ["+scheduler@hydra.callbacks.x=cosine"]),
+    "typed, the second of two": ({}, ["-m", "scheduler._target_=sftx.training.schedulers.Constant,bait.Spy"]),
+    "shown": ({"scheduler/evil.yaml": "_target_: bait.Spy"}, ["scheduler=evil", "--cfg", "job", "--resolve"]),
+    "shown by Hydra": ({"experiment/evil.yaml": "hydra: {searchpath: ['pkg://bait']}"}, ["experiment=evil", "--cfg", "hydra"]),
+    "info": ({"experiment/evil.yaml": "hydra: {searchpath: ['pkg://bait']}"}, ["experiment=evil", "--info", "all"]),
+    "a pickle to run again": ({"x.pickle": "x"}, ["--experimental-rerun", "FOLDER/x.pickle"]),
+    "another's class, although something is allowed": ({}, ["allow_targets=[my_parts.*]", "scheduler._target_=bait.Spy"]),
+    "an alias in an allowed package": ({}, ["allow_targets=[bait.*]", "scheduler._target_=bait.os.system"]),
+    "everything allowed": ({}, ["allow_targets=['*']", "scheduler._target_=bait.Spy"]),
+}  # fmt: skip
+CASES = {name: ({"experiment/evil.yaml": text}, ["experiment=evil"]) for name, text in OVERLAYS.items()} | OTHERS
+BY_COMMAND = [
+    "a target of os", "an own package", "a callback of Hydra", "a handler's factory", "a log file anywhere",
+    "Hydra's own logging, sent elsewhere", "a launcher", "a sweeper", "a search path", "a primary configuration",
+    "it allows itself", "the second point of a sweep", "a component put into Hydra", "JSON with a launcher",
+    "typed with +", "shown", "shown by Hydra", "info", "a pickle to run again",
+]  # fmt: skip
+
+
+@pytest.fixture
+def lay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that writes a case's files and returns its command line and the marker."""
+    mark, folder = tmp_path / "MARKER", tmp_path / "conf"
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/bait.py").write_text(BAIT.format(mark=str(mark)))
+    monkeypatch.syspath_prepend(str(tmp_path / "parts"))
+    monkeypatch.chdir(ROOT)
+
+    def write(files: dict[str, str], argv: list[str]) -> tuple[list[str], Path]:
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text.replace("MARK", str(mark)) + "\n")
+        words = [w.replace("MARK", str(mark)).replace("FOLDER", str(folder)) for w in argv]
+        return ["--config-dir", str(folder), *words], mark
+
+    return write
+
+
+def test_there_are_many_of_them() -> None:
+    assert len(CASES) >= 100
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_before_anything_is_run(lay: Any, name: str) -> None:
+    argv, mark = lay(*CASES[name])
+    with pytest.raises(ConfigError) as refused:
+        prepare(argv)
+    assert not mark.exists()
+    assert "bait" not in sys.modules
+    for problem in refused.value.problems:
+        assert re.match(r"command line: `|\S+\.(yaml|json)(:\d+)?: |args_file", problem), problem
+
+
+def command(*argv: str, parts: Path, script: str = "train.py") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{parts}"}
+    words = [sys.executable, script] if script.endswith(".py") else [sys.executable, "-m", script]
+    return subprocess.run([*words, *argv], cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("name", BY_COMMAND)
+def test_refused_by_the_command(lay: Any, tmp_path: Path, name: str) -> None:
+    argv, mark = lay(*CASES[name])
+    done = command(*argv, f"output_dir={tmp_path}/run", parts=tmp_path / "parts")
+    assert (done.returncode, done.stdout) == (2, ""), done.stdout
+    assert done.stderr.startswith("sftx: ")
+    assert "Traceback" not in done.stderr
+    assert not mark.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_check_refuses_too(lay: Any, tmp_path: Path) -> None:
+    argv, mark = lay({}, ["scheduler._target_=bait.Spy"])
+    done = command("data", "check", "data/csv/aspcoder_eval.csv", *argv[2:], parts=tmp_path / "parts", script="sftx")
+    assert done.returncode == 2, done.stderr
+    assert "allow_targets=[bait.*]" in done.stderr
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("words", [["--hydra-help"], ["--version"]])
+def test_where_hydra_answers_alone_it_is_given_nothing(lay: Any, tmp_path: Path, words: list[str]) -> None:
+    """`--hydra-help` sets logging up, too."""
+    argv, mark = lay({"train.yaml": "hydra: {hydra_logging: {version: 1, handlers: {x: {(): bait.Handler}}}}"}, words)
+    done = command(*argv, "hydra/hydra_logging=default", parts=tmp_path / "parts")
+    assert "Hydra" in done.stdout + done.stderr
+    assert not mark.exists()
+
+
+def test_the_bait_would_have_worked(lay: Any, tmp_path: Path) -> None:
+    """What is typed is run: the marker says that the tests above would have seen it."""
+    argv, mark = lay({"experiment/evil.yaml": "hydra: {callbacks: {x: {_target_: bait.Spy}}}"}, ["experiment=evil"])
+    done = command(*argv, "allow_targets=[bait.*]", "train_file_name=none.csv", parts=tmp_path / "parts")
+    assert "train_file_name" in done.stderr
+    assert mark.read_text() == "made"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["scheduler._target_=my_parts.Sawtooth"], "type: allow_targets=[my_parts.*]"),
+        (["scheduler._target_=os.system"], "Do not run a configuration that asks for it."),
+        (["scheduler._target_=sftx.training.schedulers.Cosin"], "Did you mean `Cosine`?"),
+        (["scheduler._target_=sftx.training.scheduler.Cosine"], "Did you mean `sftx.training.schedulers.Cosine`?"),
+        (["scheduler._target_=sftx.files.write_text"], "this is no component. Components are the public classes of"),
+        (["allow_targets=[os]"], "`allow_targets`: found os, wanted `package.*` or the whole name of a class."),
+        (["allow_targets=os.system"], "`allow_targets`: found the text 'os.system', wanted a list of texts"),
+        (["-m", "allow_targets=[a.*],[b.*]"], "this is for all trials: it cannot be swept"),
+        (["hydra.launcher._target_=x.Y", "-m", "seed=1,2"], "this is none of BasicLauncher, JoblibLauncher, "),
+        (["hydra.overrides.task=[a=1]"], "Hydra fills this in itself"),
+        (["template_name=${oc.decode:x}"], "the resolver `oc.decode` of ${oc.decode:x} is not allowed"),
+    ],
+)  # fmt: skip
+def test_the_message_says_what_to_do(argv: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        prepare(argv)
+    assert said in str(refused.value)
+    assert len(refused.value.problems) == 1, refused.value.problems
+
+
+def test_a_file_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/e.yaml").write_text(
+        "seed: 1\nallow_targets: [a.*]\nhydra:\n  job:\n    env_set: {A: b}\nscheduler:\n  _target_: a.B\n"
+    )
+    with pytest.raises(ConfigError) as refused:
+        prepare(["--config-dir", str(tmp_path), "experiment=e"])
+    place = f"{tmp_path}/experiment/e.yaml"
+    assert sorted(refused.value.problems) == [
+        f"{place}:2: `allow_targets`: only a person may set this, on the command line: allow_targets=[a.*]",
+        f"{place}:5: `hydra.job.env_set`: a file may not set this; if you mean it, type it: hydra.job.env_set={{A:b}}",
+        f"{place}:7: `scheduler._target_=a.B`: this is none of sftx's components, and a configuration may run nothing "
+        "else. If it is yours, or you have read it, type: allow_targets=[a.*]",
+    ]
+
+
+STANDARD = [*sorted(m for m in sys.stdlib_module_names if not m.startswith("_")), "os.path"]
+PREFIXES = ["", "sftx.", "sftx.files.", "sftx.training.schedulers.", "sftx.model.adapt.", "logging.", "hydra.utils."]
+
+
+@st.composite
+def standard_targets(draw: st.DrawFn) -> str:
+    """Draw a name of the standard library, by itself or as an alias in a module that might import it."""
+    module = draw(st.sampled_from(STANDARD))
+    names = [*public_names(module), "system", "run", "exec", "__init__", "__class__.__bases__"]
+    return draw(st.sampled_from(PREFIXES)) + f"{module}.{draw(st.sampled_from(names))}"
+
+
+@settings(max_examples=300, deadline=None)
+@given(target=standard_targets(), allow=st.sampled_from([[], ["my_parts.*"], ["my_parts.Sawtooth", "torch.optim.*"]]))
+def test_no_name_of_the_standard_library_runs(target: str, allow: list[str]) -> None:
+    before = set(sys.modules)
+    node = {"_target_": target}
+    for tree in ({"scheduler": node}, {"callback": {"x": node}}, {"data": {"columns": [{"a": node}]}}):
+        assert safety.unlisted(tree, allow, str), tree
+    for place in ({"callbacks": {"x": node}}, {"launcher": node}, {"sweeper": node}, {"sweeper": {"sampler": node}}):
+        assert safety.unlisted_hydra(place, allow, str), place
+    if target not in safety.LOGGING | {"logging.FileHandler"}:
+        for key in ("class", "()"):
+            assert safety.bad_logging({"handlers": {"x": {key: target}}}, "hydra.job_logging", str), target
+    assert safety.bad_logging({"handlers": {"x": {"stream": f"ext://{target}"}}}, "hydra.job_logging", str)
+    assert set(sys.modules) == before, "to check a name is not to import it"
+
+
+@settings(max_examples=15, deadline=None)
+@given(target=standard_targets(), wrap=st.sampled_from(["{}", "${{oc.create:{}}}", "'{}'"]))
+def test_no_name_of_the_standard_library_composes(target: str, wrap: str) -> None:
+    with pytest.raises(ConfigError):
+        prepare([f"scheduler._target_={wrap.format(target)}"])
+
+
+def test_sftxs_own_options_may_run() -> None:
+    targets = {component_of(g, o).get("_target_") for g in GROUPS for o in options(g)} - {None}
+    assert len(targets) >= 25
+    for target in targets:
+        assert safety.refusal(target, []) is None
+        assert definition(target) == target
+    assert {t.rpartition(".")[0] for t in targets} == set(safety.COMPONENTS), "a module without a component is listed"
+
+
+def documented(readme: str) -> list[str]:
+    """Return the commands of a README, without a line's comment."""
+    lines = re.findall(
+        r"^(?:\S+=\S+ )*python train\.py ?(.*)$", (ROOT / readme).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return [re.split(r"\s+#", line)[0] for line in lines]
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_every_documented_command_composes(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    (tmp_path / "my_parts.py").write_text(re.search(r"```python\n(# my_parts.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    commands = documented(readme)
+    assert len(commands) >= 5
+    for words in commands:
+        if not re.search(r"\.\.\.|<|args_file", words):
+            prepare(shlex.split(words))
+
+
+def test_the_component_of_the_readme_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "my_parts.py").write_text(re.search(r"```python\n(# my_parts.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    [words] = [shlex.split(w) for w in documented("README.md") if "Sawtooth" in w]
+    config = freeze(compose_checked(words))
+    assert config.allow_targets == ["my_parts.*"]
+    assert build(config.scheduler).teeth == 3
+
+
+def test_a_package_covers_what_it_defines_and_not_what_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from .parts import Part as Public\nimport os\nLater = os.system\nfrom os import *\n"
+    )
+    (package / "parts.py").write_text(
+        "from subprocess import Popen as Run\nclass Part:\n    def make(): ...\nAgain = Part\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    allow = ["own_package.*"]
+    for name in ("Public", "parts.Part", "parts.Again", "parts.Part.make"):
+        assert safety.refusal(f"own_package.{name}", allow) is None, name
+    for name in ("os.system", "Later", "system", "parts.Run", "parts.Part.__init__", "parts.Part.mro", "nothing.X"):
+        assert safety.refusal(f"own_package.{name}", allow), name
+    assert safety.refusal("own_package.Later", ["own_package.Later"]) is None, "a whole name is what was meant"
+    assert safety.refusal("own_package_2.Part", allow)
+    assert "own_package" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "text", ["${oc.env:HOME}", "${seed}", "${hydra:runtime.cwd}", "${now:%Y}", "${oc.select:a,${b}}"]
+)
+def test_resolvers_that_only_look_up_are_allowed(text: str) -> None:
+    assert safety.bad_resolvers("key", text, str) == []
+
+
+@pytest.mark.parametrize("text", ["${x:1}", "a${oc.select:a,${oc.create:x}}", "${${a}:b}", "${seed} '${oc.decode:1}'"])
+def test_other_resolvers_are_not(text: str) -> None:
+    assert len(safety.bad_resolvers("key", text, str)) == 1
+
+
+def test_a_sweep_over_sftxs_own_classes_is_right(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/s.yaml").write_text(
+        "hydra: {sweeper: {params: {scheduler._target_: 'sftx.training.schedulers.Cosine,sftx.training.schedulers.Linear'}}}"
+    )
+    with pytest.raises(ConfigError) as refused:
+        prepare(["--config-dir", str(tmp_path), "sweep=s"])
+    assert "no class or function `Linear` in sftx.training.schedulers" in str(refused.value)
+    assert "Hydra itself" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"sweeper": {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
+                     "sampler": {"_target_": "optuna.samplers.TPESampler"}}},
+        {"launcher": {"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"}},
+    ],
+)  # fmt: skip
+def test_plugins_that_are_known(place: dict[str, Any]) -> None:
+    assert safety.unlisted_hydra(place, [], str) == []
+    other = {"callbacks": place}
+    assert safety.unlisted_hydra(other, [], str), "each in its own place"
+    for space in ({"x": {"_target_": "a.B"}}, {"_target_": "a.B"}):  # Hydra makes these with the sweeper
+        assert safety.unlisted_hydra({"sweeper": {"search_space": space}}, [], str)
+
+
+def test_what_hydra_ships_may_log() -> None:
+    for option in options("hydra/job_logging"):
+        prepare([f"hydra/job_logging={option}"])
+    for option in options("hydra/hydra_logging"):
+        prepare([f"hydra/hydra_logging={option}"])
+
+
+def test_a_person_may_type_what_a_file_may_not(tmp_path: Path) -> None:
+    prepare(["+hydra.job.env_set.A=b", "hydra.output_subdir=.hydra", "trust_remote_code=true"])
+    assert prepare(["trust_remote_code=true", "allow_targets=[a.*]"]).privileges == {
+        "trust_remote_code": True, "allow_targets": ["a.*"],
+    }  # fmt: skip
+
+
+def test_a_frozen_config_is_checked_again() -> None:
+    """What reaches a job by another way than `prepare`, a sweeper's for example, is checked before it is built."""
+    cfg = compose_checked([])
+    cfg.scheduler["_target_"] = "os.system"
+    with pytest.raises(ConfigError, match="none of sftx's components"):
+        freeze(cfg)
+
+
+def test_python_must_find_what_the_source_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sftx.training.schedulers as schedulers
+
+    monkeypatch.setattr(schedulers, "Constant", dict)
+    with pytest.raises(ConfigError, match=r"is really `builtins\.dict`"):
+        build({"_target_": "sftx.training.schedulers.Constant"})
+
+
+def test_the_bounds_leave_out_versions_with_known_holes() -> None:
+    """torch before 2.10 loads pickles it should not; transformers before 5.3 runs a model's code unasked."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    for name, bad, good in (
+        ("torch", "2.9.1", "2.10"),
+        ("transformers", "5.2.9", "5.3"),
+        ("hydra-core", "1.3.2", "1.3.3"),
+    ):
+        assert bad not in wanted[name]
+        assert wanted[name].contains(good)
+    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert all(wanted[name].contains(pinned[name]) for name in ("torch", "transformers", "hydra-core"))
+    assert json.dumps(project["optional-dependencies"]).count("torch>=") == 0, "one bound in one place"
