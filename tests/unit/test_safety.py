@@ -241,7 +241,7 @@ def command(*argv: str, parts: Path, script: str = "train.py") -> subprocess.Com
 @pytest.mark.parametrize("name", BY_COMMAND)
 def test_refused_by_the_command(lay: Any, tmp_path: Path, name: str) -> None:
     argv, mark = lay(*CASES[name])
-    done = command(*argv, f"output_dir={tmp_path}/run", parts=tmp_path / "parts")
+    done = command(*argv, "debug=fast_dev", f"output_dir={tmp_path}/run", parts=tmp_path / "parts")
     assert (done.returncode, done.stdout) == (2, ""), done.stdout
     assert done.stderr.startswith("sftx: ")
     assert "Traceback" not in done.stderr
