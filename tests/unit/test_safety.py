@@ -22,6 +22,7 @@ from sftx.config.compose import compose_checked, prepare
 from sftx.config.options import component_of, options
 from sftx.config.schema import GROUPS
 from sftx.config.signature import definition, public_names
+from sftx.config.strangers import package_problem
 from sftx.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -241,7 +242,7 @@ def command(*argv: str, parts: Path, script: str = "train.py") -> subprocess.Com
 @pytest.mark.parametrize("name", BY_COMMAND)
 def test_refused_by_the_command(lay: Any, tmp_path: Path, name: str) -> None:
     argv, mark = lay(*CASES[name])
-    done = command(*argv, f"output_dir={tmp_path}/run", parts=tmp_path / "parts")
+    done = command(*argv, "debug=fast_dev", f"output_dir={tmp_path}/run", parts=tmp_path / "parts")
     assert (done.returncode, done.stdout) == (2, ""), done.stdout
     assert done.stderr.startswith("sftx: ")
     assert "Traceback" not in done.stderr
@@ -257,13 +258,23 @@ def test_data_check_refuses_too(lay: Any, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("words", [["--hydra-help"], ["--version"]])
-def test_where_hydra_answers_alone_it_is_given_nothing(lay: Any, tmp_path: Path, words: list[str]) -> None:
-    """`--hydra-help` sets logging up, too."""
-    argv, mark = lay({"train.yaml": "hydra: {hydra_logging: {version: 1, handlers: {x: {(): bait.Handler}}}}"}, words)
-    done = command(*argv, "hydra/hydra_logging=default", parts=tmp_path / "parts")
-    assert "Hydra" in done.stdout + done.stderr
-    assert not mark.exists()
+@pytest.mark.parametrize("word", ["--hydra-help", "--version"])
+def test_where_hydra_answers_alone_it_is_given_nothing(tmp_path: Path, word: str) -> None:
+    """Nothing is composed here, so nothing is checked."""
+    words = ["--config-dir", str(tmp_path), word, "hydra.launcher._target_=bait.Spy"]
+    assert prepare(words).argv == [word]
+    assert prepare([*words, "--shell-completion", "query=bash"]).argv[-1] == "query=bash"
+
+
+@pytest.mark.parametrize("package", ["hydra", "hydra.callbacks.x", "_global_.hydra", "optimizer", "schedulers"])
+def test_a_components_file_stays_in_its_place(package: str) -> None:
+    assert package_problem(package, "scheduler")
+    assert not any(package_problem(own, "scheduler") for own in (None, "_global_", "scheduler", "scheduler.x"))
+
+
+def test_a_log_is_not_named_by_a_path() -> None:
+    assert safety.unlisted_hydra({"job": {"name": "../x"}}, [], str)
+    assert not safety.unlisted_hydra({"job": {"name": "train"}}, [], str)
 
 
 def test_the_bait_would_have_worked(lay: Any, tmp_path: Path) -> None:
