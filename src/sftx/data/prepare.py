@@ -14,7 +14,7 @@ from sftx.data.choose import Facts, choose, facts_of, mixed
 from sftx.data.corpus import Corpus, LoadedFile
 from sftx.data.record_store import RecordView
 from sftx.data.split import split
-from sftx.data.store import MemoryRows, Rows
+from sftx.data.store import MemoryRows, Rows, rises
 from sftx.data.template import ChatTemplate
 from sftx.errors import DataError
 
@@ -119,7 +119,7 @@ def rows_of(
     )
     chosen = every.of_records(places)
     skipped = [str(s) for s in chosen.skipped]
-    if len(np.unique(places)) == len(places):
+    if rises(places):
         return chosen, skipped
     return every.select(_repeated(every.records, places)), skipped
 
