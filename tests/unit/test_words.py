@@ -11,7 +11,7 @@ from tests.unit.test_template import sentencepiece_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from sftx.data.words import PATTERNS, Words, bytes_of_ids, reads_words
+from sftx.data.words import GAP, JOINS, PATTERNS, Words, bytes_of_ids, reads_words
 from sftx.model.builtin import ensure_builtin
 
 LETTERS = [
@@ -86,6 +86,26 @@ def test_a_word_is_tokenised_once() -> None:
     words.tokenise(["a b a b a", "b a é"], batch)
     words.tokenise(["a b é"], batch)
     assert sorted(seen) == [" b a", " é", "a", "b"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_what_is_tokenised_as_one_text_can_be_cut(step: Any) -> None:
+    tree, rng = json.loads(backend(step).to_str()), random.Random(5)
+    tree["model"]["vocab"]["ĊĠ"] = backend(step).get_vocab_size()
+    tree["model"]["merges"].insert(0, ["Ċ", "Ġ"])  # a line feed and a space as one token, as SmolLM2 has it
+    whole = Tokenizer.from_str(json.dumps(tree))
+    ends = ["", ".", "\nb", ";\nb", "\n\n    x", "\t1", "'s", "<|im_end|>\nb", "12", "  .", "e\r\ny"]
+    words = [f" {rng.choice('ax(<179')}{rng.choice(LETTERS[:20])}{rng.choice(ends)}" for _ in range(300)]
+    seen: list[str] = []
+
+    def batch(texts: Any) -> list[list[int]]:
+        seen.extend(texts)
+        return [e.ids for e in whole.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    texts = ["".join(rng.sample(words, 20)) for _ in range(50)]
+    assert Words(bytes_of_ids(whole)).tokenise(texts, batch) == batch(texts)
+    alone = {w for text in texts for w in GAP.split(text) if not JOINS.fullmatch(w)}
+    assert len(seen) <= len(alone) + 1 + len(texts), "a joined text was tokenised again word by word"
 
 
 def test_words_of_which_a_byte_has_no_token_are_tokenised_alone() -> None:

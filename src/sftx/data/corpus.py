@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sftx.data.choose import ChoosePolicy
-from sftx.data.digests import Stamp, known_sha256, stamp
+from sftx.data.digests import Stamp, keep_sha256, known_sha256, stamp
 from sftx.data.policy import EncodePolicy
 from sftx.data.read import FileReader, How, sha256_file, suffixes
 from sftx.data.record import Record
@@ -181,6 +181,8 @@ class Corpus:
                         shutil.rmtree(left, ignore_errors=True)
                     write_folder(folder, lambda into: self._convert(into, sources, stamps, keep_columns), replace=True)
                     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+                    keep_sha256(folder / RECORDS, facts["jsonl_sha256"])
+                    keep_sha256(folder / INDEX, facts["index_sha256"])
         files = tuple(
             {"path": str(source.path), "source": source.name, "sha256": digest} | told
             for source, digest, told in zip(sources, digests, facts["files"], strict=True)

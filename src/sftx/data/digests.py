@@ -52,15 +52,29 @@ def known_sha256(path: Path) -> str:
     before, now = stamp(path), time.time_ns()
     if before[2] < SMALL:
         return sha256_file(path)
-    note = cache_root() / "digests" / hashlib.sha256(os.fsencode(Path(path).absolute())).hexdigest()[:32]
     try:
-        kept = json.loads(note.read_text(encoding="utf-8"))
+        kept = json.loads(_note(path).read_text(encoding="utf-8"))
         if tuple(kept["stamp"]) == before:
             return str(kept["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = sha256_file(path)
     if max(before[3:]) < now - YOUNG_NS and stamp(path) == before:
-        with suppress(SftxError):  # a cache that cannot be written to: the file is read again the next time
-            write_text(note, json.dumps({"path": str(path), "stamp": before, "sha256": digest}) + "\n")
+        _keep(path, before, digest)
     return digest
+
+
+def keep_sha256(path: Path, digest: str) -> None:
+    """Keep the hash of a file that this process has just written: in a cache, where no other writes to it."""
+    found = stamp(path)
+    if found[2] >= SMALL:
+        _keep(path, found, digest)
+
+
+def _note(path: Path) -> Path:
+    return cache_root() / "digests" / hashlib.sha256(os.fsencode(Path(path).absolute())).hexdigest()[:32]
+
+
+def _keep(path: Path, found: Stamp, digest: str) -> None:
+    with suppress(SftxError):  # a cache that cannot be written to: the file is read again the next time
+        write_text(_note(path), json.dumps({"path": str(path), "stamp": found, "sha256": digest}) + "\n")

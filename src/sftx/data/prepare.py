@@ -16,7 +16,7 @@ from sftx.data.choose import Facts, choose, facts_of, mixed
 from sftx.data.corpus import Corpus, LoadedFile
 from sftx.data.record_store import RecordView
 from sftx.data.split import split
-from sftx.data.store import MemoryRows, Rows
+from sftx.data.store import MemoryRows, Rows, rises
 from sftx.data.stream_files import StreamedFiles
 from sftx.data.streaming import Encoder, StreamedFeed, StreamOrder
 from sftx.data.template import ChatTemplate
@@ -202,7 +202,7 @@ def rows_of(
     )
     chosen = every.of_records(places)
     skipped = [str(s) for s in chosen.skipped]
-    if len(np.unique(places)) == len(places):
+    if rises(places):
         return chosen, skipped
     return every.select(_repeated(every.records, places)), skipped
 

@@ -23,8 +23,8 @@ GAP = re.compile(r"(?<=[!-~])(?= )|(?<=[!-~]\n)(?=[!-~])")
 """Only after ASCII: what else is white space is not the same to all engines."""
 WORD, WORDS = 32, 400_000
 """Longer stretches are not kept, and all processes that tokenise keep no more of them than this: some 130 MB."""
-JOINS = re.compile(r" [!-~](?:[\x00-\x7f]*[!-~])?\n?")
-"""Words between any two of which there is a cut."""
+JOINS = re.compile(r" [!-/:-~](?:[\x00-\x7f]*[!-~])?\n?")
+"""Words between any two of which there is a cut; not before a digit: where those are cut out first, the space stays."""
 JOINED = 512
 """Words that are tokenised as one text."""
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
