@@ -178,25 +178,30 @@ class Lock:
         """Take it and leave the owner's name in it; return the name of the one who has it, or None when it is ours."""
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                name = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
-                os.close(descriptor)
-                return name or "another process"
-            if error.errno not in NO_LOCKS:
-                os.close(descriptor)
-                raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, owner.encode("utf-8"), 0)
+            while True:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in (errno.EAGAIN, errno.EACCES, *NO_LOCKS):
+                        os.close(descriptor)
+                        raise
+                    if error.errno not in NO_LOCKS:
+                        name = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
+                        os.close(descriptor)
+                        return name or "another process"
+                if _is_file(descriptor, self.path):
+                    break
+                os.close(descriptor)  # the owner before removed it meanwhile
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, owner.encode("utf-8"), 0)
         self._descriptor = descriptor
         return None
 
     def release(self) -> None:
-        """Let go of it; the file stays, or a third process could hold another one of that name."""
+        """Let go of it, and remove it."""
         if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -223,12 +228,17 @@ def _lock(path: Path) -> int:
             if error.errno not in NO_LOCKS:
                 raise
             return descriptor  # a disk without locks: the work may be done twice, what is published is whole
-        try:
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return descriptor
-        except FileNotFoundError:
-            pass
+        if _is_file(descriptor, path):
+            return descriptor
         os.close(descriptor)  # the owner before removed the file that was waited for
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Tell whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def append_line(path: Path, line: str) -> None:

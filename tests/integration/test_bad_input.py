@@ -20,7 +20,6 @@ from sftx.config.compose import compose_checked
 from sftx.errors import EXIT_USER, SftxError
 from sftx.model.builtin import ensure_builtin
 from sftx.run import run
-from sftx.runs.folder import LOCK
 
 HEADER = "category,human,assistant\n"
 ROWS = "".join(f"c{i % 2},question {i},answer {i}\n" for i in range(20))
@@ -52,11 +51,10 @@ def start(arguments: Sequence[str]) -> None:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Return every path below a folder with its content's hash, but for the lock, which names its last owner."""
+    """Return every path below a folder with its content's hash."""
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
         for p in folder.rglob("*")
-        if p.name != LOCK
     }
 
 
@@ -253,9 +251,7 @@ def test_a_full_disk(data: Path, tmp_path: Path, size: str) -> None:
         assert caught.value.exit_code == EXIT_USER
         assert "the disk is full (" in str(caught.value)
         assert "Free some space" in str(caught.value)
-        assert not [p for p in disk.rglob("*") if p.name.startswith(".") and p.name != LOCK], (
-            "temporary files were left"
-        )
+        assert not [p for p in disk.rglob("*") if p.name.startswith(".")], "temporary files were left"
         assert not (disk / "run" / "final").exists()
 
 

@@ -296,17 +296,17 @@ def test_dataloader_num_workers(make_config, captured, monkeypatch: pytest.Monke
     """The batches are made in other processes, and are the same."""
     import os
 
-    import sftx.data.loader as loader
+    import sftx.data.feed as feed
 
     made = tmp_path / "pids"
-    collate = loader.collate
+    collate = feed.collate
 
     def spy(*args, **kwargs):
         with made.open("a") as file:
             file.write(f"{os.getpid()}\n")
         return collate(*args, **kwargs)
 
-    monkeypatch.setattr(loader, "collate", spy)
+    monkeypatch.setattr(feed, "collate", spy)
     config = make_config("dataloader_num_workers=2", "eval_ratio=0")
     run([config])
     pids = set(made.read_text().split())
