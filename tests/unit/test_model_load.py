@@ -92,7 +92,7 @@ def test_the_embedded_model_is_a_small_qwen2() -> None:
     model = load_base(source, dtype=torch.float32, quantization=None, device=CPU)
     assert 2e6 < sum(p.numel() for p in model.parameters()) < 8e6
     assert model.config.use_cache is False
-    assert model.config._attn_implementation == "documents"  # sdpa, a call a document
+    assert model.config._attn_implementation == "documents_sdpa"  # sdpa, a call a document
 
 
 def test_the_embedded_tokenizer_is_the_one_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
