@@ -401,7 +401,7 @@ def test_the_component_of_the_readme_is_built(tmp_path: Path, monkeypatch: pytes
 def test_a_package_covers_what_it_defines_and_not_what_it_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "own_package"
+    package = tmp_path / "safe_package"
     package.mkdir()
     (package / "__init__.py").write_text(
         "from .parts import Part as Public\nimport os\nLater = os.system\nfrom os import *\n"
@@ -410,14 +410,14 @@ def test_a_package_covers_what_it_defines_and_not_what_it_imports(
         "from subprocess import Popen as Run\nclass Part:\n    def make(): ...\nAgain = Part\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    allow = ["own_package.*"]
+    allow = ["safe_package.*"]
     for name in ("Public", "parts.Part", "parts.Again", "parts.Part.make"):
-        assert safety.refusal(f"own_package.{name}", allow) is None, name
+        assert safety.refusal(f"safe_package.{name}", allow) is None, name
     for name in ("os.system", "Later", "system", "parts.Run", "parts.Part.__init__", "parts.Part.mro", "nothing.X"):
-        assert safety.refusal(f"own_package.{name}", allow), name
-    assert safety.refusal("own_package.Later", ["own_package.Later"]) is None, "a whole name is what was meant"
-    assert safety.refusal("own_package_2.Part", allow)
-    assert "own_package" not in sys.modules
+        assert safety.refusal(f"safe_package.{name}", allow), name
+    assert safety.refusal("safe_package.Later", ["safe_package.Later"]) is None, "a whole name is what was meant"
+    assert safety.refusal("safe_package_2.Part", allow)
+    assert "safe_package" not in sys.modules
 
 
 @pytest.mark.parametrize(

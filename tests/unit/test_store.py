@@ -560,7 +560,7 @@ def test_a_run_that_has_its_rows_imports_nothing_for_making_them(tmp_path: Path)
         "import sys\n"
         "from sftx.config.check import freeze\n"
         "from sftx.config.compose import compose_checked\n"
-        "from sftx.data.prepare import select, tokenise\n"
+        "from sftx.data.prepare import open_data\n"
         "from sftx.model.family import family_named, family_of\n"
         "from sftx.model.load import find_model, load_template\n"
         f"words = ['data=csv', 'train_file_path={tmp_path}', 'train_file_name=a.csv', 'data.duplicates=drop_exact']\n"
@@ -568,7 +568,7 @@ def test_a_run_that_has_its_rows_imports_nothing_for_making_them(tmp_path: Path)
         "source = find_model(config.model_name_or_path)\n"
         "family, _ = family_of(config.model, source.model_type, downloaded=source.downloaded)\n"
         "template = load_template(source, family, None, family_named)\n"
-        "assert len(tokenise(select(config), config, template).train[0].ids_T)\n"
+        "assert len(open_data(config)(template).train[0].ids_T)\n"
         "heavy = {'datasets', 'pandas', 'pyarrow.parquet', 'pyarrow.dataset', 'pyarrow.compute'}\n"
         "print((heavy | {'sftx.data.tokenise'}) & set(sys.modules))"
     )
