@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sftx.data.choose import ChoosePolicy, choose, facts_of, mixed
+from sftx.data.choose import ChoosePolicy, choose, exact_duplicates, facts_of, mixed
 from sftx.data.record import Record, pair
 from sftx.errors import ConfigError, DataError
 
@@ -43,6 +44,18 @@ def test_nothing_is_left_out_unless_asked() -> None:
 def test_exact_duplicates_go_and_are_named() -> None:
     choice = choose(FACTS, RECORDS, ChoosePolicy(duplicates="drop_exact"), seed=0)
     assert choice.left_out == [(1, "is f.csv:2 again")]
+
+
+def test_each_duplicate_is_named_with_the_first() -> None:
+    draw = random.Random(0)
+    many = corpus(*(("c", f"q{draw.randrange(30)}", f"a{draw.randrange(4)}") for _ in range(500)))
+    first: dict[tuple[str, str], str] = {}
+    wanted = []
+    for i, record in enumerate(many):
+        origin = first.setdefault((record.human, record.assistant), record.origin)
+        if origin != record.origin:
+            wanted.append((i, f"is {origin} again"))
+    assert list(exact_duplicates(facts_of(many), many)) == wanted
 
 
 def test_near_duplicates_go() -> None:

@@ -101,7 +101,7 @@ def choose(facts: Facts, records: Sequence[Record], policy: ChoosePolicy, seed: 
     ):
         if cap is not None:
             left |= dict.fromkeys(_over_cap(labels, cap, seed, left), f"over cap_per_{name}={cap}")
-    kept = np.array([i for i in range(len(facts.categories)) if i not in left], dtype=np.int64)
+    kept = np.delete(np.arange(len(facts.categories)), list(left))
     if len(facts.categories) and not len(kept):
         raise DataError("the policies of group `data` leave no record to train on.")
     return Choice(kept, sorted(left.items()))
@@ -109,12 +109,14 @@ def choose(facts: Facts, records: Sequence[Record], policy: ChoosePolicy, seed: 
 
 def exact_duplicates(facts: Facts, records: Sequence[Record]) -> Iterator[tuple[int, str]]:
     """Yield each record that repeats an earlier one, conversation and answer, and which."""
-    first: dict[tuple[int, int], int] = {}
-    for i, pair in enumerate(zip(facts.prompts.tolist(), facts.answers.tolist(), strict=True)):
-        if pair in first:
-            yield i, f"is {origin_of(records, first[pair])} again"
-        else:
-            first[pair] = i
+    order = np.lexsort((facts.answers, facts.prompts))  # it is stable: of equal ones the first in the corpus is first
+    prompts, answers = facts.prompts[order], facts.answers[order]
+    repeats = np.zeros(len(order), bool)
+    repeats[1:] = (prompts[1:] == prompts[:-1]) & (answers[1:] == answers[:-1])
+    begins = np.maximum.accumulate(np.where(repeats, 0, np.arange(len(order))))
+    found = sorted(zip(order[repeats].tolist(), order[begins[repeats]].tolist(), strict=True))
+    for i, first in found:
+        yield i, f"is {origin_of(records, first)} again"
 
 
 def near_duplicates(records: Sequence[Record], threshold: float, skip: Mapping[int, str]) -> Iterator[tuple[int, str]]:
@@ -220,9 +222,12 @@ def mixed(labels: Facts, kept: np.ndarray, policy: ChoosePolicy, seed: int) -> n
                 f"There are: {', '.join(known[:20])}."
             )
     often = np.ones(len(kept))
-    often *= [policy.category_weights.get(labels.categories[i], 1.0) for i in kept]
-    often *= [policy.source_weights.get(labels.sources[i], 1.0) for i in kept]
-    often *= _tempered([labels.sources[i] for i in kept], policy.temperature)
+    if policy.category_weights:
+        often *= [policy.category_weights.get(labels.categories[i], 1.0) for i in kept]
+    if policy.source_weights:
+        often *= [policy.source_weights.get(labels.sources[i], 1.0) for i in kept]
+    if policy.temperature != 1.0:
+        often *= _tempered([labels.sources[i] for i in kept], policy.temperature)
     whole = np.floor(often).astype(np.int64)
     drawn = np.random.default_rng(seed).random(len(kept)) < often - whole
     return np.repeat(kept, whole + drawn)
@@ -230,7 +235,7 @@ def mixed(labels: Facts, kept: np.ndarray, policy: ChoosePolicy, seed: int) -> n
 
 def _tempered(sources: Sequence[str], temperature: float) -> np.ndarray:
     names, numbers, sizes = np.unique(np.array(sources), return_inverse=True, return_counts=True)
-    if temperature == 1.0 or len(names) < 2:
+    if len(names) < 2:
         return np.ones(len(sources))
     shares = sizes ** (1.0 / temperature)
     wanted = shares / math.fsum(shares.tolist()) * len(sources)
