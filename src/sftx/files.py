@@ -29,6 +29,8 @@ CAUSES = {
     errno.EIO: "the disk failed",
 }
 
+TEMPORARY = ".sftx-tmp"
+"""How the name ends of what is not published yet: nobody else's file is called so."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """A disk without locks."""
 
@@ -93,7 +95,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file whole or not at all, from pieces that need not fit into memory together."""
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         try:
             with os.fdopen(handle, "wb") as file:
                 for chunk in chunks:
@@ -130,7 +132,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = 
     """
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
         try:
             fill(temporary)
             for file in temporary.rglob("*"):
@@ -153,14 +155,14 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that its name never stands for half of it."""
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
     """Remove what processes that were killed left behind; only while none writes there."""
-    for left in folder.glob(".*.*") if folder.is_dir() else ():
+    for left in folder.glob(f".*{TEMPORARY}") if folder.is_dir() else ():
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -171,3 +171,25 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_there(tmp_path: 
     other.wait()
     run([config])
     assert (tmp_path / "final").is_dir()
+
+
+def test_only_what_a_killed_run_left_half_written_is_swept(tmp_path: Path) -> None:
+    """A file of the user's own stays, whatever it is called."""
+    config = composed(f"output_dir={tmp_path}", "max_steps=1")
+    run([config])
+    mine = [tmp_path / ".env.database", tmp_path / ".pre-commit-config.yaml", tmp_path / "checkpoints" / ".a.b"]
+    for path in mine:
+        path.write_text("mine")
+    code = (
+        "import os, sys; from pathlib import Path; from sftx.files import write_chunks, write_folder\n"
+        "def pieces(): yield b'half'; os._exit(9)\n"
+        "if sys.argv[2] == 'file': write_chunks(Path(sys.argv[1]) / 'config.yaml', pieces())\n"
+        "write_folder(Path(sys.argv[1]) / 'checkpoints' / 'step-000009', lambda into: os._exit(9))"
+    )
+    for kind in ("file", "folder"):
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path), kind]).returncode == 9
+    left = [p for p in tmp_path.rglob(".*") if p not in mine]
+    assert len(left) == 2
+    run([config])
+    assert not any(p.exists() for p in left)
+    assert all(p.read_text() == "mine" for p in mine)
