@@ -132,17 +132,24 @@ def test_handlers_are_given_back() -> None:
     assert [signal.getsignal(n) for n in ASKING] == before
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_signal_to_the_whole_group_ends_it_in_order(tmp_path: Path, workers: int) -> None:
-    """As a terminal or a scheduler sends it: to the trainer and to its loaders; no process is left."""
+def started(argv: list[str], metrics: Path) -> subprocess.Popen[str]:
+    """Start a run in a session of its own, and return when it has made a few steps."""
     process = subprocess.Popen(
-        [sys.executable, "train.py", *words("max_steps=5000", f"dataloader_num_workers={workers}", f"output_dir={tmp_path / 'run'}")], cwd=ROOT, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "train.py", *argv], cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    metrics = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 120
     while time.monotonic() < until and not (metrics.is_file() and metrics.read_text().count("train/loss") > 2):
         time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_to_the_whole_group_ends_it_in_order(tmp_path: Path, workers: int) -> None:
+    """As a terminal or a scheduler sends it: to the trainer and to its loaders; no process is left."""
+    out = f"output_dir={tmp_path / 'run'}"
+    argv = words("max_steps=5000", f"dataloader_num_workers={workers}", out)
+    process = started(argv, tmp_path / "run" / "metrics.jsonl")
     os.killpg(process.pid, signal.SIGTERM)
     time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
@@ -193,3 +200,14 @@ def test_only_what_a_killed_run_left_half_written_is_swept(tmp_path: Path) -> No
     run([config])
     assert not any(p.exists() for p in left)
     assert all(p.read_text() == "mine" for p in mine)
+
+
+def test_a_signal_ends_a_whole_sweep(tmp_path: Path) -> None:
+    """Hydra itself would go on with the next trial."""
+    argv = words("max_steps=5000", f"output_dir={tmp_path}", "seed=1,2,3", "hydra.sweep.dir=" + str(tmp_path))
+    process = started([*argv, "-m"], tmp_path / "0" / "metrics.jsonl")
+    os.killpg(process.pid, signal.SIGTERM)
+    shown, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, said
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"0"}
+    assert "1 trials in" in shown

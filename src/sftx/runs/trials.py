@@ -22,7 +22,7 @@ from sftx.config.compose import Request
 from sftx.config.guard import unasked
 from sftx.config.schema import TrainConfig
 from sftx.data.sources import find_sources
-from sftx.errors import ConfigError, say
+from sftx.errors import ConfigError, StoppedError, say
 from sftx.files import write_json, write_text
 from sftx.runs.folder import RunFolder
 from sftx.secrets import scrub, scrub_text
@@ -65,6 +65,8 @@ def run_job(composed: DictConfig, request: Request) -> float | None:
         code = say(error)
         outcome |= {"status": "failed", "exit_code": code, "error": f"{type(error).__name__}: {error}"}
         _leave(sweep_dir, outcome)
+        if isinstance(error, StoppedError):  # Hydra would go on with the next trial after any `Exception`
+            raise SystemExit(end_of_sweep()) from error
         raise TrialFailed(str(error)) from error
     outcome |= {"status": "completed", "eval_loss_before": result.eval_loss_before, "eval_loss": result.eval_loss}
     _leave(sweep_dir, outcome)
