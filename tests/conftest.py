@@ -44,6 +44,11 @@ def over(usual: Sequence[str], *typed: str) -> list[str]:
     return [*(w for w in usual if w.split("=", 1)[0] not in names), *typed]
 
 
+def two_ranks(port: int) -> tuple[str, ...]:
+    """Return the launcher of two processes that meet at a port."""
+    return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+
+
 @dataclass
 class Captured:
     """What a run was made of, for tests that look at tensors, rows and optimizers."""

@@ -20,7 +20,7 @@ from sftx.config.schema import TrainConfig
 from sftx.data.feed import PlannedFeed
 from sftx.data.plan import Plan
 from sftx.data.prepare import Data, open_data
-from sftx.errors import ConfigError
+from sftx.errors import ConfigError, StoppedError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import family_named, family_of
 from sftx.model.load import Source, find_model, load_base, load_template
@@ -84,7 +84,8 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         finished = True
         return results
     except BaseException as error:
-        note_failure(trials, engine, error, stopped=signals.received is not None)
+        stopped = isinstance(error, StoppedError) or signals.received is not None
+        note_failure(trials, engine, error, stopped=stopped)
         raise
     finally:
         for trial in trials:

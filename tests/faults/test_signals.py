@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import ROOT, SMALL, over
+from tests.conftest import ROOT, SMALL, over, two_ranks
 from tests.invariance.test_invariance import assert_same_weights, curve
 
 from sftx.config.check import freeze
@@ -132,10 +132,10 @@ def test_handlers_are_given_back() -> None:
     assert [signal.getsignal(n) for n in ASKING] == before
 
 
-def started(argv: list[str], metrics: Path) -> subprocess.Popen[str]:
+def started(argv: list[str], metrics: Path, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
     """Start a run in a session of its own, and return when it has made a few steps."""
     process = subprocess.Popen(
-        [sys.executable, "train.py", *argv], cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE,
+        [*launcher, "train.py", *argv], cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     until = time.monotonic() + 120
@@ -211,3 +211,27 @@ def test_a_signal_ends_a_whole_sweep(tmp_path: Path) -> None:
     assert process.returncode == EXIT_STOPPED, said
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"0"}
     assert "1 trials in" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_agree_although_one_alone_is_asked(tmp_path: Path, rank: str) -> None:
+    """The checkpoint is whole, and one process goes on from it."""
+    import psutil
+
+    out = f"output_dir={tmp_path / 'run'}"
+    # as many sequences a step as the run that goes on alone
+    argv = words("max_steps=5000", "gradient_accumulation_steps=2", "parallel=ddp", out)
+    process = started(argv, tmp_path / "run" / "metrics.jsonl", two_ranks(29543))
+    family = psutil.Process(process.pid).children(recursive=True)
+    (one,) = [p for p in family if p.environ().get("RANK") == rank and p.ppid() == process.pid]
+    one.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert "stopped after step" in said, said
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["status"] == "stopped"
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(saved.name.partition("-")[2])
+    run([composed(f"max_steps={step + 1}", "parallel=single", out)])
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "completed"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import SMALL, over, two_ranks
 
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
@@ -147,14 +147,8 @@ def test_two_ranks_equal_one_process(make_config, cli, tmp_path: Path, mode: str
     shared = [f"mode={mode}", "lora_dropout=0.1", CLIPS, "learning_rate=1e-3", "max_train_rows=30"]
     alone = make_config(*shared, "gradient_accumulation_steps=4", output="alone")
     run([alone])
-    from tests.conftest import SMALL
-
-    typed = {o.split("=")[0] for o in shared}
-    words = [o for o in SMALL if o.split("=")[0] not in {*typed, "gradient_accumulation_steps"}]
-    done = cli(
-        "parallel=ddp", *shared, *words, "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'ddp'}",
-        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"),
-    )  # fmt: skip
+    ranked = over(SMALL, *shared, "parallel=ddp", "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'ddp'}")
+    done = cli(*ranked, launcher=two_ranks(29531))
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = Path(alone.output_dir), tmp_path / "ddp"
     torch.testing.assert_close(torch.tensor(curve(a)), torch.tensor(curve(b)), rtol=2e-5, atol=0)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import SMALL, over
+from tests.conftest import SMALL, over, two_ranks
 from tests.invariance.test_invariance import assert_same_weights, curve
 
 from sftx.errors import ConfigError, DataError
@@ -99,12 +98,8 @@ def test_two_ranks_share_a_stream(make_config, cli, corpus: Path, tmp_path: Path
     shared = [w for w in streamed(corpus, "max_steps=5", "mode=lora") if "accumulation" not in w]
     alone = make_config(*shared, "gradient_accumulation_steps=4", output="alone")
     run([alone])
-    typed = {w.split("=")[0] for w in shared}
-    small = [w for w in SMALL if w.split("=")[0] not in {*typed, "gradient_accumulation_steps"}]
-    done = cli(
-        "parallel=ddp", *shared, *small, "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'ddp'}",
-        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"),
-    )  # fmt: skip
+    ranked = over(SMALL, *shared, "parallel=ddp", "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'ddp'}")
+    done = cli(*ranked, launcher=two_ranks(29537))
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads(x) for r in (0, 1) for x in (tmp_path / f"ddp/batches-rank{r}.jsonl").read_text().splitlines()]
     ranks = [b for b in ranks if b["rows"]]

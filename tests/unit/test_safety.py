@@ -288,7 +288,7 @@ def test_the_bait_would_have_worked(lay: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["scheduler._target_=my_parts.Sawtooth"], "type: allow_targets=[my_parts.*]"),
+        (["scheduler._target_=my_parts.Sawtooth"], "type: 'allow_targets=[my_parts.*]'"),
         (["scheduler._target_=os.system"], "Do not run a configuration that asks for it."),
         (["scheduler._target_=sftx.training.schedulers.Cosin"], "Did you mean `Cosine`?"),
         (["scheduler._target_=sftx.training.scheduler.Cosine"], "Did you mean `sftx.training.schedulers.Cosine`?"),
@@ -320,7 +320,7 @@ def test_a_file_is_told_with_its_line(tmp_path: Path) -> None:
         f"{place}:2: `allow_targets`: only a person may set this, on the command line: allow_targets=[a.*]",
         f"{place}:5: `hydra.job.env_set`: a file may not set this; if you mean it, type it: hydra.job.env_set={{A:b}}",
         f"{place}:7: `scheduler._target_=a.B`: this is none of sftx's components, and a configuration may run nothing "
-        "else. If it is yours, or you have read it, type: allow_targets=[a.*]",
+        "else. If it is yours, or you have read it, type: 'allow_targets=[a.*]'",
     ]
 
 
@@ -460,10 +460,10 @@ def test_plugins_that_are_known(place: dict[str, Any]) -> None:
 
 
 def test_what_hydra_ships_may_log() -> None:
-    for option in options("hydra/job_logging"):
-        prepare([f"hydra/job_logging={option}"])
-    for option in options("hydra/hydra_logging"):
-        prepare([f"hydra/hydra_logging={option}"])
+    for group in ("hydra/job_logging", "hydra/hydra_logging"):
+        assert {"default", "none"} <= set(options(group))
+        for option in options(group):
+            assert not prepare([f"{group}={option}"]).multirun
 
 
 def test_a_person_may_type_what_a_file_may_not(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def cure(target: str) -> str:
     top = target.partition(".")[0]
     if top in sys.stdlib_module_names or top in ("sftx", "hydra", "omegaconf"):
         return "Do not run a configuration that asks for it."
-    return f"If it is yours, or you have read it, type: allow_targets=[{top}.*]"
+    return f"If it is yours, or you have read it, type: 'allow_targets=[{top}.*]'"
 
 
 def _not_its_own(target: str, allow: Sequence[str]) -> str | None:
@@ -109,7 +109,7 @@ def _not_its_own(target: str, allow: Sequence[str]) -> str | None:
         return f"this is another name for `{place}`, which allow_targets={show(list(allow))} does not cover."
     return _missing(target) or (
         f"its source does not say what it is, so a pattern does not cover it. "
-        f"If you trust it, type its whole name: allow_targets=[{target}]"
+        f"If you trust it, type its whole name: 'allow_targets=[{target}]'"
     )
 
 
