@@ -44,9 +44,8 @@ def over(usual: Sequence[str], *typed: str) -> list[str]:
     return [*(w for w in usual if w.split("=", 1)[0] not in names), *typed]
 
 
-def two_ranks(port: int) -> tuple[str, ...]:
-    """Return the launcher of two processes that meet at a port."""
-    return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+"""Launches two processes, which meet at a port that is free."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import ROOT, SMALL, over, two_ranks
+from tests.conftest import ROOT, SMALL, TWO_RANKS, over
 from tests.invariance.test_invariance import assert_same_weights, curve
 
 from sftx.config.check import freeze
@@ -222,7 +222,7 @@ def test_ranks_agree_although_one_alone_is_asked(tmp_path: Path, rank: str) -> N
     out = f"output_dir={tmp_path / 'run'}"
     # as many sequences a step as the run that goes on alone
     argv = words("max_steps=5000", "gradient_accumulation_steps=2", "parallel=ddp", out)
-    process = started(argv, tmp_path / "run" / "metrics.jsonl", two_ranks(29543))
+    process = started(argv, tmp_path / "run" / "metrics.jsonl", TWO_RANKS)
     family = psutil.Process(process.pid).children(recursive=True)
     (one,) = [p for p in family if p.environ().get("RANK") == rank and p.ppid() == process.pid]
     one.send_signal(signal.SIGUSR1)

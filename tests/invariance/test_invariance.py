@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import SMALL, over, two_ranks
+from tests.conftest import SMALL, TWO_RANKS, over
 
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
@@ -148,7 +148,7 @@ def test_two_ranks_equal_one_process(make_config, cli, tmp_path: Path, mode: str
     alone = make_config(*shared, "gradient_accumulation_steps=4", output="alone")
     run([alone])
     ranked = over(SMALL, *shared, "parallel=ddp", "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'ddp'}")
-    done = cli(*ranked, launcher=two_ranks(29531))
+    done = cli(*ranked, launcher=TWO_RANKS)
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = Path(alone.output_dir), tmp_path / "ddp"
     torch.testing.assert_close(torch.tensor(curve(a)), torch.tensor(curve(b)), rtol=2e-5, atol=0)

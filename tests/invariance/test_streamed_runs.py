@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.conftest import SMALL, over, two_ranks
+from tests.conftest import SMALL, TWO_RANKS, over
 from tests.invariance.test_invariance import assert_same_weights, curve
 
 from sftx.errors import ConfigError, DataError
@@ -99,7 +99,7 @@ def test_two_ranks_share_a_stream(make_config, cli, corpus: Path, tmp_path: Path
     alone = make_config(*shared, "gradient_accumulation_steps=4", output="alone")
     run([alone])
     ranked = over(SMALL, *shared, "parallel=ddp", "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'ddp'}")
-    done = cli(*ranked, launcher=two_ranks(29537))
+    done = cli(*ranked, launcher=TWO_RANKS)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads(x) for r in (0, 1) for x in (tmp_path / f"ddp/batches-rank{r}.jsonl").read_text().splitlines()]
     ranks = [b for b in ranks if b["rows"]]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import SMALL, two_ranks
+from tests.conftest import SMALL, TWO_RANKS
 from tests.invariance.test_invariance import CLIPS, curve, weights
 
 from sftx.config.compose import prepare
 from sftx.errors import ConfigError
 from sftx.run import run
 
-TWO_RANKS = two_ranks(29541)
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-slow installs it"
 )
