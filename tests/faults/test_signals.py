@@ -144,7 +144,7 @@ def started(argv: list[str], metrics: Path, launcher: tuple[str, ...] = (sys.exe
     return process
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_signal_to_the_whole_group_ends_it_in_order(tmp_path: Path, workers: int) -> None:
     """As a terminal or a scheduler sends it: to the trainer and to its loaders; no process is left."""
     out = f"output_dir={tmp_path / 'run'}"
@@ -202,6 +202,7 @@ def test_only_what_a_killed_run_left_half_written_is_swept(tmp_path: Path) -> No
     assert all(p.read_text() == "mine" for p in mine)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_whole_sweep(tmp_path: Path) -> None:
     """Hydra itself would go on with the next trial."""
     argv = words("max_steps=5000", f"output_dir={tmp_path}", "seed=1,2,3", "hydra.sweep.dir=" + str(tmp_path))

@@ -141,7 +141,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert [a["from_step"] for a in attempts] == [0, 4, 7]
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one_process(make_config, cli, tmp_path: Path, mode: str) -> None:
     """torchrun with gloo: the loss and gradient norm of every step, and the evaluation, are those of one process."""
     shared = [f"mode={mode}", "lora_dropout=0.1", CLIPS, "learning_rate=1e-3", "max_train_rows=30"]

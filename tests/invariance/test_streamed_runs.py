@@ -93,6 +93,7 @@ def test_streamed_rows_are_those_of_a_corpus_that_is_read_first(make_config, cor
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_share_a_stream(make_config, cli, corpus: Path, tmp_path: Path) -> None:
     """Each micro-batch of one process is one rank's, and no other."""
     shared = [w for w in streamed(corpus, "max_steps=5", "mode=lora") if "accumulation" not in w]

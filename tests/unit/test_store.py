@@ -552,6 +552,7 @@ def test_ls_imports_nothing_heavy() -> None:
     assert (module.returncode, module.stderr) == (2, "sftx: x: no such key.\n")
 
 
+@pytest.mark.slow
 def test_a_run_that_has_its_rows_imports_nothing_for_making_them(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         "category,human,assistant\n" + "".join(f"c,q{i},a\n" for i in range(9)), encoding="utf-8"
