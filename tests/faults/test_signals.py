@@ -78,7 +78,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     ("module", "call"),
     [
         ("sftx.training.loop", 6),  # in the second step of 4 micro-batches
-        ("sftx.training.evaluate", 5),  # in the evaluation after it: the one before the first step has three batches
+        ("sftx.training.evaluate", 5),  # in the evaluation after it: the one before the first step has four batches
     ],
     ids=["stepping", "evaluating"],
 )
@@ -96,6 +96,19 @@ def test_a_stopped_run_goes_on_exactly(
     assert not (tmp_path / "final").exists()
     run([config])
     assert_same_run(straight, tmp_path)
+
+
+def test_the_last_evaluation_is_not_lost(straight: Path, tmp_path: Path, one_thread: None) -> None:
+    config = composed(f"output_dir={tmp_path}")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "sftx.training.evaluate", "token_losses", 14, signal.SIGTERM)  # four batches each time
+        with pytest.raises(StoppedError, match=r"stopped after step 6 of 6"):
+            run([config])
+    assert not (tmp_path / "final").exists()
+    run([config])
+    assert_same_run(straight, tmp_path)
+    results = [json.loads((f / "manifest.json").read_text())["result"] for f in (straight, tmp_path)]
+    assert results[0] == results[1]
 
 
 def test_a_signal_in_a_save_changes_nothing_of_it(straight: Path, tmp_path: Path, one_thread: None) -> None:

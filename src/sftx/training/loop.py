@@ -51,6 +51,8 @@ def train(session: Session, trials: Sequence[Trial]) -> None:
                 with trial.active(session):
                     _advance(session, trial)
                 progress.update(trial)
+        if put_off := [t for t in trials if t.evaluation_due]:
+            _stop(session, put_off)
         for trial in trials:
             with trial.active(session):
                 for callback in trial.callbacks.values():
@@ -98,7 +100,7 @@ def _close_step(session: Session, trial: Trial) -> None:
 
 
 def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
-    """Save every trial that is not finished, and say where each stands."""
+    """Save every trial that is not at its end, and say where each stands."""
     said = []
     for trial in running:
         if trial.step == 0:
