@@ -41,8 +41,11 @@ def cache_root() -> Path:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write into one message with the path and the cure."""
+def explained(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn the operating system's refusal to write into one message with the path and the cure.
+
+    `needed` is how many bytes were to be written, where that is known.
+    """
     try:
         yield
     except Exception as error:
@@ -53,8 +56,9 @@ def explained(path: Path) -> Iterator[None]:
         elsewhere = "set SFTX_CACHE to a folder with room" if inside else "choose another output_dir"
         if number == errno.ENOSPC:
             free = shutil.disk_usage(_existing(path)).free
+            room = f"{free:,} bytes free" + (f", {needed:,} needed" if needed is not None else "")
             raise RunFolderError(
-                f"{path}: the disk is full ({free:,} bytes free). Free some space, lower save_total_limit, "
+                f"{path}: the disk is full ({room}). Free some space, lower save_total_limit, "
                 f"or {elsewhere}; then run the same command again."
             ) from error
         cause = CAUSES.get(number)
@@ -91,9 +95,9 @@ def check_writable(folder: Path) -> None:
             pass
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file whole or not at all, from pieces that need not fit into memory together."""
-    with explained(path):
+def write_chunks(path: Path, chunks: Iterable[bytes], *, needed: int | None = None) -> None:
+    """Write a file whole or not at all, from pieces that need not fit into memory together; see `write_folder`."""
+    with explained(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         try:
@@ -111,7 +115,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    write_chunks(path, [data])
+    write_chunks(path, [data], needed=len(data))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,33 +128,59 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n")
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = False) -> None:
+def write_folder(
+    folder: Path, fill: Callable[[Path], None], *, replace: bool = False, needed: int | None = None
+) -> None:
     """Let `fill` write a folder beside, then publish it under its name in one rename.
 
+    `needed` is about how many bytes that are, for the message when the disk is full.
     Of two processes that publish the same folder at once, one wins and the other's copy is dropped,
     unless `replace`, which puts the new one in the old one's place.
     """
-    with explained(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
+    with explained(folder, needed), _filled(folder, fill) as temporary:
+        temporary.chmod(0o777 & ~_umask())
+        if replace and folder.exists():
+            remove_folder(folder)
         try:
-            fill(temporary)
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-                    _sync(file)
-            _sync(temporary)
-            temporary.chmod(0o777 & ~_umask())
-            if replace and folder.exists():
-                remove_folder(folder)
-            try:
-                temporary.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-            _sync(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        _sync(folder.parent)
+
+
+def rehearse_folder(folder: Path, fill: Callable[[Path], None], needed: int) -> int:
+    """Write a folder as `write_folder` does, but remove it again; return its bytes."""
+    with explained(folder, needed), _filled(folder, fill) as temporary:
+        return size_of(temporary)
+
+
+@contextmanager
+def _filled(folder: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a folder beside another, written and flushed to disk; what is not renamed is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
+    try:
+        fill(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+                _sync(file)
+        _sync(temporary)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder; 0 where there is none."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def free_bytes(folder: Path) -> tuple[int, int]:
+    """Return the free bytes of the disk on which a folder is or would be, and that disk's number."""
+    there = _existing(folder)
+    return shutil.disk_usage(there).free, there.stat().st_dev
 
 
 def remove_folder(folder: Path) -> None:

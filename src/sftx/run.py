@@ -34,6 +34,8 @@ from sftx.runs.folder import ONLY, RunFolder, RunLog
 from sftx.runs.metrics import SilentRecorder
 from sftx.training.documents import documents_leak
 from sftx.training.loop import train
+from sftx.training.preflight import check_room
+from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
 
@@ -42,6 +44,7 @@ PER_TRIAL = {
     "warmup_steps", "lr_scheduler_type", "optim", "mode", "optimizer", "scheduler", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "callback", "tracker", "report_to", "adapter",
     "logging_steps", "save_steps", "eval_steps", "save_strategy", "save_total_limit", "keep_best", "resume",
+    "lost_work_minutes",
 }  # fmt: skip
 """Keys in which the trials of one call may differ; the others are facts of the base or the data."""
 
@@ -61,6 +64,7 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
     first = configs[0]
     engine: Engine = build(first.parallel).start(first.device)
     run_log = RunLog(is_main=engine.is_main)
+    saver = Saver(asynchronous=first.async_save)
     trials: list[Trial] = []
     finished = False
     try:
@@ -69,11 +73,11 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         for folder, config in zip(folders, configs, strict=True):
             folder.check(config.resume)
         effective = Effective(remarks=list(notes))
-        session, data, source = _prepare(configs, engine, effective)
-        session.signals = signals
+        session, data, source = _prepare(configs, engine, effective, saver, signals)
         count = len(configs)
         trials = [_trial(c, f, session, data, effective.copy(), count) for c, f in zip(configs, folders, strict=True)]
         session.flat = _laid_end_to_end(configs[0], session, trials)
+        check_room(trials, session)
         command = command or manifest.command_line()
         setting = Setting(data, source, command, manifest.environment(), run_log)
         for trial in trials:
@@ -88,6 +92,7 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         note_failure(trials, engine, error, stopped=stopped)
         raise
     finally:
+        saver.close()
         for trial in trials:
             trial.close()
         run_log.close()
@@ -107,7 +112,9 @@ def _check_shared(configs: Sequence[TrainConfig]) -> None:
         raise ConfigError(problems)
 
 
-def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effective) -> tuple[Session, Data, Source]:
+def _prepare(
+    configs: Sequence[TrainConfig], engine: Engine, effective: Effective, saver: Saver, signals: Signals
+) -> tuple[Session, Data, Source]:
     """Read the data and load the base: what all trials share."""
     config = configs[0]
     _seed(config.seed)
@@ -145,7 +152,7 @@ def _prepare(configs: Sequence[TrainConfig], engine: Engine, effective: Effectiv
         trained_dtype=numerics.dtype if engine.sharded else torch.float32,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    session = Session(engine, model, numerics, template, data.train, data.held_out, source.folder)
+    session = Session(engine, model, numerics, template, data.train, data.held_out, source.folder, saver, signals)
     return session, data, source
 
 
@@ -176,6 +183,7 @@ def _trial(
         folder=folder,
         recorder=SilentRecorder(),
         effective=effective,
+        pace=Pace(60 * config.lost_work_minutes),
     )
 
 

@@ -84,7 +84,12 @@ class TrainConfig:
     logging_steps: int = knob(
         "optimizer steps between two train-loss records", "每隔多少步记录一次训练损失", at_least=1
     )
-    save_steps: int = knob("optimizer steps between two checkpoints", "每隔多少步保存一次检查点", at_least=1)
+    save_steps: int | Literal["auto"] = knob(
+        "optimizer steps between two checkpoints; auto: as many as lost_work_minutes take, unless saving so often "
+        "would cost more than 3 % of the time",
+        "每隔多少步保存一次检查点；auto：按 lost_work_minutes 决定，但保存所占时间不超过 3%",
+        at_least=1,
+    )
     save_strategy: Literal["steps", "epoch", "no"] = knob(
         "when checkpoints are saved: steps, epoch or no", "保存检查点的时机：steps、epoch 或 no"
     )
@@ -143,6 +148,15 @@ class TrainConfig:
         "auto goes on where this output_dir stopped; never refuses a used folder; or the path of a checkpoint",
         "auto：在该 output_dir 中断处继续；never：不续训；或指定检查点路径",
     )
+    async_save: bool = knob(
+        "write checkpoints while training goes on, from a copy in host memory; false: training waits",
+        "训练继续进行的同时写检查点（先复制到内存）；false：训练等待写完",
+    )
+    lost_work_minutes: float = knob(
+        "with save_steps=auto: the work that a crash may cost",
+        "save_steps=auto 时，意外中断最多损失多少分钟的训练",
+        above=0,
+    )
     max_steps: int | None = knob(
         "stop after this many optimizer steps, whatever the epochs say", "最多训练多少步（优先于轮数）", at_least=1
     )
@@ -159,7 +173,11 @@ class TrainConfig:
         at_least=0,
         at_most=0.9,
     )
-    eval_steps: int = knob("optimizer steps between two evaluations", "每隔多少步评估一次", at_least=1)
+    eval_steps: int | Literal["auto"] = knob(
+        "optimizer steps between two evaluations; auto: a tenth of the run",
+        "每隔多少步评估一次；auto：全程的十分之一",
+        at_least=1,
+    )
     eval_max_rows: int = knob("the most rows an evaluation uses", "评估最多使用多少行", at_least=1)
     keep_best: bool = knob(
         "final/ holds the checkpoint with the lowest eval loss instead of the last state",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,38 +16,46 @@ from sftx.model.adapt import AdaptedModel, Adapter, read_adapter
 Weights = Mapping[str, torch.Tensor]
 
 
-def save_weights(model: AdaptedModel, adapter: Adapter, weights: Weights, folder: Path, base: Path) -> None:
-    """Write an adapter (`adapter_model.safetensors`, `adapter_config.json`) or a whole model into a folder.
+def weights_writer(model: AdaptedModel, adapter: Adapter, weights: Weights, base: Path) -> Callable[[Path], None]:
+    """Return what writes an adapter (`adapter_model.safetensors`, `adapter_config.json`) or a model into a folder.
 
-    `weights` holds the trained parameters under their names in the model.
+    `weights` holds the trained parameters under their names in the model. Training may go on before it is called:
+    it looks at nothing that training changes.
     """
     if adapter.is_lora:
-        _save_adapter(model, adapter, weights, folder, base)
-        return
+        return _adapter_writer(model, adapter, weights, base)
     names = {id(p): n for n, p in adapter.parameters.items()}  # a tied parameter has two keys and one name
     state = model.module.state_dict(keep_vars=True)
-    model.module.save_pretrained(
-        folder, state_dict={k: weights[names[id(t)]] if id(t) in names else t for k, t in state.items()}
-    )
+    whole = {k: weights[names[id(t)]] if id(t) in names else t for k, t in state.items()}
+    return lambda folder: model.module.save_pretrained(folder, state_dict=whole)
 
 
-def _save_adapter(model: AdaptedModel, adapter: Adapter, weights: Weights, folder: Path, base: Path) -> None:
+def _adapter_writer(model: AdaptedModel, adapter: Adapter, weights: Weights, base: Path) -> Callable[[Path], None]:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     tensors = get_peft_model_state_dict(
         model.module, state_dict=dict(weights), adapter_name=adapter.name, save_embedding_layers=False
     )
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(adapter.config)
     config.base_model_name_or_path = str(base)
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
-    config.save_pretrained(str(folder))
+
+    def write(folder: Path) -> None:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+
+    return write
+
+
+def bytes_of(*kinds: Weights) -> int:
+    """Return how much room tensors take."""
+    return sum(tensor.nbytes for tensors in kinds for tensor in tensors.values())
 
 
 def read_weights(model: AdaptedModel, adapter: Adapter, folder: Path) -> dict[str, torch.Tensor]:
-    """Return the trained parameters that `save_weights` wrote, under their names in the model.
+    """Return the trained parameters that `weights_writer` wrote, under their names in the model.
 
     Errors:
         ModelError: they do not fit.
@@ -71,11 +79,13 @@ def save_final(
 ) -> None:
     """Publish `final/`: the weights, the tokenizer with its chat template, and the tokens that end a turn."""
 
+    write_weights = weights_writer(model, adapter, weights, base)
+
     def fill(into: Path) -> None:
         if not adapter.is_lora and model.module.generation_config is not None:
             model.module.generation_config.eos_token_id = template.stop_ids()
             model.module.generation_config.pad_token_id = template.tokenizer.pad_token_id
-        save_weights(model, adapter, weights, into, base)
+        write_weights(into)
         template.tokenizer.save_pretrained(into)
 
-    write_folder(folder, fill, replace=True)
+    write_folder(folder, fill, replace=True, needed=bytes_of(weights))

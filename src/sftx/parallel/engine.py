@@ -7,7 +7,7 @@ ranks; an engine therefore *sums* gradients over ranks, and never averages.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -86,6 +86,21 @@ class Engine(Protocol):
 
     def close(self, *, together: bool) -> None:
         """End the process group, if there is one; without the others when they may not come to that."""
+
+
+def on_main(engine: Engine, action: Callable[[], object]) -> None:
+    """Do something on the main rank; what it raises for the user, every rank raises, and none waits for it."""
+    from sftx.errors import SftxError
+
+    problem: SftxError | None = None
+    if engine.is_main:
+        try:
+            action()
+        except SftxError as error:
+            problem = error
+    problem = engine.from_main(problem)
+    if problem is not None:
+        raise problem
 
 
 def choose_device(asked: str, local_rank: int) -> torch.device:

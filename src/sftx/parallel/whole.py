@@ -24,6 +24,11 @@ def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the CPU that training does not change."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
 class WholeStepper:
     """Steps an adapter whose parameters every rank holds; see `Stepper`."""
 
@@ -71,7 +76,7 @@ class WholeStepper:
         """Return copies of the trained parameters on the CPU."""
         if not self.is_main:
             return {}
-        return {n: p.detach().cpu().contiguous().clone() for n, p in self.parameters.items()}
+        return {n: _copy(p) for n, p in self.parameters.items()}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -88,7 +93,7 @@ class WholeStepper:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"{name}|{key}"] = value.detach().cpu().contiguous().clone()
+                    tensors[f"{name}|{key}"] = _copy(value)
                 else:
                     scalars.setdefault(name, {})[key] = value
         return tensors, {"scalars": scalars, "scaler": self.scaler.state_dict()}

@@ -25,6 +25,8 @@ from sftx.runs.header import as_text, count, header, length_line
 from sftx.runs.metrics import Recorder, Tracker, drop_after
 from sftx.secrets import scrub
 from sftx.training import checkpoint
+from sftx.training.preflight import rehearse
+from sftx.training.saving import MOST_OVERHEAD
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
 
@@ -54,6 +56,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
         raise RunFolderError(held)
     earlier = folder.earlier(who)
     resumed = _resume(trial, session, earlier)
+    rehearse(trial, session)
     if not session.engine.is_main:
         return
     attempt = {"from_step": trial.step, "command": setting.command, "started": setting.environment["started"]}
@@ -177,6 +180,11 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
     rate = f"{config.learning_rate:g}, {config.lr_scheduler_type}"
     if config.lr_scheduler_type != "constant":
         rate += f", {warmup_length(config.warmup_steps, trial.steps.total)} steps of warm-up"
+    saves = f"every {config.save_steps} steps" if config.save_strategy == "steps" else config.save_strategy
+    if config.save_strategy == "steps" and config.save_steps == "auto":
+        took = trial.pace.save_seconds or 0.0
+        why = "" if trial.pace.interval <= trial.pace.lost_seconds else f": at most {MOST_OVERHEAD:.0%} of the time"
+        saves = f"every {trial.pace.interval / 60:.3g} minutes (one takes {took:.2g} s{why})"
     ranks, dtype = session.engine.world_size, str(session.numerics.dtype).removeprefix("torch.")
     attention = trial.effective.settings["attn_implementation"]
     compute = f"{session.numerics.device}, {dtype}, {attention}, {torch.get_num_threads()} threads"
@@ -187,6 +195,7 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
         ("length", lengths),
         ("steps", trial.steps.formula),
         ("rate", rate),
+        ("saves", saves),
         ("compute", compute + (f", {ranks} processes" if ranks > 1 else "")),
         ("folder", str(trial.folder.path)),
     ]

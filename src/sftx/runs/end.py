@@ -13,7 +13,6 @@ from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
 from sftx.runs.folder import speaking
 from sftx.training import checkpoint
-from sftx.training.recovery import check_finite
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
@@ -48,7 +47,7 @@ def finish_trial(trial: Trial, session: Session) -> Result:
         before = trial.first_eval.loss if trial.first_eval else None
         result = Result(trial.folder.path, trial.step, before, final_loss, trial.stop_reason)
         weights = trial.stepper.weights()
-        check_finite(chosen, weights)
+        checkpoint.check_finite(chosen, weights)
         if session.engine.is_main:
             final = trial.folder.final
             save_final(session.model, trial.adapter, weights, session.template, final, session.base_folder)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sftx.data.read import sha256_file
-from sftx.errors import CheckpointError
+from sftx.errors import CheckpointError, TrainingError
 from sftx.files import remove_folder, write_folder
 from sftx.model.adapt import AdaptedModel, Adapter
-from sftx.model.export import read_weights
+from sftx.model.export import bytes_of, read_weights
 from sftx.parallel.engine import Stepper, Weights
 
 MANIFEST = "manifest.json"
@@ -39,28 +42,65 @@ def listed(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step-*") if step_of(p) >= 0), key=step_of) if root.is_dir() else []
 
 
-def save(
-    root: Path,
-    step: int,
-    write_weights: Callable[[Path], None],
-    optimizer: tuple[Weights, dict[str, Any]],
-    state: dict[str, Any],
-) -> Path:
-    """Publish the checkpoint of a step; `optimizer` is what a stepper's `state` returned."""
-    from safetensors.torch import save_file
+@dataclass(frozen=True)
+class Snapshot:
+    """A trial as it stood after a step, in host memory: training may go on while it is written."""
+
+    step: int
+    weights: Weights
+    write_weights: Callable[[Path], None]
+    """Writes `weights` as `final/` would hold them."""
+    optimizer: Weights
+    texts: dict[str, str]
+    """`optimizer.json` and `state.json`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, about."""
+        return bytes_of(self.weights, self.optimizer)
+
+    def write(self, into: Path) -> None:
+        """Write everything but the manifest into a folder."""
+        from safetensors.torch import save_file
+
+        self.write_weights(into)
+        save_file(self.optimizer, into / "optimizer.safetensors")
+        for name, text in self.texts.items():
+            (into / name).write_text(text, encoding="utf-8")
+
+
+def publish(root: Path, snapshot: Snapshot) -> Path:
+    """Publish a checkpoint.
+
+    Errors:
+        RunFolderError: it cannot be written; what was published before is as it was.
+        TrainingError: it holds numbers that are not finite.
+    """
+    check_finite(snapshot.step, snapshot.weights, snapshot.optimizer)
 
     def fill(into: Path) -> None:
-        tensors, rest = optimizer
-        write_weights(into)
-        save_file(tensors, into / "optimizer.safetensors")
-        (into / "optimizer.json").write_text(json.dumps(rest), encoding="utf-8")
-        (into / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        snapshot.write(into)
         hashes = {str(p.relative_to(into)): sha256_file(p) for p in sorted(into.rglob("*")) if p.is_file()}
-        (into / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2), encoding="utf-8")
+        (into / MANIFEST).write_text(json.dumps({"step": snapshot.step, "sha256": hashes}, indent=2), encoding="utf-8")
 
-    folder = folder_of(root, step)
-    write_folder(folder, fill, replace=True)
+    folder = folder_of(root, snapshot.step)
+    write_folder(folder, fill, replace=True, needed=snapshot.nbytes)
     return folder
+
+
+def check_finite(step: int, *kinds: Weights) -> None:
+    """Raise before tensors are published that are not finite.
+
+    Errors:
+        TrainingError: one is not; its name is given.
+    """
+    for tensors in kinds:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise TrainingError(
+                    f"step {step}: `{name}` holds numbers that are not finite, and is not saved. Go on from an earlier "
+                    "checkpoint (the same command does) with a smaller learning_rate in another output_dir."
+                )
 
 
 def rotate(root: Path, limit: int | None, best_step: int | None) -> None:

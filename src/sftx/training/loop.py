@@ -21,12 +21,11 @@ from sftx.data.feed import Step
 from sftx.errors import StoppedError
 from sftx.files import append_line
 from sftx.model.dropout import key_of
-from sftx.model.export import save_weights
 from sftx.training import checkpoint
 from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses
 from sftx.training.progress import Progress
-from sftx.training.recovery import Made, check_finite, recover
+from sftx.training.recovery import Made, recover
 from sftx.training.trial import Session, Trial, Window
 
 log = logging.getLogger("sftx")
@@ -53,6 +52,9 @@ def train(session: Session, trials: Sequence[Trial]) -> None:
                 progress.update(trial)
         if put_off := [t for t in trials if t.evaluation_due]:
             _stop(session, put_off)
+        for trial in trials:
+            session.saver.wait(trial)
+        session.engine.barrier()  # every rank may read the best checkpoint
         for trial in trials:
             with trial.active(session):
                 for callback in trial.callbacks.values():
@@ -88,15 +90,16 @@ def _advance(session: Session, trial: Trial) -> None:
         callback.on_step(session, trial)
     if trial.step == 1 or trial.due(config.logging_steps):
         _record(session, trial, made)
-    trial.evaluation_due = trial.evaluates and trial.due(config.eval_steps)
+    trial.evaluation_due = trial.evaluates_now
     _close_step(session, trial)
 
 
 def _close_step(session: Session, trial: Trial) -> None:
     """Make the evaluation that is due and the checkpoint; when the run is to end, the checkpoint alone."""
+    session.saver.check(trial)
     improved = trial.evaluation_due and not session.stopping and _evaluate(session, trial)
     if trial.saves_now or (improved and trial.config.keep_best):
-        _save(session, trial)
+        session.saver.save(session, trial)
 
 
 def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
@@ -108,7 +111,8 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
             continue
         if trial.saved_step != trial.step:
             with trial.active(session):
-                _save(session, trial)
+                session.saver.save(session, trial)
+        session.saver.wait(trial)
         where = checkpoint.folder_of(trial.folder.checkpoints, trial.step)
         said.append(f"after step {trial.step} of {trial.steps.total}; the same command goes on from {where}")
     asked = session.signals.received or "a signal to another rank"
@@ -130,8 +134,9 @@ def _step(session: Session, trial: Trial, step: Step) -> Made:
         trial.stepper.backward(loss / weight, last=number == len(batches) - 1)
         loss_sum += loss.detach()
     asked = torch.full_like(loss_sum, float(session.signals.received is not None))
-    loss_total, asked_total = engine.sum(torch.stack([loss_sum, asked])).tolist()
-    session.stopping = asked_total > 0
+    save = torch.full_like(loss_sum, float(engine.is_main and trial.pace.over))
+    loss_total, asked_total, save_total = engine.sum(torch.stack([loss_sum, asked, save])).tolist()
+    session.stopping, trial.pace.due = asked_total > 0, save_total > 0
     loss_mean = loss_total / weight
     rate = config.learning_rate * trial.faults.rate_factor * trial.schedule.at(trial.step, trial.steps.total)
     norm = trial.stepper.step(rate, apply=math.isfinite(loss_mean))
@@ -233,21 +238,3 @@ def _evaluate(session: Session, trial: Trial) -> bool:
     for callback in trial.callbacks.values():
         callback.on_evaluate(session, trial, result)
     return improved
-
-
-def _save(session: Session, trial: Trial) -> None:
-    """Publish a checkpoint, then remove those beyond the limit."""
-    weights, optimizer = trial.stepper.weights(), trial.stepper.state()  # every rank gives its part
-    check_finite(trial.step, weights, optimizer[0])
-    if session.engine.is_main:
-        checkpoint.save(
-            trial.folder.checkpoints,
-            trial.step,
-            lambda into: save_weights(session.model, trial.adapter, weights, into, session.base_folder),
-            optimizer,
-            trial.state(),
-        )
-        best = trial.best_step if trial.config.keep_best else None
-        checkpoint.rotate(trial.folder.checkpoints, trial.config.save_total_limit, best)
-    trial.saved_step = trial.step
-    session.engine.barrier()

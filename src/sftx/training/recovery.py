@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-import torch
 
 from sftx.data.feed import Step
 from sftx.errors import TrainingError
@@ -82,6 +80,8 @@ def _roll_back(session: Session, trial: Trial, what: str) -> None:
     """Go back to the newest checkpoint with a smaller rate."""
     if trial.faults.rollbacks == MOST_ROLLBACKS:
         raise TrainingError(f"{what} {MOST_ROLLBACKS} rollbacks have not helped.")
+    session.saver.wait(trial)
+    session.engine.barrier()
     folder, _ = checkpoint.newest_verified(trial.folder.checkpoints)
     if folder is None:
         raise TrainingError(f"{what} There is no checkpoint to go back to: set a smaller save_steps.")
@@ -96,18 +96,3 @@ def _roll_back(session: Session, trial: Trial, what: str) -> None:
             drop_after(records, trial.step)
     back = f"Back to step {trial.step} ({folder}), with {faults.rate_factor:g} of the rate (on_nonfinite=rollback)."
     log.warning("%s %s", what, back)
-
-
-def check_finite(step: int, *kinds: Mapping[str, torch.Tensor]) -> None:
-    """Raise before tensors are published that are not finite.
-
-    Errors:
-        TrainingError: one is not; its name is given.
-    """
-    for tensors in kinds:
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise TrainingError(
-                    f"step {step}: `{name}` holds numbers that are not finite, and is not saved. Go on from an earlier "
-                    "checkpoint (the same command does) with a smaller learning_rate in another output_dir."
-                )

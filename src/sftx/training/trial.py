@@ -27,6 +27,7 @@ from sftx.runs.metrics import Recorder
 from sftx.training.evaluate import Evaluation
 from sftx.training.precision import Numerics
 from sftx.training.recovery import Faults
+from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import Schedule
 
 
@@ -42,7 +43,8 @@ class Session:
     """Those that are trained on; of a corpus that is streamed, the first ones."""
     eval_rows: Rows
     base_folder: Path
-    signals: Signals = field(default_factory=Signals)
+    saver: Saver
+    signals: Signals
     flat: bool = False
     """Rows are laid end to end instead of padded."""
 
@@ -86,6 +88,7 @@ class Trial:
     folder: RunFolder
     recorder: Recorder
     effective: Effective
+    pace: Pace
     step: int = 0
     """Optimizer steps made."""
     tokens_seen: int = 0
@@ -151,7 +154,15 @@ class Trial:
                 return False
             case "epoch":
                 return self.finished or (self.steps.per_epoch is not None and self.step % self.steps.per_epoch == 0)
+        if self.config.save_steps == "auto":
+            return self.finished or self.pace.due
         return self.due(self.config.save_steps)
+
+    @property
+    def evaluates_now(self) -> bool:
+        """True when an evaluation follows the present step; `auto` is ten times in the run."""
+        every = self.config.eval_steps
+        return self.evaluates and self.due(-(-self.steps.total // 10) if every == "auto" else every)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must keep beside weights and optimizer."""
