@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sftx.build import build
-from sftx.config.derive import Steps, derive_steps, with_output_dir
+from sftx.config.derive import Steps, derive_steps, first_micro_batch, sequences_per_device, with_output_dir
 from sftx.config.schema import TrainConfig
 from sftx.data.feed import PlannedFeed
 from sftx.data.plan import Plan
@@ -183,6 +183,7 @@ def _trial(
         folder=folder,
         recorder=SilentRecorder(),
         effective=effective,
+        micro_batch=first_micro_batch(config, tried=session.engine.device.type == "cuda"),
         pace=Pace(60 * config.lost_work_minutes),
     )
 
@@ -192,9 +193,7 @@ def _planned(config: TrainConfig, session: Session, world_size: int) -> PlannedF
         session.rows.lengths.tolist(),
         config.batching,
         config.max_seq_length,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        world_size,
+        sequences_per_device(config) * world_size,
         config.seed,
     )
     return PlannedFeed(session.rows, plan, config.dataloader_num_workers)

@@ -135,3 +135,42 @@ def test_any_rate_reaches_the_loop_and_nothing_broken_is_published(make_config, 
         assert not (folder / "final").exists()
     for path in folder.rglob("*.safetensors"):
         assert all(torch.isfinite(t).all() for t in load_file(path).values()), path
+
+
+def spiked(found: TokenLosses) -> TokenLosses:
+    return found._replace(losses_N=found.losses_N * 5)
+
+
+SPIKED = over(SHARED, "max_steps=30", "gradient_accumulation_steps=1", "save_steps=10", "logging_steps=1")
+
+
+@pytest.mark.parametrize("policy", ["warn", "skip", "rollback", "stop"])
+def test_a_loss_that_stands_far_out(make_config, monkeypatch, captured, policy: str) -> None:
+    def spike_once(*a: object) -> TokenLosses:
+        return (
+            spiked(token_losses(*a))
+            if captured.trial.step == 24 and not captured.trial.faults.rollbacks
+            else token_losses(*a)
+        )
+
+    monkeypatch.setattr(loop, "token_losses", spike_once)
+    config = make_config(*SPIKED, f"on_loss_spike={policy}")
+    if policy == "stop":
+        with pytest.raises(
+            TrainingError, match=r"step 25: the loss is .*, after .* on average.*csv:\d+.*Or on_loss_spike="
+        ):
+            run([config])
+        return
+    run([config])
+    log = (Path(config.output_dir) / "train.log").read_text()
+    assert "step 25: the loss is" in log
+    assert f"on_loss_spike={policy}" in log
+    result = json.loads((Path(config.output_dir) / "manifest.json").read_text())["result"]
+    found = (result["loss_spikes"], result["skipped_steps"], result["rollbacks"])
+    assert found == {"warn": (1, 0, 0), "skip": (0, 1, 0), "rollback": (0, 0, 1)}[policy]
+
+
+def test_an_ordinary_run_has_no_spikes(make_config, captured) -> None:
+    run([make_config(*over(SPIKED, "max_steps=60"))])
+    assert captured.trial.faults.spikes == 0
+    assert captured.trial.trend.steps == 60

@@ -120,7 +120,7 @@ def test_num_train_epochs(make_config, captured) -> None:
 
 def test_per_device_train_batch_size(make_config, captured) -> None:
     run([make_config("per_device_train_batch_size=3", "gradient_accumulation_steps=2", "max_steps=1")])
-    assert [len(m) for m in captured.trial.feed.plan.micro_batches(0)] == [3, 3]
+    assert [len(m) for m in captured.trial.feed.plan.micro_batches(0, captured.trial.micro_batch)] == [3, 3]
 
 
 def test_gradient_accumulation_steps(make_config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_a_pack_is_learned_from_as_its_rows_alone(make_config, captured) -> None
     from transformers import AutoModelForCausalLM
 
     session, trial = captured.session, captured.trial
-    assert any(len(m) > 2 for m in trial.feed.plan.micro_batches(0)), "several rows in a pack"
+    assert any(len(m) > 2 for m in trial.feed.plan.micro_batches(0, trial.micro_batch)), "several rows in a pack"
     model = AutoModelForCausalLM.from_pretrained(session.base_folder, dtype=torch.float32)
     rows = [session.rows[i] for i in trial.feed.plan.rows(0)]
     weight = sum(r.loss_weight for r in rows)

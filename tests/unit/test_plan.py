@@ -14,7 +14,7 @@ KINDS = ["padding_free", "padded", "length_bucketed", "packed"]
 
 
 def plan(batching: str, *, batch_size: int = 2, accumulation: int = 4, world_size: int = 1, seed: int = 3) -> Plan:
-    return Plan(LENGTHS, batching, 512, batch_size, accumulation, world_size, seed)  # type: ignore[arg-type]
+    return Plan(LENGTHS, batching, 512, batch_size * accumulation * world_size, seed)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batching", KINDS)
@@ -31,7 +31,7 @@ def test_ranks_share_a_step_without_loss_or_repetition(batching: str) -> None:
     assert alone.steps_per_epoch == two.steps_per_epoch
     for step in (0, 5, alone.steps_per_epoch - 1, alone.steps_per_epoch + 1):
         assert alone.rows(step) == two.rows(step)
-        shares = [two.share(step, rank) for rank in range(2)]
+        shares = [two.share(step, 2, 2, rank) for rank in range(2)]
         assert len(shares[0]) == len(shares[1])
         assert sorted(i for share in shares for _, rows in share for i in rows) == sorted(alone.rows(step))
 
@@ -47,12 +47,12 @@ def test_the_order_is_a_function_of_the_seed_and_the_step_alone(batching: str) -
 
 def test_padding_free_holds_the_very_rows_of_padded() -> None:
     free, padded = plan("padding_free"), plan("padded")
-    assert [free.micro_batches(s) for s in range(100)] == [padded.micro_batches(s) for s in range(100)]
+    assert [free.micro_batches(s, 2) for s in range(100)] == [padded.micro_batches(s, 2) for s in range(100)]
 
 
 def test_buckets_hold_rows_of_like_length() -> None:
     def padding(p: Plan) -> int:
-        micro = [m for s in range(p.steps_per_epoch) for m in p.micro_batches(s)]
+        micro = [m for s in range(p.steps_per_epoch) for m in p.micro_batches(s, 2)]
         return sum(len(m) * max(LENGTHS[i] for i in m) for m in micro) - sum(LENGTHS)
 
     assert padding(plan("length_bucketed")) < 0.1 * padding(plan("padded"))
@@ -62,7 +62,7 @@ def test_buckets_hold_rows_of_like_length() -> None:
 
 def test_packs_are_full_and_never_too_full() -> None:
     p = plan("packed")
-    packs = [m for s in range(p.steps_per_epoch) for m in p.micro_batches(s)]
+    packs = [m for s in range(p.steps_per_epoch) for m in p.micro_batches(s, 2)]
     assert all(sum(LENGTHS[i] for i in m) <= 2 * 512 for m in packs)
     assert p.waste() < 0.02
     assert p.unit_count == len(pack(range(len(LENGTHS)), LENGTHS, 512))

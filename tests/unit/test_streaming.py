@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,7 @@ from sftx.data.rows import Row
 from sftx.data.streaming import Reader, StreamedFeed, StreamOrder
 from sftx.errors import DataError
 
-ONE = Layout(flat=True, pad_id=0, rank=0, world_size=1)
+ONE = Layout(flat=True, pad_id=0, rank=0, world_size=1, batch_size=2)
 ENDLESS = 10**9
 
 
@@ -51,9 +52,9 @@ def encode(records: Sequence[Record]) -> list[list[Row] | str]:
 
 def feed_of(
     reader: Reader, *, seed: int = 0, window: int = 50, batching: Batching = "padding_free", step: int = 4,
-    batch: int = 2, workers: int = 0,
+    workers: int = 0,
 ) -> StreamedFeed:  # fmt: skip
-    return StreamedFeed(reader, encode, StreamOrder(seed, window, batching, 32, batch, step), workers)
+    return StreamedFeed(reader, encode, StreamOrder(seed, window, batching, 32, step), workers)
 
 
 def steps_of(feed: StreamedFeed, count: int, cursor: dict[str, Any] | None = None, layout: Layout = ONE) -> list[Step]:
@@ -77,7 +78,7 @@ def rows_of(steps: Sequence[Step]) -> list[tuple[int, int]]:
     """The first two tokens of each row: number of the record, part."""
     found = []
     for batch in (b for s in steps for b in s.batches):
-        starts = np.cumsum([0, *(batch.lengths or ())])[:-1] if batch.origins else []
+        starts = np.cumsum([0, *batch.lengths])[:-1] if batch.origins else []
         found += [(int(batch.ids_BT[0, t]), int(batch.ids_BT[0, t + 1])) for t in starts]
     return found
 
@@ -109,7 +110,7 @@ def test_a_pass_holds_each_row_once(count: int, window: int, seed: int, epoch: i
 @settings(max_examples=40, deadline=None)
 def test_ranks_share_the_steps_of_one_process(count: int, world: int, window: int) -> None:
     def of_rank(rank: int) -> list[Step]:
-        return steps_of(feed_of(corpus(count), window=window), 7, layout=Layout(True, 0, rank, world))
+        return steps_of(feed_of(corpus(count), window=window), 7, layout=Layout(True, 0, rank, world, 2))
 
     alone, together = of_rank(0) if world == 1 else steps_of(feed_of(corpus(count), window=window), 7), []
     for at in zip(*(of_rank(rank) for rank in range(world)), strict=True):
@@ -187,9 +188,13 @@ def test_a_limit_counts_records(limit: int) -> None:
 
 
 def test_packs_are_full_and_buckets_alike() -> None:
-    packed = steps_of(feed_of(corpus(9000), window=3000, batching="packed", step=1, batch=1), 900)
+    packed = steps_of(
+        feed_of(corpus(9000), window=3000, batching="packed", step=1), 900, layout=replace(ONE, batch_size=1)
+    )
     assert sum(s.tokens for s in packed) / (900 * 32) > 0.98
-    bucketed = steps_of(feed_of(corpus(2000), window=600, batching="length_bucketed", step=8, batch=8), 40)
+    bucketed = steps_of(
+        feed_of(corpus(2000), window=600, batching="length_bucketed", step=8), 40, layout=replace(ONE, batch_size=8)
+    )
     padding = [max(b.lengths or ()) * len(b.lengths or ()) - b.tokens for s in bucketed for b in s.batches]
     assert sum(padding) < 0.05 * sum(s.tokens for s in bucketed)
 

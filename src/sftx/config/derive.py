@@ -18,7 +18,8 @@ PRESENTATION = {
     "save_steps", "save_strategy", "save_total_limit", "eval_steps", "dataloader_num_workers", "keep_best", "device",
     "allow_targets", "async_save", "lost_work_minutes",
 }  # fmt: skip
-MACHINES = {"parallel", "gradient_accumulation_steps"}
+MACHINES = {"parallel", "gradient_accumulation_steps", "per_device_train_batch_size"}
+UNTRIED_TOKENS = 4096
 LENGTH = {"num_train_epochs", "max_steps"}
 
 
@@ -38,18 +39,41 @@ def derive_steps(config: TrainConfig, units: int | None, world_size: int) -> Ste
         assert config.max_steps is not None, "the rules ask for it"
         return Steps(None, config.max_steps, f"max_steps={config.max_steps} (streamed: a pass has no known length)")
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    per_epoch = -(-units // (batch * accumulation * world_size))
+    per_epoch = -(-units // (sequences_per_device(config) * world_size))
     total = per_epoch * config.num_train_epochs
     ranks = f" x {world_size} ranks" if world_size > 1 else ""
     epochs = f" x {config.num_train_epochs} epochs" if config.num_train_epochs > 1 else ""
     word = "packs" if config.batching == "packed" else "rows"
-    formula = f"{units} {word} / ({batch} a batch x {accumulation} accumulated{ranks}) = {per_epoch} steps{epochs}"
+    a_step = f"{accumulation} a step" if batch == "auto" else f"{batch} a batch x {accumulation} accumulated"
+    formula = f"{units} {word} / ({a_step}{ranks}) = {per_epoch} steps{epochs}"
     if config.num_train_epochs > 1:
         formula += f" = {total} steps"
     if config.max_steps is not None:
         total = config.max_steps
         formula = f"max_steps={total} ({per_epoch} steps are one epoch)"
     return Steps(per_epoch, total, formula)
+
+
+def sequences_per_device(config: TrainConfig) -> int:
+    """Return how many sequences a device contributes to an optimizer step."""
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    return accumulation if batch == "auto" else batch * accumulation
+
+
+def first_micro_batch(config: TrainConfig, *, tried: bool) -> int:
+    """Return the sequences of a micro-batch at the start; without `tried`, where memory does not say that it is full.
+
+    There, `auto` is so many that UNTRIED_TOKENS hold them at their longest, which most computers have room for.
+    """
+    if config.per_device_train_batch_size != "auto":
+        return config.per_device_train_batch_size
+    sequences = config.gradient_accumulation_steps
+    return sequences if tried else largest_divisor(sequences, UNTRIED_TOKENS // config.max_seq_length)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number that is not above a limit; at least 1."""
+    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(limit, 1))
 
 
 def config_hash(config: TrainConfig) -> str:
@@ -76,7 +100,7 @@ def identity(
     left_out = PATHS | PRESENTATION | LENGTH | MACHINES
     values = {k: v for k, v in asdict(config).items() if k not in left_out}
     values["data"] = {k: v for k, v in values["data"].items() if k != "num_workers"}
-    values["sequences per step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
+    values["sequences per step"] = sequences_per_device(config) * world_size
     return {"config": values, "data": list(data), "model": model, "adapter": adapter}
 
 

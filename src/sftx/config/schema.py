@@ -65,8 +65,11 @@ class TrainConfig:
         "训练轮数；过多容易过拟合，过少则欠拟合",
         at_least=1,
     )
-    per_device_train_batch_size: int = knob(
-        "sequences per device and micro-batch", "每个设备每个微批次的样本数", at_least=1
+    per_device_train_batch_size: int | Literal["auto"] = knob(
+        "sequences per device and micro-batch; auto: gradient_accumulation_steps sequences a step, in as few "
+        "micro-batches as memory has room for, halved when it is out",
+        "每个设备每个微批次的样本数；auto：每步共 gradient_accumulation_steps 个样本，微批次尽量大，显存不足即减半",
+        at_least=1,
     )
     gradient_accumulation_steps: int = knob(
         "micro-batches per optimizer step", "梯度累积步数，即每次参数更新所用的微批次数", at_least=1
@@ -200,6 +203,11 @@ class TrainConfig:
         "what to do when a loss or gradient is not finite, which never changes the weights: stop; skip the step; "
         "rollback to the last checkpoint and go on with half the rate",
         "损失或梯度非有限值时（绝不会更新权重）：stop 停止，skip 跳过该步，rollback 回到上一个检查点并将学习率减半",
+    )
+    on_loss_spike: Literal["warn", "skip", "rollback", "stop"] = knob(
+        "what to do when a loss stands far out above those before it (six standard deviations and half as much again): "
+        "warn and name the rows; or as on_nonfinite, without learning from the step",
+        "损失突增时（高出近期均值六个标准差且一半以上）：warn 警告并指出样本；其余同 on_nonfinite，该步不更新权重",
     )
     allow_targets: list[str] = knob(
         "classes of your own that a configuration may name: my_parts.* or whole names; only on the command line",

@@ -51,6 +51,8 @@ class Layout:
     pad_id: int
     rank: int
     world_size: int
+    batch_size: int
+    """Units (rows, or packs of them) of a micro-batch."""
 
     def batch(self, rows: Sequence[Row], indices: tuple[int, ...], index: int) -> Batch:
         """Return a micro-batch of some rows."""
@@ -82,7 +84,7 @@ class PlannedFeed:
         """Yield steps; a plan finds each by its number."""
         loader = DataLoader(
             _MicroBatches(self.rows, layout),
-            sampler=_Order(self.plan, layout.rank, first, last),
+            sampler=_Order(self.plan, layout, first, last),
             batch_size=None,
             num_workers=self._workers,
             worker_init_fn=ignore,
@@ -91,8 +93,9 @@ class PlannedFeed:
         batches = iter(loader)
         for step in range(first, last):
             rows = self.plan.rows(step)
+            mine = self.plan.share(step, layout.batch_size, layout.world_size, layout.rank)
             yield Step(
-                batches=[next(batches) for _ in self.plan.share(step, layout.rank)],
+                batches=[next(batches) for _ in mine],
                 weight=float(self.rows.loss_weights[rows].sum()),
                 supervised_tokens=int(self.rows.supervised[rows].sum()),
                 tokens=int(self.rows.lengths[rows].sum()),
@@ -111,8 +114,9 @@ class _MicroBatches(Dataset[Batch]):
 
 
 class _Order(Sampler[tuple[int, tuple[int, ...]]]):
-    def __init__(self, plan: Plan, rank: int, first_step: int, last_step: int) -> None:
-        self.plan, self.rank, self.steps = plan, rank, range(first_step, last_step)
+    def __init__(self, plan: Plan, layout: Layout, first_step: int, last_step: int) -> None:
+        self.plan, self.layout, self.steps = plan, layout, range(first_step, last_step)
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        return (item for step in self.steps for item in self.plan.share(step, self.rank))
+        at = self.layout
+        return (item for s in self.steps for item in self.plan.share(s, at.batch_size, at.world_size, at.rank))

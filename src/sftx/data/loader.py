@@ -19,8 +19,7 @@ class Batch:
     """One micro-batch: rows padded to one width `[B, T]`, or laid end to end `[1, T]`.
 
     `targets_BT` is the next token where it is learned and `weights_BT` what it weighs; `place_BT` says
-    which of its rows a position belongs to. Laid end to end, `lengths` holds the rows' lengths and
-    `positions_BT` begins anew with each row.
+    which of its rows a position belongs to. Laid end to end, `positions_BT` begins anew with each row.
     """
 
     ids_BT: torch.Tensor
@@ -33,8 +32,14 @@ class Batch:
     """Its place among the micro-batches of the step, over all ranks."""
     tokens: int
     """Real tokens; padding is never counted."""
+    lengths: tuple[int, ...]
+    """Tokens of each row; a batch without rows is one token."""
     positions_BT: torch.Tensor | None = None
-    lengths: tuple[int, ...] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Place of its longest row among its rows."""
+        return self.lengths.index(max(self.lengths))
 
     def digest(self) -> str:
         """Return a hash of tokens and targets, to compare two runs by."""
@@ -67,4 +72,4 @@ def collate(rows: Sequence[Row], indices: tuple[int, ...], *, flat: bool, pad_id
             positions[b, here] = torch.arange(length)
         start += length
     origins = tuple(r.origin for r in chosen)
-    return Batch(ids, targets, weights, place, origins, index, total, positions, tuple(lengths) if flat else None)
+    return Batch(ids, targets, weights, place, origins, index, total, tuple(lengths), positions)

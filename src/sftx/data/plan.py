@@ -30,9 +30,8 @@ class Plan:
     """Tokens of each row."""
     batching: Batching
     max_length: int
-    batch_size: int
-    accumulation: int
-    world_size: int
+    units_per_step: int
+    """Units of an optimizer step, over all ranks and micro-batches."""
     seed: int
     _epochs: dict[int, list[Unit]] = field(init=False, repr=False, default_factory=dict)
 
@@ -46,22 +45,17 @@ class Plan:
         """Optimizer steps of one pass; the last one of a pass may be smaller."""
         return math.ceil(self.unit_count / self.units_per_step)
 
-    @property
-    def units_per_step(self) -> int:
-        """Units of an optimizer step, over all ranks and micro-batches."""
-        return self.batch_size * self.accumulation * self.world_size
-
     def rows(self, step: int) -> list[int]:
         """Return the rows of a step (counted from 0)."""
         return [i for unit in self._units(step) for i in unit]
 
-    def micro_batches(self, step: int) -> list[tuple[int, ...]]:
+    def micro_batches(self, step: int, batch_size: int) -> list[tuple[int, ...]]:
         """Return the rows of each micro-batch of a step, over all ranks."""
-        return _micro_batches(self._units(step), self.batch_size)
+        return _micro_batches(self._units(step), batch_size)
 
-    def share(self, step: int, rank: int) -> list[tuple[int, tuple[int, ...]]]:
+    def share(self, step: int, batch_size: int, world_size: int, rank: int) -> list[tuple[int, tuple[int, ...]]]:
         """Return (index, rows) of one rank's micro-batches; every rank gets equally many, some without rows."""
-        return share(self._units(step), self.batch_size, self.world_size, rank)
+        return share(self._units(step), batch_size, world_size, rank)
 
     def waste(self) -> float:
         """Return the share of a pack that stays empty, on average; 0 where rows are not packed."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sftx.build import build
+from sftx.config.derive import sequences_per_device
 from sftx.config.schema import TrainConfig
 from sftx.data.cache import Names, RecordFile, open_rows
 from sftx.data.choose import Facts, choose, facts_of, mixed
@@ -59,14 +60,12 @@ class Stream:
 
     def feed(self, config: TrainConfig, world_size: int) -> StreamedFeed:
         """Return what feeds a trial."""
-        batch = config.per_device_train_batch_size
         order = StreamOrder(
             seed=config.seed,
             window=self.window,
             batching=config.batching,
             max_length=config.max_seq_length,
-            batch_size=batch,
-            units_per_step=batch * config.gradient_accumulation_steps * world_size,
+            units_per_step=sequences_per_device(config) * world_size,
         )
         return StreamedFeed(self.files.reader(), self.encoder, order, config.dataloader_num_workers)
 

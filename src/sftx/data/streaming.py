@@ -106,7 +106,6 @@ class StreamOrder:
     """Records that are shuffled together; 1 keeps the corpus's order."""
     batching: Batching
     max_length: int
-    batch_size: int
     units_per_step: int
 
 
@@ -172,7 +171,7 @@ class StreamedFeed:
             places.append(tuple(range(start, start + len(unit))))
             start += len(unit)
         total = self._reader.total
-        mine = share(places, self._order.batch_size, layout.world_size, layout.rank)
+        mine = share(places, layout.batch_size, layout.world_size, layout.rank)
         return Step(
             batches=[layout.batch(rows, indices, index) for index, indices in mine],
             weight=sum(row.loss_weight for row in rows),

@@ -40,6 +40,9 @@ class Stepper(Protocol):
         none does.
         """
 
+    def discard(self) -> None:
+        """Forget the gradients that were added since the last step."""
+
     def weights(self) -> Weights:
         """Return the trained parameters, whole, on the main rank's CPU; every rank calls it, others get {}."""
 

@@ -72,6 +72,10 @@ class WholeStepper:
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
+    def discard(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def weights(self) -> Weights:
         """Return copies of the trained parameters on the CPU."""
         if not self.is_main:

@@ -175,6 +175,10 @@ class Zero3Stepper:
             return float("nan")
         return float(self.trained.get_global_grad_norm())
 
+    def discard(self) -> None:
+        """Forget the gradients."""
+        self.trained.zero_grad()
+
     def weights(self) -> Weights:
         """Gather the trained parameters one after the other."""
         import deepspeed

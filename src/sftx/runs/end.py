@@ -59,6 +59,7 @@ def finish_trial(trial: Trial, session: Session) -> Result:
                 "stop_reason": trial.stop_reason,
                 "skipped_steps": trial.faults.skipped,
                 "rollbacks": trial.faults.rollbacks,
+                "loss_spikes": trial.faults.spikes,
             }
             trial.folder.update(status="completed", result=facts)
             thinking = session.template.thinking_of(session.rows)

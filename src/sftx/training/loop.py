@@ -18,12 +18,14 @@ from typing import NoReturn
 import torch
 
 from sftx.data.feed import Step
+from sftx.data.loader import Batch
 from sftx.errors import StoppedError
 from sftx.files import append_line
 from sftx.model.dropout import key_of
 from sftx.training import checkpoint
 from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses
+from sftx.training.memory import is_out_of_memory, shrink
 from sftx.training.progress import Progress
 from sftx.training.recovery import Made, recover
 from sftx.training.trial import Session, Trial, Window
@@ -81,7 +83,7 @@ def _advance(session: Session, trial: Trial) -> None:
     for callback in trial.callbacks.values():
         callback.on_batches(session, trial, step.batches)
     made = _step(session, trial, step)
-    if not made.finite and recover(session, trial, step, made):
+    if made is None or (made.fault and recover(session, trial, step, made)):
         return
     trial.step += 1
     trial.epoch, trial.cursor = step.epoch, step.cursor
@@ -119,33 +121,33 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
     raise StoppedError(f"{asked}: stopped " + "\n  ".join(said) + ".")
 
 
-def _step(session: Session, trial: Trial, step: Step) -> Made:
-    """Make one optimizer step, unless loss or gradient is not finite."""
+def _step(session: Session, trial: Trial, step: Step) -> Made | None:
+    """Make one optimizer step, unless its loss or gradient forbids it; return None when memory did not suffice."""
     started = time.perf_counter()
-    engine, config = session.engine, trial.config
-    batches, weight = step.batches, step.weight
-    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for number, batch in enumerate(batches):
-        if not batch.origins and not engine.sharded:
-            continue  # this rank has no rows left in a step that is smaller than the others
-        _set_random_state(trial, batch.index)
-        with session.numerics.autocast():
-            loss = token_losses(session.model, batch, engine.device).weighted_sum()
-        trial.stepper.backward(loss / weight, last=number == len(batches) - 1)
-        loss_sum += loss.detach()
-    asked = torch.full_like(loss_sum, float(session.signals.received is not None))
-    save = torch.full_like(loss_sum, float(engine.is_main and trial.pace.over))
-    loss_total, asked_total, save_total = engine.sum(torch.stack([loss_sum, asked, save])).tolist()
-    session.stopping, trial.pace.due = asked_total > 0, save_total > 0
+    engine, config, weight = session.engine, trial.config, step.weight
+    loss_sum, failed = _gradients(session, trial, step)
+    own = torch.zeros(2 + engine.world_size, dtype=torch.float64, device=engine.device)
+    own[0], own[1] = session.signals.received is not None, engine.is_main and trial.pace.over
+    own[2 + engine.rank] = max(failed.lengths) if failed else 0
+    loss_total, asked, save, *too_long = engine.sum(torch.cat([loss_sum.view(1), own])).tolist()
+    session.stopping, trial.pace.due = asked > 0, save > 0
+    if any(too_long):
+        shrink(session, trial, failed, [int(tokens) for tokens in too_long])
+        return None
     loss_mean = loss_total / weight
     rate = config.learning_rate * trial.faults.rate_factor * trial.schedule.at(trial.step, trial.steps.total)
-    norm = trial.stepper.step(rate, apply=math.isfinite(loss_mean))
+    spike = trial.trend.is_spike(loss_mean)
+    learned_from = math.isfinite(loss_mean) and not (spike and config.on_loss_spike != "warn")
+    norm = trial.stepper.step(rate, apply=learned_from)
     # A loss scaler skips a step whose gradient is too large for it, and tries a smaller factor: that is no fault.
-    scaled = trial.stepper.loss_scale is not None
-    made = Made(loss_mean, norm, rate, finite=math.isfinite(loss_mean) and (math.isfinite(norm) or scaled))
+    if not math.isfinite(loss_mean) or not (math.isfinite(norm) or trial.stepper.loss_scale is not None):
+        made = Made(loss_mean, norm, rate, "nonfinite")
+    else:
+        made = Made(loss_mean, norm, rate, "spike" if spike else None)
     window = trial.window
-    if made.finite:
+    if learned_from and made.fault != "nonfinite":
         trial.faults = replace(trial.faults, in_a_row=0)
+        trial.trend = trial.trend.after(loss_mean)
         window.loss += loss_total
         window.weight += weight
     window.supervised_tokens += step.supervised_tokens
@@ -153,6 +155,26 @@ def _step(session: Session, trial: Trial, step: Step) -> Made:
     trial.tokens_seen += step.tokens
     window.seconds += time.perf_counter() - started
     return made
+
+
+def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor, Batch | None]:
+    """Add up this rank's gradients of a step; return its summed loss, and the micro-batch that did not fit."""
+    engine, batches = session.engine, step.batches
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for number, batch in enumerate(batches):
+        if not batch.origins and not engine.sharded:
+            continue  # this rank has no rows left in a step that is smaller than the others
+        _set_random_state(trial, batch.index)
+        try:
+            with session.numerics.autocast():
+                loss = token_losses(session.model, batch, engine.device).weighted_sum()
+            trial.stepper.backward(loss / step.weight, last=number == len(batches) - 1)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return loss_sum, batch
+        loss_sum += loss.detach()
+    return loss_sum, None
 
 
 def _set_random_state(trial: Trial, micro_batch: int) -> None:
@@ -189,8 +211,10 @@ def _record(session: Session, trial: Trial, made: Made) -> None:
         "perf/tokens_per_second": window.tokens / seconds,
         "perf/supervised_tokens_per_second": window.supervised_tokens / seconds,
     }
-    if trial.faults.skipped or trial.faults.rollbacks:
-        metrics |= {"train/skipped_steps": trial.faults.skipped, "train/rollbacks": trial.faults.rollbacks}
+    faults = trial.faults
+    for name, number in (("skipped_steps", faults.skipped), ("rollbacks", faults.rollbacks), ("spikes", faults.spikes)):
+        if number:
+            metrics[f"train/{name}"] = number
     if trial.feed.units is None:
         metrics |= {f"data/{kind}_rows": number for kind, number in trial.streamed.items()}
     if trial.stepper.loss_scale is not None:
@@ -215,7 +239,7 @@ def _evaluate(session: Session, trial: Trial) -> bool:
         session.model,
         session.numerics,
         session.eval_rows,
-        token_budget=config.max_seq_length * config.per_device_train_batch_size,
+        token_budget=config.max_seq_length * trial.micro_batch,
         flat=session.flat,
         pad_id=session.pad_id,
         asked_to_end=lambda: session.signals.received is not None,

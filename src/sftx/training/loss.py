@@ -38,7 +38,7 @@ def token_losses(model: Callable[..., Any], batch: Batch, device: torch.device) 
     inputs: dict[str, Any] = {"input_ids": batch.ids_BT.to(device, non_blocking=True)}
     if batch.positions_BT is not None:
         inputs |= {"position_ids": batch.positions_BT.to(device, non_blocking=True), "document_lengths": batch.lengths}
-    with laid_end_to_end() if batch.lengths is not None else nullcontext():
+    with laid_end_to_end() if batch.positions_BT is not None else nullcontext():
         logits_BPV = model(**inputs, logits_to_keep=positions_P, use_cache=False).logits
     learned_BP = learned_BT[:, positions_P]
     losses_N = F.cross_entropy(logits_BPV[learned_BP].float(), targets_BT[:, positions_P][learned_BP], reduction="none")

@@ -1,11 +1,12 @@
-"""What becomes of a step whose loss or gradient is not finite; it never changes the weights."""
+"""What becomes of a step whose loss or gradient is not finite, or whose loss stands far out."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sftx.data.feed import Step
 from sftx.errors import TrainingError
@@ -21,17 +22,46 @@ MOST_IN_A_ROW = 10
 MOST_ROLLBACKS = 3
 SMALLER = 0.5
 """A rollback's factor on the rate."""
+STEPS_OF_A_TREND = 20
+"""Steps before the first loss that can be called far out."""
+NEWEST = 0.05
+"""Weight of the newest loss in the trend."""
+DEVIATIONS, LEAST_RISE = 6.0, 0.5
+"""How far out a spike is: standard deviations, and at least this share of the mean."""
 CURES = "Usual cures: a smaller learning_rate (now {rate:g}), warm-up, or bf16 instead of fp16."
 
 
 @dataclass(frozen=True)
 class Faults:
-    """How often a trial met a step that is not finite, and what it did; kept in its checkpoints."""
+    """How often a trial met a step that went wrong, and what it did; kept in its checkpoints."""
 
     skipped: int = 0
     in_a_row: int = 0
     rollbacks: int = 0
+    spikes: int = 0
+    """Losses that stood far out and were learned from."""
     rate_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Trend:
+    """How a trial's loss goes: its mean and variance over the last steps, the older ones counting less."""
+
+    steps: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def is_spike(self, loss: float) -> bool:
+        """Tell whether a loss stands far out above the trend."""
+        far = self.mean + max(DEVIATIONS * math.sqrt(self.variance), LEAST_RISE * self.mean)
+        return self.steps >= STEPS_OF_A_TREND and math.isfinite(loss) and loss > far
+
+    def after(self, loss: float) -> Trend:
+        """Return the trend with one more loss."""
+        if self.steps == 0:
+            return Trend(1, loss, 0.0)
+        off = loss - self.mean
+        return Trend(self.steps + 1, self.mean + NEWEST * off, (1 - NEWEST) * (self.variance + NEWEST * off * off))
 
 
 @dataclass(frozen=True)
@@ -41,42 +71,50 @@ class Made:
     loss: float
     grad_norm: float
     learning_rate: float
-    finite: bool
+    fault: Literal["nonfinite", "spike"] | None = None
 
 
 def recover(session: Session, trial: Trial, step: Step, made: Made) -> bool:
-    """Do what `on_nonfinite` says; return True when the trial stands at an earlier step.
+    """Do what `on_nonfinite` or `on_loss_spike` says; return True when the trial stands at an earlier step.
 
     Errors:
         TrainingError: it says stop, or the others have not helped.
     """
+    key = "on_loss_spike" if made.fault == "spike" else "on_nonfinite"
+    policy = getattr(trial.config, key)
+    usual = f", after {trial.trend.mean:.4g} on average" if made.fault == "spike" else ""
+    weights = "The step was made" if policy == "warn" else "The weights are as before it"
     what = (
-        f"step {trial.step + 1}: the loss is {made.loss:g} and the gradient norm {made.grad_norm:g}. The weights are "
-        f"as before it. Rows of the step: {_some(step.origins)}."
+        f"step {trial.step + 1}: the loss is {made.loss:.4g}{usual}, and the gradient norm {made.grad_norm:.4g}. "
+        f"{weights}. Rows of the step: {_some(step.origins)}."
     )
-    match trial.config.on_nonfinite:
+    match policy:
+        case "warn":
+            trial.faults = replace(trial.faults, spikes=trial.faults.spikes + 1)
+            log.warning("%s (%s=warn)", what, key)
+            return False
         case "skip":
-            _skip(trial, what)
+            _skip(trial, what, key)
             return False
         case "rollback":
-            _roll_back(session, trial, what)
+            _roll_back(session, trial, what, key)
             return True
-    raise TrainingError(f"{what} {CURES.format(rate=made.learning_rate)} Or on_nonfinite=skip, or rollback.")
+    raise TrainingError(f"{what} {CURES.format(rate=made.learning_rate)} Or {key}=skip, or rollback.")
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
 
 
-def _skip(trial: Trial, what: str) -> None:
+def _skip(trial: Trial, what: str, key: str) -> None:
     faults = trial.faults
     trial.faults = replace(faults, skipped=faults.skipped + 1, in_a_row=faults.in_a_row + 1)
     if trial.faults.in_a_row > MOST_IN_A_ROW:
         raise TrainingError(f"{what} {MOST_IN_A_ROW} steps before it were skipped already: this is no accident.")
-    log.warning("%s It is skipped (on_nonfinite=skip).", what)
+    log.warning("%s It is skipped (%s=skip).", what, key)
 
 
-def _roll_back(session: Session, trial: Trial, what: str) -> None:
+def _roll_back(session: Session, trial: Trial, what: str, key: str) -> None:
     """Go back to the newest checkpoint with a smaller rate."""
     if trial.faults.rollbacks == MOST_ROLLBACKS:
         raise TrainingError(f"{what} {MOST_ROLLBACKS} rollbacks have not helped.")
@@ -94,5 +132,5 @@ def _roll_back(session: Session, trial: Trial, what: str) -> None:
     if session.engine.is_main:
         for records in (trial.folder.metrics, trial.folder.streamed_rows):
             drop_after(records, trial.step)
-    back = f"Back to step {trial.step} ({folder}), with {faults.rate_factor:g} of the rate (on_nonfinite=rollback)."
+    back = f"Back to step {trial.step} ({folder}), with {faults.rate_factor:g} of the rate ({key}=rollback)."
     log.warning("%s %s", what, back)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sftx.config.derive import Steps
+from sftx.config.derive import Steps, largest_divisor, sequences_per_device
 from sftx.config.schema import TrainConfig
 from sftx.data.feed import Feed, Layout, Step
 from sftx.data.store import Rows
@@ -26,7 +26,7 @@ from sftx.runs.folder import RunFolder, speaking
 from sftx.runs.metrics import Recorder
 from sftx.training.evaluate import Evaluation
 from sftx.training.precision import Numerics
-from sftx.training.recovery import Faults
+from sftx.training.recovery import Faults, Trend
 from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import Schedule
 
@@ -56,10 +56,9 @@ class Session:
     stopping: bool = False
     """Some rank was asked to end, and all know it."""
 
-    @property
-    def layout(self) -> Layout:
-        """How rows become this rank's tensors."""
-        return Layout(self.flat, self.pad_id, self.engine.rank, self.engine.world_size)
+    def layout(self, micro_batch: int) -> Layout:
+        """Return how rows become this rank's tensors."""
+        return Layout(self.flat, self.pad_id, self.engine.rank, self.engine.world_size, micro_batch)
 
 
 @dataclass
@@ -89,6 +88,8 @@ class Trial:
     recorder: Recorder
     effective: Effective
     pace: Pace
+    micro_batch: int
+    """Sequences of a device's micro-batch; `auto` halves it."""
     step: int = 0
     """Optimizer steps made."""
     tokens_seen: int = 0
@@ -108,6 +109,7 @@ class Trial:
     """The present step's evaluation was put off: the run was asked to end."""
     saved_step: int = -1
     faults: Faults = field(default_factory=Faults)
+    trend: Trend = field(default_factory=Trend)
     stop_reason: str | None = None
     upcoming: Generator[Step] | None = None
     """The steps that are still to be made."""
@@ -123,7 +125,7 @@ class Trial:
         """Open the stream of steps where the trial stands."""
         if self.upcoming is not None:
             self.upcoming.close()
-        self.upcoming = self.feed.steps(self.step, self.steps.total, self.cursor, session.layout)
+        self.upcoming = self.feed.steps(self.step, self.steps.total, self.cursor, session.layout(self.micro_batch))
 
     def close(self) -> None:
         """Let go of all that outlives the trial: loader processes, trackers, the run folder."""
@@ -175,6 +177,8 @@ class Trial:
             "window": self.window.__dict__,
             "evaluation_due": self.evaluation_due,
             "faults": asdict(self.faults),
+            "micro_batch": self.micro_batch,
+            "trend": asdict(self.trend),
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "eval_loss_before": self.first_eval.loss if self.first_eval else None,
@@ -189,6 +193,11 @@ class Trial:
         self.streamed, self.evaluation_due = state["streamed"], state["evaluation_due"]
         self.faults = Faults(**state["faults"])
         self.window = Window(**state["window"])
+        if self.config.per_device_train_batch_size == "auto":  # a smaller one, found since, stays
+            self.micro_batch = largest_divisor(
+                sequences_per_device(self.config), min(self.micro_batch, state["micro_batch"])
+            )
+        self.trend = Trend(**state["trend"])
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
         if state["eval_loss_before"] is not None:
             self.first_eval = Evaluation(state["eval_loss_before"], {}, 0, 0.0)

@@ -1,0 +1,72 @@
+"""What becomes of a micro-batch for which memory does not suffice: it is halved, or named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sftx.config.derive import largest_divisor, sequences_per_device
+from sftx.data.loader import Batch
+from sftx.errors import TrainingError
+
+if TYPE_CHECKING:
+    from sftx.training.trial import Session, Trial
+
+log = logging.getLogger("sftx")
+ON_A_CPU = ("DefaultCPUAllocator", "not enough memory")
+"""What torch says when the operating system refuses memory."""
+SMALLER = (
+    "gradient_checkpointing=true, mode=qlora and bf16=true need less memory, and so does a smaller max_seq_length."
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory does not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ON_A_CPU)
+
+
+def place_of(batch: Batch) -> str:
+    """Name the row of a micro-batch that needs most."""
+    row = batch.origins[batch.longest] if batch.origins else "a row"
+    rows = f"a micro-batch of {len(batch.lengths)} rows, the longest" if len(batch.lengths) > 1 else "a row"
+    return f"{rows} of {max(batch.lengths)} tokens ({row})"
+
+
+def shrink(session: Session, trial: Trial, failed: Batch | None, longest: Sequence[int]) -> None:
+    """Halve the micro-batch and open the feed anew: the step is made again, with the same sequences.
+
+    `longest` holds for each rank the tokens of the longest row of the micro-batch that did not fit, or 0;
+    `failed` is this rank's.
+
+    Errors:
+        TrainingError: it is not `auto`, or cannot be halved.
+    """
+    rank = max(range(len(longest)), key=lambda r: longest[r])
+    where = place_of(failed) if failed else f"rank {rank}'s micro-batch, whose longest row has {longest[rank]} tokens"
+    what = f"step {trial.step + 1}: out of memory at {where}."
+    config, before = trial.config, trial.micro_batch
+    if session.engine.sharded:
+        raise TrainingError(f"{what} Set a smaller per_device_train_batch_size. {SMALLER}")
+    if config.per_device_train_batch_size != "auto":
+        smaller = "" if before == 1 else "Set per_device_train_batch_size=auto, which halves it where needed. "
+        raise TrainingError(f"{what} {smaller}{SMALLER}")
+    if before == 1:
+        raise TrainingError(f"{what} It is alone in its micro-batch already. {SMALLER}")
+    sequences = sequences_per_device(config)
+    trial.micro_batch = largest_divisor(sequences, before // 2)
+    trial.stepper.discard()
+    if session.engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    session.saver.wait(trial)  # loader processes are started, which no other thread must see
+    trial.open_feed(session)
+    now = f"micro-batches of {trial.micro_batch} sequences, {sequences // trial.micro_batch} a step"
+    log.warning("%s From now on %s; a step's sequences stay the same.", what, now)
+    trial.effective.settings["micro_batch"] = trial.micro_batch
+    trial.effective.fall_back("per_device_train_batch_size", "auto", str(trial.micro_batch), what)
+    if session.engine.is_main:
+        trial.folder.update(effective=trial.effective.facts())
