@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sftx.errors import CheckpointError
 from sftx.files import write_text
 from sftx.model.export import read_weights, save_final
 from sftx.parallel.engine import Engine
@@ -43,6 +44,11 @@ def finish_trial(trial: Trial, session: Session) -> Result:
     with trial.active(session):
         if config.keep_best and trial.best_step is not None:
             best = checkpoint.folder_of(trial.folder.checkpoints, trial.best_step)
+            if problem := checkpoint.problem_of(best):
+                raise CheckpointError(
+                    f"{best}: {problem}. It was the best state, for final/. Put it back from a copy, or take the last "
+                    "state instead: keep_best=false."
+                )
             trial.stepper.load_weights(read_weights(session.model, trial.adapter, best))
             chosen, final_loss = trial.best_step, trial.best_loss
         before = trial.first_eval.loss if trial.first_eval else None
