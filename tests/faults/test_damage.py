@@ -6,14 +6,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.faults.runs import composed, leftovers, outcome
 
-from sftx.errors import CheckpointError
+from sftx.errors import CheckpointError, RunFolderError, SftxError
 from sftx.run import run
+from sftx.runs.folder import RunFolder
+from sftx.runs.metrics import read_metrics
 from sftx.training import checkpoint
 
 MODES = ("lora", "full")
@@ -259,3 +262,88 @@ def test_the_best_state_is_verified_before_it_becomes_final(tmp_path: Path) -> N
     assert not (tmp_path / "final").exists()
     run([replace(config, keep_best=False)])
     assert json.loads((tmp_path / "manifest.json").read_text())["result"]["final_step"] == 3
+
+
+# The run folder's own files. One mode is enough: they are alike.
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own") / "run"
+    run([composed(folder, "max_steps=2")])
+    return folder
+
+
+@pytest.fixture
+def folder(lora: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(lora, tmp_path / "run"))
+
+
+UNREADABLE = ["half is cut off", "emptied", "zeroed", "other JSON", "removed", "a folder", "a link to itself", "a pipe"]
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_a_run_folder_without_its_manifest_says_what_to_do(folder: Path, how: str) -> None:
+    DAMAGE[how](folder / "manifest.json")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(RunFolderError) as caught:
+        run([composed(folder)])
+    said = str(caught.value)
+    assert str(folder / "manifest.json") in said
+    assert f"output_dir=NEW resume={folder / 'checkpoints' / 'step-000002'}" in said
+    assert len(said) < 800
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_what_it_says_to_do_works(folder: Path, tmp_path: Path) -> None:
+    (folder / "manifest.json").unlink()
+    run([composed(tmp_path / "new", f"resume={folder / 'checkpoints' / 'step-000002'}", "max_steps=3")])
+    assert [r["step"] for r in read_metrics(tmp_path / "new" / "metrics.jsonl") if "train/loss" in r] == [3]
+
+
+def test_a_flipped_bit_in_a_run_manifest_is_harmless_or_a_short_message(folder: Path) -> None:
+    """It is there to be read by people; a run takes from it which run it is."""
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    identity = json.loads(whole)["identity"]
+    for bit in range(0, 8 * len(whole), 8 * len(whole) // 500):
+        path.write_bytes(flip(whole, bit))
+        with suppress(SftxError):
+            assert RunFolder(folder).earlier(identity) is not None
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [b'{"step": 4, "train/lo', b"\xff\xfe\n", b"12\n[]\n", b'{"no": "step"}\n', bytes(100), b"\n\n"],
+    ids=["torn", "no text", "no records", "no step", "zeros", "empty lines"],
+)
+def test_a_torn_line_of_metrics_is_mended(folder: Path, tail: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + tail)
+    run([composed(folder, "max_steps=3")])
+    assert metrics.read_bytes().startswith(whole)
+    steps = [r["step"] for r in read_metrics(metrics)]
+    assert steps[-2:] == [3, 3]
+    assert "metrics.jsonl: lines that cannot be read are left out: " in capsys.readouterr().out
+    assert all(json.loads(line) for line in metrics.read_text().splitlines())
+
+
+def test_what_else_may_be_missing_or_left_behind(folder: Path) -> None:
+    for name in ("config.yaml", "train.log", "README.md", "metrics.jsonl"):
+        (folder / name).unlink()
+    (folder / ".lock").write_text("process 4711 on a machine that is no more")
+    (folder / ".config.yaml.abcdefgh.sftx-tmp").write_text("half")
+    run([composed(folder, "max_steps=3")])
+    assert "resumed from" in (folder / "train.log").read_text()
+    assert (folder / "config.yaml").is_file()
+    assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("left", [[".manifest.json.abcdefgh.sftx-tmp"], [".lock", ".config.yaml.abcdefgh.sftx-tmp"]])
+def test_a_run_that_was_killed_before_its_manifest_starts_anew(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        (tmp_path / name).write_text("half")
+    RunFolder(tmp_path).check("auto")
+    RunFolder(tmp_path).lock()
+    assert {p.name for p in tmp_path.iterdir()} == {".lock"}
