@@ -198,6 +198,7 @@ class Lock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, owner.encode("utf-8"), 0)
         self._descriptor = descriptor
+        _held.add(self)
         return None
 
     def release(self) -> None:
@@ -206,6 +207,22 @@ class Lock:
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+            _held.discard(self)
+
+
+_held: set[Lock] = set()
+
+
+def _let_go() -> None:
+    """Close the locks in a process that was forked: it may outlive their owner for a while."""
+    for lock in _held:
+        if lock._descriptor is not None:
+            os.close(lock._descriptor)
+            lock._descriptor = None
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
