@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,12 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that its name never stands for half of it."""
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    with explained(folder):
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
+        try:
+            folder.rename(aside)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
@@ -204,7 +207,8 @@ class Lock:
     def release(self) -> None:
         """Let go of it, and remove it."""
         if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # the disk may have become read-only: a file that nobody locks keeps nobody out
+                self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
             _held.discard(self)
@@ -234,7 +238,8 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
