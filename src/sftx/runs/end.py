@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftx.errors import CheckpointError
+from sftx.errors import CheckpointError, SftxError
 from sftx.files import write_text
 from sftx.model.export import read_weights, save_final
 from sftx.parallel.engine import Engine
@@ -109,6 +110,7 @@ def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException, 
     text = str(error) or type(error).__name__
     for trial in trials:
         if trial.folder.manifest:
-            trial.folder.update(status=status, error=f"{type(error).__name__}: {error}")
+            with suppress(SftxError):  # a disk that ended the run may refuse this too: its first refusal is said
+                trial.folder.update(status=status, error=f"{type(error).__name__}: {error}")
             with speaking(trial.name):
                 log.error("%s: %s", status, text.splitlines()[0])

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict
 from datetime import datetime
@@ -168,6 +169,19 @@ def _labelled(record: logging.LogRecord) -> bool:
     return True
 
 
+class LogFile(logging.FileHandler):
+    """A log file without which a run goes on when the disk refuses it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say it once, and write no more."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.setLevel(logging.CRITICAL + 1)
+        logging.getLogger("sftx").warning("%s: cannot be written (%s): goes on without", self.baseFilename, error)
+
+
 class RunLog:
     """The run's messages: on the terminal, and in each trial's `train.log` with the time."""
 
@@ -184,7 +198,7 @@ class RunLog:
     def to_file(self, path: Path, trial: str) -> None:
         """Write further messages to a trial's file as well, but not those of other trials."""
         with explained(path):
-            handler = logging.FileHandler(path, encoding="utf-8")
+            handler = LogFile(path, encoding="utf-8")
         handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
         handler.addFilter(lambda record: _speaking.get() in (None, trial))
         self.logger.addHandler(handler)
@@ -193,4 +207,5 @@ class RunLog:
         """Let go of all handlers."""
         for handler in list(self.logger.handlers):
             self.logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # what a full disk has refused before
+                handler.close()
