@@ -85,6 +85,7 @@ class Watch:
         self.seen: list[tuple[str, str, str]] = []
         self.count = 0
         self.written: str | None = None
+        self.refusing = False
         self.guard = threading.local()
         self.phases = ["setup"]
 
@@ -184,6 +185,8 @@ class Watch:
             inner = name[len(self.folder) :].lstrip("/")
             place = SAVE if inner.startswith("checkpoints") else FINAL if inner.startswith(("final", ".final")) else RUN
             self.seen.append((place, call, inner + (f" -> {Path(target).name}" if target else "")))
+            if self.refusing:
+                self._refuse(call, name)
             if place == self.where:
                 self.count += 1
                 self._act(call, name)
@@ -203,21 +206,23 @@ class Watch:
             if self.do == "tear" and self.written and Path(self.written).is_file():
                 os.truncate(self.written, Path(self.written).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-        elif self.do not in (None, "snapshot") and (
-            self.count == self.at or (self.count > self.at and self.do.endswith("+"))
-        ):
+        elif self.do not in (None, "snapshot") and self.count == self.at:
             self.shared[1 : 1 + len(text)] = text
-            _refuse(getattr(errno, str(self.do).rstrip("+")), call, name)
+            self.refusing = str(self.do).endswith("+")
+            self._refuse(call, name)
 
+    def _refuse(self, call: str, name: str) -> None:
+        """Answer as the system does when the disk refuses."""
+        number = getattr(errno, str(self.do).rstrip("+"))
+        if number == errno.ENOSPC and call in ("remove", "rmdir", "rename", "chmod"):
+            return  # a full disk lets go of files
+        if call == "serialize":
+            from safetensors import SafetensorError
 
-def _refuse(number: int, call: str, name: str) -> None:
-    if number == errno.ENOSPC and call in ("remove", "rmdir"):
-        return  # a full disk lets go of files
-    if call == "serialize":
-        from safetensors import SafetensorError
-
-        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
-    raise OSError(number, os.strerror(number), name)
+            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+        if number in (errno.EACCES, errno.EIO) and call in ("remove", "rmdir"):
+            return  # that an unfinished file cannot be removed either is tried with EROFS
+        raise OSError(number, os.strerror(number), name)
 
 
 def _forked(request: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +275,9 @@ def _orphans(group: int) -> float:
 def _run(request: dict[str, Any], folder: Path, shared: mmap.mmap, seen: Path) -> int:
     """Make one run in a session of its own; what it says goes to a file beside its folder."""
     os.setsid()
-    said = os.open(folder.parent / f"{folder.name}.said", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    said = os.open(
+        request.get("said") or folder.parent / f"{folder.name}.said", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666
+    )
     for standard in (0, 1, 2):
         os.dup2(said if standard else os.open(os.devnull, os.O_RDONLY), standard)
     code = 1
