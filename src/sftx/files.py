@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +185,12 @@ def free_bytes(folder: Path) -> tuple[int, int]:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that its name never stands for half of it."""
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    with explained(folder):
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
+        try:
+            folder.rename(aside)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
@@ -228,14 +231,32 @@ class Lock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, owner.encode("utf-8"), 0)
         self._descriptor = descriptor
+        _held.add(self)
         return None
 
     def release(self) -> None:
         """Let go of it, and remove it."""
         if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # the disk may have become read-only: a file that nobody locks keeps nobody out
+                self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+            _held.discard(self)
+
+
+_held: set[Lock] = set()
+
+
+def _let_go() -> None:
+    """Close the locks in a process that was forked: it may outlive their owner for a while."""
+    for lock in _held:
+        if lock._descriptor is not None:
+            os.close(lock._descriptor)
+            lock._descriptor = None
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -247,7 +268,8 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

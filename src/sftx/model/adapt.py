@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,14 +267,20 @@ def read_adapter(folder: Path, adapter: Adapter) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: its adapter cannot be read: {error}") from error
     found = {re.sub(r"\.(lora_[AB])\.weight$", rf".\1.{adapter.name}.weight", k): t for k, t in saved.items()}
+    check_fit(found, adapter, f"{folder}: its adapter does not fit this model")
+    return found
+
+
+def check_fit(found: Mapping[str, torch.Tensor], adapter: Adapter, what: str) -> None:
+    """Compare names and shapes of tensors with those of the trained parameters; `what` begins the message.
+
+    Errors:
+        ModelError: a tensor is missing, unknown, or of another shape.
+    """
     shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in adapter.parameters.items()}
     unfit = [n for n in shapes.keys() | found.keys() if n not in found or tuple(found[n].shape) != shapes.get(n)]
     if unfit:
         first = min(unfit)
         there = f"shape {list(found[first].shape)}" if first in found else "nothing"
         wanted = f"shape {list(shapes[first])}" if first in shapes else "nothing"
-        raise ModelError(
-            f"{folder}: its adapter does not fit this model: {len(unfit)} tensors differ, first {first}: "
-            f"found {there}, wanted {wanted}."
-        )
-    return found
+        raise ModelError(f"{what}: {len(unfit)} tensors differ, first {first}: found {there}, wanted {wanted}.")

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from sftx.data.template import ChatTemplate
-from sftx.errors import ModelError
 from sftx.files import write_folder
-from sftx.model.adapt import AdaptedModel, Adapter, read_adapter
+from sftx.model.adapt import AdaptedModel, Adapter, check_fit, read_adapter
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -67,11 +66,10 @@ def read_weights(model: AdaptedModel, adapter: Adapter, folder: Path) -> dict[st
     found: dict[str, torch.Tensor] = {}
     for part in sorted(folder.glob("model*.safetensors")):
         found |= load_file(part)
-    unknown = found.keys() - model.module.state_dict(keep_vars=True).keys()
-    missing = adapter.parameters.keys() - found.keys()
-    if missing or unknown:
-        raise ModelError(f"{folder}: its weights do not fit this model ({min(missing or unknown)}).")
-    return found
+    others = model.module.state_dict(keep_vars=True).keys() - adapter.parameters.keys()  # buffers, second names
+    trained = {n: t for n, t in found.items() if n not in others}
+    check_fit(trained, adapter, f"{folder}: its weights do not fit this model")
+    return trained
 
 
 def save_final(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from sftx.errors import CheckpointError
 from sftx.parallel.engine import Weights
 
 SumGradients = Callable[[Iterable[torch.nn.Parameter]], None]
@@ -47,6 +48,7 @@ class WholeStepper:
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         self.max_grad_norm = max_grad_norm or math.inf
         self.sum_gradients = sum_gradients
+        self._kind = f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}"
 
     @property
     def loss_scale(self) -> float | None:
@@ -100,10 +102,16 @@ class WholeStepper:
                     tensors[f"{name}|{key}"] = _copy(value)
                 else:
                     scalars.setdefault(name, {})[key] = value
-        return tensors, {"scalars": scalars, "scaler": self.scaler.state_dict()}
+        return tensors, {"optimizer": self._kind, "scalars": scalars, "scaler": self.scaler.state_dict()}
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
-        """Take back the state of optimizer and scaler."""
+        """Take back the state of optimizer and scaler.
+
+        Errors:
+            CheckpointError: it is another optimizer's.
+        """
+        if rest.get("optimizer", self._kind) != self._kind:
+            raise CheckpointError(f"its optimizer is {rest['optimizer']}, and this run uses {self._kind}.")
         self.optimizer.state.clear()
         for key, tensor in tensors.items():
             name, _, part = key.rpartition("|")

@@ -88,7 +88,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
     if resumed:
         log.info("%s", resumed)
     for records in (folder.metrics, folder.streamed_rows):
-        drop_after(records, trial.step)
+        drop_after(records, trial.step or -1)  # a run that starts over evaluates before its first step again
     trial.recorder = Recorder(folder.metrics, _trackers(trial))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sftx.errors import CheckpointError, SftxError
 from sftx.files import write_text
 from sftx.model.export import read_weights, save_final
 from sftx.parallel.engine import Engine
@@ -42,6 +44,11 @@ def finish_trial(trial: Trial, session: Session) -> Result:
     with trial.active(session):
         if config.keep_best and trial.best_step is not None:
             best = checkpoint.folder_of(trial.folder.checkpoints, trial.best_step)
+            if problem := checkpoint.problem_of(best):
+                raise CheckpointError(
+                    f"{best}: {problem}. It was the best state, for final/. Put it back from a copy, or take the last "
+                    "state instead: keep_best=false."
+                )
             trial.stepper.load_weights(read_weights(session.model, trial.adapter, best))
             chosen, final_loss = trial.best_step, trial.best_loss
         before = trial.first_eval.loss if trial.first_eval else None
@@ -103,6 +110,7 @@ def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException, 
     text = str(error) or type(error).__name__
     for trial in trials:
         if trial.folder.manifest:
-            trial.folder.update(status=status, error=f"{type(error).__name__}: {error}")
+            with suppress(SftxError):  # a disk that ended the run may refuse this too: its first refusal is said
+                trial.folder.update(status=status, error=f"{type(error).__name__}: {error}")
             with speaking(trial.name):
                 log.error("%s: %s", status, text.splitlines()[0])

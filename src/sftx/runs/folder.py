@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict
 from datetime import datetime
@@ -19,7 +20,7 @@ import yaml
 from sftx.config.derive import differences
 from sftx.config.schema import TrainConfig
 from sftx.errors import RunFolderError
-from sftx.files import Lock, check_writable, explained, sweep, write_json, write_text
+from sftx.files import TEMPORARY, Lock, check_writable, explained, sweep, write_json, write_text
 from sftx.secrets import scrub, scrub_text
 
 MANIFEST, LOCK = "manifest.json", ".lock"
@@ -49,10 +50,13 @@ class RunFolder:
         check_writable(self.path)
         if not self.path.exists():
             return
-        there = sorted(p.name for p in self.path.iterdir() if p.name not in ("trial.json", LOCK))
+        names = (p.name for p in self.path.iterdir())  # what a killed run left half-written is swept later
+        there = sorted(n for n in names if n not in ("trial.json", LOCK) and not n.endswith(TEMPORARY))
         if not there:
             return
         if not (self.path / MANIFEST).is_file():
+            if any(self.checkpoints.glob("step-*")):
+                raise RunFolderError(f"{self.path / MANIFEST}: is missing. {self._without_manifest()}")
             raise RunFolderError(
                 f"output_dir={self.path}: holds other files ({', '.join(there[:5])}), but no run of sftx. "
                 f"Choose an empty or a new folder."
@@ -91,9 +95,11 @@ class RunFolder:
             return None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunFolderError(f"{path}: cannot be read ({error}). Choose another output_dir.") from None
-        found = differences(manifest.get("identity", {}), scrub(json.loads(json.dumps(identity))))
+            before = dict(manifest["identity"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error) if isinstance(error, OSError | ValueError) else "no run is described there"
+            raise RunFolderError(f"{path}: cannot be read ({reason}). {self._without_manifest()}") from None
+        found = differences(before, scrub(json.loads(json.dumps(identity))))
         if found:
             raise RunFolderError(
                 f"output_dir={self.path}: holds another run, which would be overwritten. It differs in:\n  "
@@ -102,14 +108,22 @@ class RunFolder:
             )
         return manifest
 
+    def _without_manifest(self) -> str:
+        """Say what to do with a folder of which it is not known which run it holds."""
+        newest = max(self.checkpoints.glob("step-*"), default=None)
+        cure = (
+            f"or go on in another folder: output_dir=NEW resume={newest}" if newest else "or choose another output_dir"
+        )
+        return f"It says which run this folder holds: put it back from a copy, {cure}."
+
     def open(self, config: TrainConfig, manifest: dict[str, Any]) -> None:
         """Make the folder and write what is known before the first step."""
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        self.manifest = scrub(manifest)
+        self.update(status="running")  # first: by its manifest a folder is known as a run's
         plain = scrub(json.loads(json.dumps(asdict(config))))
         write_text(self.path / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
-        self.manifest = scrub(manifest)
-        self.update(status="running")
 
     def update(self, **facts: Any) -> None:
         """Change facts of the manifest."""
@@ -155,6 +169,19 @@ def _labelled(record: logging.LogRecord) -> bool:
     return True
 
 
+class LogFile(logging.FileHandler):
+    """A log file without which a run goes on when the disk refuses it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say it once, and write no more."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.setLevel(logging.CRITICAL + 1)
+        logging.getLogger("sftx").warning("%s: cannot be written (%s): goes on without", self.baseFilename, error)
+
+
 class RunLog:
     """The run's messages: on the terminal, and in each trial's `train.log` with the time."""
 
@@ -171,7 +198,7 @@ class RunLog:
     def to_file(self, path: Path, trial: str) -> None:
         """Write further messages to a trial's file as well, but not those of other trials."""
         with explained(path):
-            handler = logging.FileHandler(path, encoding="utf-8")
+            handler = LogFile(path, encoding="utf-8")
         handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
         handler.addFilter(lambda record: _speaking.get() in (None, trial))
         self.logger.addHandler(handler)
@@ -180,4 +207,5 @@ class RunLog:
         """Let go of all handlers."""
         for handler in list(self.logger.handlers):
             self.logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # what a full disk has refused before
+                handler.close()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from sftx.files import append_line, write_text
+from sftx.files import append_line, write_bytes
+
+log = logging.getLogger("sftx")
 
 
 class Tracker(Protocol):
@@ -50,19 +53,29 @@ class SilentRecorder(Recorder):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the whole records of a `metrics.jsonl`; a line cut off by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """Return the whole records of a `metrics.jsonl`; a line that a crash cut off or damaged is left out."""
+    return [record for _, record in _lines(path) if record is not None]
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove the records after a step: a resumed run will write them again."""
-    if not path.is_file():
-        return
-    kept = [r for r in read_metrics(path) if r["step"] <= step]
-    write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+    """Remove the records after a step, which a resumed run writes again, and lines that cannot be read."""
+    found = _lines(path)
+    unread = [number for number, (_, record) in enumerate(found, 1) if record is None]
+    if unread:
+        log.warning("%s: lines that cannot be read are left out: %d, first line %d", path, len(unread), unread[0])
+    kept = [line for line, record in found if record is not None and record["step"] <= step]
+    if len(kept) < len(found):
+        write_bytes(path, b"".join(line + b"\n" for line in kept))
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, float] | None]]:
+    """Return each line of a file with its record, None where it holds none."""
+    return [(line, _record(line)) for line in (path.read_bytes().splitlines() if path.is_file() else [])]
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -1,12 +1,13 @@
 """Checkpoints: published whole or not at all, verified by hash, safetensors and JSON only.
 
 A checkpoint is `step-000100/`: the weights as `final/` would hold them, `optimizer.safetensors` with
-`optimizer.json`, `state.json` (where the run stands), and `manifest.json` (SHA-256 of every file).
+`optimizer.json`, `state.json` (where the run stands), and `manifest.json` (SHA-256 of every file, and of itself).
 Random state is not in it: every draw is a function of (seed, step), so there is none to keep.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -17,13 +18,15 @@ from typing import Any
 import torch
 
 from sftx.data.read import sha256_file
-from sftx.errors import CheckpointError, TrainingError
+from sftx.errors import CheckpointError, ModelError, TrainingError
 from sftx.files import remove_folder, write_folder
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.model.export import bytes_of, read_weights
 from sftx.parallel.engine import Stepper, Weights
 
 MANIFEST = "manifest.json"
+READ = (".json", ".safetensors")
+"""How the names of files end that are read when a run goes on: none may be there that is not listed."""
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -81,7 +84,7 @@ def publish(root: Path, snapshot: Snapshot) -> Path:
     def fill(into: Path) -> None:
         snapshot.write(into)
         hashes = {str(p.relative_to(into)): sha256_file(p) for p in sorted(into.rglob("*")) if p.is_file()}
-        (into / MANIFEST).write_text(json.dumps({"step": snapshot.step, "sha256": hashes}, indent=2), encoding="utf-8")
+        (into / MANIFEST).write_bytes(_manifest(snapshot.step, hashes))
 
     folder = folder_of(root, snapshot.step)
     write_folder(folder, fill, replace=True, needed=snapshot.nbytes)
@@ -112,20 +115,41 @@ def rotate(root: Path, limit: int | None, best_step: int | None) -> None:
             remove_folder(folder)
 
 
+def _manifest(step: int, hashes: dict[str, str]) -> bytes:
+    """Return a manifest, which carries the hash of what it says."""
+    told = {"step": step, "sha256": hashes}
+    own = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return json.dumps(told | {"self": own}, indent=2).encode()
+
+
 def problem_of(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None when every file is as it was written."""
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        return f"{MANIFEST} is missing" if folder.is_dir() else "it is not a folder"
     try:
-        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        written = path.read_bytes()
+        told = json.loads(written)
+        step, hashes = told["step"], told["sha256"]
+        if written != _manifest(step, hashes):  # to the last byte: whatever is changed in it shows
+            return f"{MANIFEST} is damaged"
         for name, digest in hashes.items():
-            path = folder / name
-            if not path.is_file():
+            if (folder / name).is_symlink():
+                return f"{name} is a link"  # to what may be removed meanwhile
+            if not (folder / name).is_file():
                 return f"{name} is missing"
-            if sha256_file(path) != digest:
+            if sha256_file(folder / name) != digest:
                 return f"{name} is damaged"
+        there = [p.relative_to(folder) for p in folder.rglob("*") if p.suffix in READ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    needed = {"state.json", "optimizer.json", "optimizer.safetensors"} - set(hashes)
-    return f"{min(needed)} is not listed" if needed else None
+    unlisted = {str(p) for p in there} - hashes.keys() - {MANIFEST}
+    if unlisted:
+        return f"{min(unlisted)} is not one of its files"
+    needed = {"state.json", "optimizer.json", "optimizer.safetensors"} - hashes.keys()
+    if needed:
+        return f"{min(needed)} is not listed"
+    return f"it is that of step {step}" if step_of(folder) not in (-1, step) else None
 
 
 def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
@@ -154,14 +178,24 @@ def load(folder: Path, model: AdaptedModel, adapter: Adapter, stepper: Stepper) 
     """Restore weights and optimizer from a checkpoint, and return its state.
 
     Errors:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or another run's.
     """
     from safetensors.torch import load_file
 
+    cure = "Resume from another checkpoint, or remove it."
     problem = problem_of(folder)
     if problem:
-        raise CheckpointError(f"{folder}: {problem}. Resume from another checkpoint, or remove it.")
-    stepper.load_weights(read_weights(model, adapter, folder))
+        raise CheckpointError(f"{folder}: {problem}. {cure}")
     rest = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
-    stepper.load_state(load_file(folder / "optimizer.safetensors"), rest)
+    try:
+        stepper.load_weights(read_weights(model, adapter, folder))
+        stepper.load_state(load_file(folder / "optimizer.safetensors"), rest)
+    except (ModelError, CheckpointError, KeyError) as error:
+        what = (
+            f"{folder}: its optimizer's state holds {error}, which this run has not."
+            if isinstance(error, KeyError)
+            else str(error)
+        )
+        what = what if str(folder) in what else f"{folder}: {what}"
+        raise CheckpointError(f"{what} It is a checkpoint of another run. {cure}") from error
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))

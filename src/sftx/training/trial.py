@@ -182,6 +182,7 @@ class Trial:
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "eval_loss_before": self.first_eval.loss if self.first_eval else None,
+            "eval_loss": self.last_eval.loss if self.last_eval and self.eval_step == self.step else None,
             "schedule": self.schedule.state(),
             "callbacks": {n: c.state() for n, c in self.callbacks.items()},
         }
@@ -201,6 +202,8 @@ class Trial:
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
         if state["eval_loss_before"] is not None:
             self.first_eval = Evaluation(state["eval_loss_before"], {}, 0, 0.0)
+        if state["eval_loss"] is not None:
+            self.last_eval, self.eval_step = Evaluation(state["eval_loss"], {}, 0, 0.0), self.step
         self.schedule.restore(state["schedule"])
         for name, callback in self.callbacks.items():
             if name in state["callbacks"]:
