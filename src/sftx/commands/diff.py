@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import chain
 from pathlib import Path
 
 
@@ -22,7 +23,7 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
 
 
 def _diff(asked: argparse.Namespace) -> int:
-    from sftx.commands.run_report import heading, section_lines
+    from sftx.commands.run_report import headings, section_lines
     from sftx.runs.compare import compare
     from sftx.runs.past import open_run
 
@@ -33,9 +34,7 @@ def _diff(asked: argparse.Namespace) -> int:
         told = {"a": str(a.path), "b": str(b.path), "differs": differs}
         print(json.dumps(told | {s.name: s.as_dict() for s in sections}, ensure_ascii=True, indent=2))
         return int(differs)
-    print(heading("a", a))
-    print(heading("b", b))
-    for section in sections:
-        for line in section_lines(section, a, b):
-            print(line)
+    lines = [headings("a", a), headings("b", b), *(section_lines(section, a, b) for section in sections)]
+    for line in chain.from_iterable(lines):
+        print(line)
     return int(differs)

@@ -77,9 +77,9 @@ def _repro(asked: argparse.Namespace) -> int:
 
 
 def _found_lines(run: PastRun, found: ThenAndNow, *, moved: bool) -> Iterable[str]:
-    from sftx.commands.run_report import difference_lines, folded, heading, visible
+    from sftx.commands.run_report import difference_lines, folded, headings, visible
 
-    yield heading("repro", run)
+    yield from headings("repro", run)
     if moved:
         yield f"relative paths: from {visible(str(run.directory))}, where the run was started"
     if not found:

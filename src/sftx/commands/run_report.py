@@ -20,12 +20,14 @@ LONG = 240
 """Letters of a value that are shown at most: those around the first that differs."""
 
 
-def heading(name: str, run: PastRun) -> str:
-    """Name a run, how it ended, and how far it came."""
+def headings(name: str, run: PastRun) -> Iterator[str]:
+    """Name a run, how it ended, how far it came, and which of its files cannot be read."""
     started = str(run.fact("environment", "started") or "")[:19].replace("T", " ")
     steps = f"{run.last_step} steps"
-    told = [run.status if run.manifest else "its manifest cannot be read", steps]
-    return visible(f"{name}  {run.path}  ({', '.join([*told, *([f'started {started}'] if started else [])])})")
+    told = [run.status, steps, *([f"started {started}"] if started else [])]
+    yield visible(f"{name}  {run.path}  ({', '.join(told)})")
+    for problem in run.problems.values():
+        yield from folded(f"   {visible(problem)}", indent=5)
 
 
 def section_lines(section: Section, a: PastRun, b: PastRun) -> Iterator[str]:
@@ -33,7 +35,7 @@ def section_lines(section: Section, a: PastRun, b: PastRun) -> Iterator[str]:
     counted = [d for d in section.differences if d.counts]
     shown = [d for d in section.differences if d.counts or d.key != "output_dir"]  # which the headings say
     if section.unknown:
-        yield from folded(f"{section.name}: cannot be compared: {' '.join(section.unknown)}", indent=2)
+        yield f"{section.name}: not compared, see above"
         return
     if section.name == "metrics":
         yield from _metric_lines(section.metrics, a, b)

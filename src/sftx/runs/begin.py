@@ -48,7 +48,8 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
     data, source, effective = setting.data, setting.source, trial.effective
     content = [f.sha256 for f in data.files] + [str(config.max_train_rows)]
     world = session.engine.world_size
-    who = json.loads(json.dumps(identity(config, world, content, source.fingerprint(), adapter_hash(config.adapter))))
+    model = source.fingerprint(code=config.trust_remote_code)
+    who = json.loads(json.dumps(identity(config, world, content, model, adapter_hash(config.adapter))))
     held = session.engine.from_main(folder.lock() if session.engine.is_main else None)
     if held is not None:  # every rank raises, or the others would wait for this one
         raise RunFolderError(held)

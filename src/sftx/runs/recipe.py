@@ -12,16 +12,17 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sftx.config.check import check_tree, config_from
+from sftx.config.check import Origin, check_tree, config_from
 from sftx.config.derive import PATHS
 from sftx.config.grammar import Deleted, Sweep, read_override
-from sftx.config.safety import nodes
+from sftx.config.safety import cure, nodes
 from sftx.config.schema import TrainConfig
 from sftx.config.spellings import show
 from sftx.config.strangers import TYPED_ONLY, file_problems
 from sftx.config.yamlfile import read_yaml
 from sftx.errors import ConfigError, RunFolderError, did_you_mean
 from sftx.runs.folder import MANIFEST
+from sftx.runs.manifest import git_state
 from sftx.runs.past import CONFIG, PastRun
 from sftx.secrets import HIDDEN
 
@@ -46,18 +47,16 @@ def recipe(run: PastRun, words: Sequence[str]) -> TrainConfig:
     place = read_yaml(path).place
     typed, problems = _typed(words, run)
     tree = deepcopy(run.config)
-    problems += _privileges(tree, typed, run, place(""))
+    problems += _privileges(tree, typed, run, place)
     problems += file_problems({k: v for k, v in tree.items() if k not in TYPED_ONLY}, place)
-    problems += [
+    interpolated = [
         f"{place(key)}: `{key}`: holds an interpolation; what a run leaves holds none, so this was put there since."
         for key, name, value in nodes(tree)
         if "${" in name or (isinstance(value, str) and "${" in value)
     ]
     for key, value in typed.items():
         _put(tree, key.split("."), value)
-    if not problems:  # what an interpolation would do is not tried out
-        problems += _checked(tree, place)
-        problems = [*problems[:-1], *(p + _other_version(run) for p in problems[-1:])]
+    problems += interpolated or _checked(tree, place, run)  # what an interpolation would do is not tried out
     if problems:
         raise ConfigError(problems)
     return config_from(tree)
@@ -121,27 +120,31 @@ def _typed(words: Sequence[str], run: PastRun) -> tuple[dict[str, Any], list[str
     return typed, problems
 
 
-def _privileges(tree: dict[str, Any], typed: dict[str, Any], run: PastRun, place: str) -> list[str]:
+def _privileges(tree: dict[str, Any], typed: dict[str, Any], run: PastRun, place: Origin) -> list[str]:
     """Take from the config what only a person may set, put in what was typed, and say what must be typed again."""
     problems = []
     for key, unset in TYPED_ONLY.items():
         recorded, given = tree.get(key, unset), typed.get(key, unset)
         tree[key] = given
         if recorded != unset and key not in typed:
+            patterns = [p for p in recorded if isinstance(p, str)] if isinstance(recorded, list) else []
+            warnings = [warning for p in patterns if (warning := cure(p)).startswith("Do not")]
+            again = command(run, f"{key}={show(recorded)}")
             problems.append(
-                f"{place}: `{key}`: the run had {show(recorded)}, but a file cannot give this. If you have read what "
-                f"it lets run, type it again: {command(run, f'{key}={show(recorded)}')}"
+                f"{place(key)}: `{key}`: the run had {show(recorded)}, but a file cannot give this. "
+                + (warnings[0] if warnings else f"If you have read what it lets run, type it again: {again}")
             )
         elif key == "trust_remote_code" and given != recorded:
             problems.append(f"command line: `{key}={show(given)}`: the run had {show(recorded)}.")
     return problems
 
 
-def _checked(tree: dict[str, Any], place: Any) -> list[str]:
+def _checked(tree: dict[str, Any], place: Origin, run: PastRun) -> list[str]:
     try:
-        return check_tree(OmegaConf.create(tree), place)
+        problems = check_tree(OmegaConf.create(tree), place)
     except (OmegaConfBaseException, RecursionError) as error:
-        return [f"{place('')}: {str(error).splitlines()[0]}"]
+        problems = [f"{place('')}: {str(error).splitlines()[0]}"]
+    return [*problems[:-1], *(last + _other_version(run) for last in problems[-1:])]
 
 
 def _put(tree: Any, parts: list[str], value: Any) -> None:
@@ -153,8 +156,6 @@ def _put(tree: Any, parts: list[str], value: Any) -> None:
 
 def _other_version(run: PastRun) -> str:
     """Say that another sftx made the run, which may know other keys."""
-    from sftx.runs.manifest import git_state
-
     commit = run.fact("environment", "git", "commit")
     if not isinstance(commit, str) or commit == git_state().get("commit"):
         return ""

@@ -168,7 +168,11 @@ def _model(run: PastRun, config: TrainConfig, *, download: bool) -> Iterator[Dif
     name = config.model_name_or_path
     try:
         here = download or name == builtin.NAME or local_folder(name) is not None
-        now = find_model(name).fingerprint() if here else "not on this machine: it will be downloaded"
+        now = (
+            find_model(name).fingerprint(code=config.trust_remote_code)
+            if here
+            else "not on this machine: it will be downloaded"
+        )
     except ModelError as error:
         now = f"{MISSING}: {error}{_looked_from(run)}"
     if now != before:
