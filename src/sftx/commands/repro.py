@@ -47,14 +47,14 @@ def _repro(asked: argparse.Namespace) -> int:
     if str(PROJECT_ROOT) not in sys.path:  # a module of the user's own beside train.py is found, as train.py finds it
         sys.path.insert(0, str(PROJECT_ROOT))
     run = open_run(asked.folder)
-    from sftx.runs.recipe import command, from_its_directory, recipe, typed_keys
+    from sftx.runs.recipe import check_ranks, command, from_its_directory, recipe, typed_keys
 
-    as_stored = recipe(run, asked.words)
-    from sftx.runs.reproduce import check_ranks, output_of, then_and_now
-
-    config = from_its_directory(as_stored, run, typed_keys(asked.words), Path.cwd())
     if not asked.check:
         check_ranks(run)
+    as_stored = recipe(run, asked.words)
+    config = from_its_directory(as_stored, run, typed_keys(asked.words), Path.cwd())
+    from sftx.runs.reproduce import output_of, then_and_now
+
     is_main = os.environ.get("RANK", "0") == "0"
     found = then_and_now(run, config, download=not asked.check)
     if is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -96,6 +97,28 @@ def masked(tree: Any) -> Iterator[str]:
 def command(run: PastRun, *words: str) -> str:
     """Return the command that repeats a run."""
     return shlex.join(["sftx", "repro", str(run.path), *words])
+
+
+def world_size() -> int:
+    """Return how many processes a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_ranks(run: PastRun) -> None:
+    """Raise unless there are as many processes as the run had.
+
+    Errors:
+        RunFolderError: there are more or fewer; what to type is said.
+    """
+    if run.ranks == world_size():
+        return
+    how = "one process" if run.ranks == 1 else f"{run.ranks} processes"
+    raise RunFolderError(f"{run.path} was made by {how}, here are {world_size()}. Type: {launched(run)}")
+
+
+def launched(run: PastRun) -> str:
+    """Return the command that repeats a run with as many processes as it had."""
+    return command(run) if run.ranks == 1 else f"torchrun --nproc_per_node {run.ranks} -m {command(run)}"
 
 
 def _typed(words: Sequence[str], run: PastRun) -> tuple[dict[str, Any], list[str]]:

@@ -18,7 +18,7 @@ from sftx.config.schema import TrainConfig
 from sftx.data.corpus import Corpus
 from sftx.data.digests import known_sha256
 from sftx.data.sources import fetch, find_sources
-from sftx.errors import ConfigError, DataError, ModelError, RunFolderError
+from sftx.errors import DataError, ModelError, RunFolderError
 from sftx.model import builtin
 from sftx.model.find import local_folder
 from sftx.model.load import find_model
@@ -28,7 +28,7 @@ from sftx.runs.compare import Difference, between, diff_words, environment_diffe
 from sftx.runs.compare_metrics import Change, Metric, compare_records, first_change
 from sftx.runs.folder import MANIFEST
 from sftx.runs.past import CONFIG, PastRun, at, open_run
-from sftx.runs.recipe import command, masked
+from sftx.runs.recipe import command, launched, masked, world_size
 from sftx.secrets import scrub
 
 MISSING = "missing"
@@ -54,29 +54,11 @@ def then_and_now(run: PastRun, config: TrainConfig, *, download: bool) -> ThenAn
     """Compare what a run was made from with what is here; `download` fetches a model that is not."""
     found = ThenAndNow()
     before = run.fact("environment")
-    now = scrub(manifest.environment()) | {"ranks": world_size()}
-    found.machine = environment_differences((before if isinstance(before, dict) else {}) | {"ranks": run.ranks}, now)
+    now = scrub(manifest.environment())
+    found.machine = environment_differences(before if isinstance(before, dict) else {}, now)
     found.content = [*_edited(run), *_masked(run, config), *_data(run, config), *_model(run, config, download=download)]
     found.remarks = list(_remarks(run, found.machine, now))
     return found
-
-
-def world_size() -> int:
-    """Return how many processes a launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def check_ranks(run: PastRun) -> None:
-    """Raise unless there are as many processes as the run had.
-
-    Errors:
-        ConfigError: there are more or fewer; what to type is said.
-    """
-    if run.ranks == world_size():
-        return
-    how = "one process" if run.ranks == 1 else f"{run.ranks} processes"
-    launcher = "" if run.ranks == 1 else f"torchrun --nproc_per_node {run.ranks} -m "
-    raise ConfigError(f"{run.path} was made by {how}, here are {world_size()}. Type: {launcher}{command(run)}")
 
 
 def _edited(run: PastRun) -> Iterator[Difference]:
@@ -203,6 +185,8 @@ def _remarks(run: PastRun, machine: list[Difference], now: dict[str, Any]) -> It
     threads = differs.get("hardware.torch_threads")
     if threads and isinstance(threads.a, int):
         yield f"sums depend on the number of threads: OMP_NUM_THREADS={threads.a} {command(run)}"
+    if run.ranks != world_size():
+        yield f"the run was made by {run.ranks} processes: {launched(run)}"
     if run.status != "completed":
         yield f"the run is {run.status}: its last recorded step is {run.last_step}; what both have is compared"
 
