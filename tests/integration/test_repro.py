@@ -163,6 +163,43 @@ def test_a_stopped_repetition_is_gone_on_with(
     assert not past.with_name("run-repro-2").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.streaming=true", "eval_file_name=aspcoder_eval.csv", "dataloader_num_workers=2"],
+        ["train_file_name=[aspcoder_train.csv,aspcoder_eval.csv]", "data.duplicates=drop_exact", "batching=packed"],
+        ["mode=full", "callback=[early_stopping]", "keep_best=true", "save_strategy=steps", "eval_steps=1", "save_steps=1"],
+        ["adapter", "scheduler=cosine", "optimizer=lion"],
+    ],
+    ids=["streamed", "several files", "full", "adapter"],
+)  # fmt: skip
+def test_runs_of_all_kinds_come_to_the_same_bits(
+    past: Path, make_config: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """And each says what differs when its data, or what it started from, is another."""
+    from sftx.run import run
+
+    monkeypatch.chdir(ROOT)
+    words = [f"adapter={past / 'final'}" if w == "adapter" else w for w in words]
+    config = make_config(*over(QUICK, *words, f"output_dir={past.with_name('kind')}"), small=False)
+    run([config])
+    code, out = repro(capsys, config.output_dir)
+    assert code == 0, out
+    assert "then and now: no difference" in out
+    assert "and the weights in final/." in out
+    monkeypatch.chdir(past.parent)
+    (past.parent / "data").mkdir()
+    for name in ("aspcoder_train.csv", "aspcoder_eval.csv"):
+        text = (ROOT / "data" / name).read_text()
+        (past.parent / "data" / name).write_text(text + ("html,a,b\n" if name == "aspcoder_eval.csv" else ""))
+    code, out = repro(capsys, config.output_dir, f"train_file_path={past.parent / 'data'}", "--check")
+    assert code == int("aspcoder_eval.csv" in str(words))
+    assert (f"data {past.parent / 'data/aspcoder_eval.csv'}:" in out) == bool(code)
+    (past / "final/adapter_model.safetensors").write_bytes(b"other")
+    if config.adapter:
+        assert repro(capsys, config.output_dir, "--check")[0] == 1
+
+
 # What is said before
 
 
@@ -303,7 +340,7 @@ STRANGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a tracker": lambda c: c["tracker"].update(x={"_target_": "os.system", "command": "true"}),
     "allowed by the file": lambda c: (c.update(allow_targets=["trap_parts.*"]), c["scheduler"].update(_target_="trap_parts.Trap")),
     "trusting the model": lambda c: c.update(trust_remote_code=True),
-    "trusting below": lambda c: c["mode"].update(trust_remote_code=True),
+    "trusting below": lambda c: c["data"].update(columns={"trust_remote_code": "human"}),
     "an interpolation": lambda c: c["data"].update(system="${oc.env:HOME}"),
     "a made interpolation": lambda c: c.update(scheduler="${oc.create:'{_target_: trap_parts.Trap}'}"),
     "a hydra key": lambda c: c.update(hydra={"run": {"dir": "/tmp/x"}}),
@@ -329,7 +366,9 @@ def test_a_doctored_config_is_refused_and_leaves_nothing(past: Path, trap: Path,
 
 def test_what_a_file_cannot_give_is_typed_again(past: Path, trap: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(past, lambda c: (c.update(allow_targets=["trap_parts.*"]), c.update(scheduler={"_target_": "trap_parts.Trap"}, lr_scheduler_type="constant")))  # fmt: skip
-    assert f"sftx repro {past} 'allow_targets=[trap_parts.*]'" in refused(past)
+    message = refused(past)
+    assert f"sftx repro {past} 'allow_targets=[trap_parts.*]'" in message
+    assert "`scheduler._target_=trap_parts.Trap`" in message, "what the file allows itself is not allowed"
     edit(past, lambda c: c.update(allow_targets=[]))
     assert "allow_targets=[trap_parts.*]" in refused(past)
     with pytest.raises(ConfigError, match="trap_parts"):
@@ -367,13 +406,20 @@ def test_what_is_typed_and_cannot_be(past: Path, words: list[str], said: str) ->
 
 
 @pytest.mark.usefixtures("not_started")
-def test_what_was_masked_can_be_typed(past: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_masked_can_be_typed(
+    past: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit(past, lambda c: c["data"].update(system="***"))
     edit(past, lambda m: m["identity"]["config"]["data"].update(system="***"), "manifest.json")
     code, out = repro(capsys, past, "--check")
     assert code == 1
     assert "config.yaml: data.system: a secret -> *** in its place: type it again, as key=value" in out
     assert repro(capsys, past, "data.system=hello", "--check")[0] == 0
+    monkeypatch.setenv("MY_SECRET", "open sesame")
+    code, out = repro(capsys, past, "data.system=${oc.env:MY_SECRET}", "--check")
+    assert code == 0, out
+    edit(past, lambda c: c["data"].update(category_prefix={"a.b": "***", "c": "***"}))
+    assert "`data.category_prefix.a.b`: cannot be typed" in refused(past, "data.category_prefix.a.b=x")
 
 
 @pytest.mark.usefixtures("not_started")

@@ -21,6 +21,7 @@ from sftx.runs.compare import ABSENT, Difference, compare
 from sftx.runs.compare_metrics import compare_records, first_change, same
 from sftx.runs.folder import RunFolder
 from sftx.runs.past import open_run
+from sftx.runs.reproduce import judge
 
 MANIFEST: dict[str, Any] = {
     "command": "python train.py",
@@ -180,6 +181,23 @@ def test_weights_are_compared_by_content(leave: Leave) -> None:
     weights = {name: compare(open_run(a), open_run(x))[6].differences for name, x in (("b", b), ("c", c))}
     assert [d.key for d in weights["b"]] == ["final/adapter_model.safetensors"]
     assert weights["c"][0].b == ABSENT
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ({}, {}, True),
+        ({}, {"weights": b"other"}, False),
+        ({}, {"records": RECORDS[:3]}, False),
+        ({"weights": None}, {}, True),
+        ({"status": "stopped", "records": RECORDS[:2], "weights": None}, {}, True),
+        ({"status": "stopped", "records": [{"step": 1, "train/loss": 4.6}], "weights": None}, {}, False),
+        ({"status": "failed", "records": [], "weights": None}, {}, False),
+    ],
+    ids=["alike", "weights", "a record", "none kept", "stopped", "stopped, other", "nothing"],
+)
+def test_what_are_the_same_bits(leave: Leave, old: dict[str, Any], new: dict[str, Any], same: bool) -> None:
+    assert judge(open_run(leave("a", **old)), open_run(leave("b", **new))).same is same
 
 
 def test_a_run_that_goes_on_or_was_killed(leave: Leave, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,9 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
         help="paths that lead elsewhere now, such as train_file_path=DIR; what a file cannot give: "
         "allow_targets=[...], trust_remote_code=true; what was masked as a secret",
     )
-    parser.add_argument("--output_dir", metavar="DIR", help="where to train; default: beside it, RUN-repro")
+    parser.add_argument(
+        "--output_dir", "--output-dir", metavar="DIR", help="where to train; default: beside it, RUN-repro"
+    )
     parser.add_argument("--check", action="store_true", help="only say the differences; exit code 1 if there are any")
     parser.add_argument("--anyway", action="store_true", help="train although settings, data or model are others")
     parser.set_defaults(run=_repro)

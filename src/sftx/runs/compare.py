@@ -178,7 +178,8 @@ def _files(corpus: dict[str, Any]) -> dict[str, Any]:
 def model_of(run: PastRun) -> dict[str, Any]:
     """Return what says which model was trained, wherever it lay."""
     told = flat(run.fact("model"))
-    told.pop("folder", None)
+    for place in ("folder", "name"):
+        told.pop(place, None)
     return told | {"fingerprint": run.fact("identity", "model"), "adapter": run.fact("identity", "adapter")}
 
 

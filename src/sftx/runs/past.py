@@ -101,8 +101,9 @@ def _check_folder(path: Path) -> None:
     if is_run(path):
         return
     if (path / TRIAL).is_file():
-        outcome = _json(path / TRIAL, {}) or {}
-        raise RunFolderError(f"{path}: this trial ended before it was a run: {outcome.get('error', 'see ' + TRIAL)}")
+        error = str((_json(path / TRIAL, {}) or {}).get("error") or f"see {TRIAL}").splitlines()[0]
+        why = "".join(letter for letter in error if letter.isprintable())
+        raise RunFolderError(f"{path}: this trial ended before it was a run: {why}")
     below = sorted((p.name for p in path.iterdir() if p.is_dir() and is_run(p)), key=lambda n: (len(n), n))
     if below:
         kind = "a sweep's folder" if any((path / n / TRIAL).is_file() for n in below) else "a folder of runs"

@@ -55,12 +55,13 @@ def recipe(run: PastRun, words: Sequence[str]) -> TrainConfig:
         for key, name, value in nodes(tree)
         if "${" in name or (isinstance(value, str) and "${" in value)
     ]
-    for key, value in typed.items():
-        _put(tree, key.split("."), value)
+    problems += [problem for key, value in typed.items() if (problem := _put(tree, key, value))]
     problems += interpolated or _checked(tree, place, run)  # what an interpolation would do is not tried out
     if problems:
         raise ConfigError(problems)
-    return config_from(tree)
+    values = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)  # what was typed may be `${oc.env:NAME}`
+    assert isinstance(values, dict)
+    return config_from(values)
 
 
 def from_its_directory(config: TrainConfig, run: PastRun, typed: Sequence[str], here: Path) -> TrainConfig:
@@ -170,11 +171,16 @@ def _checked(tree: dict[str, Any], place: Origin, run: PastRun) -> list[str]:
     return [*problems[:-1], *(last + _other_version(run) for last in problems[-1:])]
 
 
-def _put(tree: Any, parts: list[str], value: Any) -> None:
-    """Put a value where a dotted key leads, in mappings and lists."""
-    for part in parts[:-1]:
-        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
-    tree[int(parts[-1]) if isinstance(tree, list) else parts[-1]] = value
+def _put(tree: Any, key: str, value: Any) -> str | None:
+    """Put a value where a dotted key leads, in mappings and lists; return why that cannot be."""
+    *parts, last = key.split(".")
+    try:
+        for part in parts:
+            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+        tree[int(last) if isinstance(tree, list) else last] = value
+    except (LookupError, ValueError, TypeError):  # a name in a mapping may itself hold dots
+        return f"command line: `{key}`: cannot be typed; write it into the run's {CONFIG} and use --anyway."
+    return None
 
 
 def _other_version(run: PastRun) -> str:

@@ -28,7 +28,7 @@ from sftx.runs.compare import Difference, between, diff_words, environment_diffe
 from sftx.runs.compare_metrics import Change, Metric, compare_records, first_change
 from sftx.runs.folder import MANIFEST
 from sftx.runs.past import CONFIG, PastRun, at, open_run
-from sftx.runs.recipe import command, launched, masked, world_size
+from sftx.runs.recipe import launched, masked, world_size
 from sftx.secrets import scrub
 
 MISSING = "missing"
@@ -53,9 +53,9 @@ class ThenAndNow:
 def then_and_now(run: PastRun, config: TrainConfig, *, download: bool) -> ThenAndNow:
     """Compare what a run was made from with what is here; `download` fetches a model that is not."""
     found = ThenAndNow()
-    before = run.fact("environment")
-    now = scrub(manifest.environment())
-    found.machine = environment_differences(before if isinstance(before, dict) else {}, now)
+    stored = run.fact("environment")
+    before, now = scrub(stored if isinstance(stored, dict) else {}), scrub(manifest.environment())  # hidden alike
+    found.machine = environment_differences(before, now)
     found.content = [*_edited(run), *_masked(run, config), *_data(run, config), *_model(run, config, download=download)]
     found.remarks = list(_remarks(run, found.machine, now))
     return found
@@ -175,7 +175,7 @@ def _remarks(run: PastRun, machine: list[Difference], now: dict[str, Any]) -> It
         yield f"the run's code: git checkout {differs['git.commit'].a}"
     stored = at(run.fact("environment", "git"), "diff")
     if stored:
-        like = "another" if "git.diff" in differs else "the same"
+        like = "other" if "git.diff" in differs else "the same"
         if at(now, "git", "diff") == "":
             like = "no"
         yield (
@@ -184,7 +184,7 @@ def _remarks(run: PastRun, machine: list[Difference], now: dict[str, Any]) -> It
         )
     threads = differs.get("hardware.torch_threads")
     if threads and isinstance(threads.a, int):
-        yield f"sums depend on the number of threads: OMP_NUM_THREADS={threads.a} {command(run)}"
+        yield f"sums depend on the number of threads: OMP_NUM_THREADS={threads.a} {launched(run)}"
     if run.ranks != world_size():
         yield f"the run was made by {run.ranks} processes: {launched(run)}"
     if run.status != "completed":
