@@ -1,4 +1,4 @@
-"""`sftx`: what there is beside training. `sftx data cache ls`; every command: `sftx --help`.
+"""`sftx`: what there is beside training. `sftx diff A B`; every command: `sftx --help`.
 
 A command is a module of `sftx.commands` with a function `add(groups)`; it is listed in COMMANDS, and
 imports what is heavy only when it runs.
@@ -11,19 +11,19 @@ import sys
 from collections.abc import Sequence
 
 from sftx import __version__
-from sftx.commands import data_cache, data_check, data_convert
+from sftx.commands import data_cache, data_check, data_convert, diff, repro
 from sftx.errors import reported
 
 GROUPS = {"data": "look at corpora, and at what is kept of them"}
 """Words that stand before a command's own name."""
-COMMANDS = (data_check, data_convert, data_cache)
+COMMANDS = (data_check, data_convert, data_cache, diff, repro)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; the command chosen is its `run`."""
     top = argparse.ArgumentParser(prog="sftx", description="Supervised fine-tuning; to train: python train.py.")
     top.add_argument("--version", action="version", version=f"sftx {__version__}")
-    words = top.add_subparsers(required=True, metavar="|".join(GROUPS))
+    words = top.add_subparsers(required=True, metavar="COMMAND")
     groups = {
         name: words.add_parser(name, help=text).add_subparsers(required=True, metavar="COMMAND")
         for name, text in GROUPS.items()

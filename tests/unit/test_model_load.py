@@ -252,6 +252,19 @@ def test_a_fingerprint_tells_models_apart(model: Path) -> None:
     assert len(seen) == 4
 
 
+def test_the_code_of_a_trusted_model_is_part_of_it(model: Path) -> None:
+    source = find_model(str(model))
+    plain, trusted = source.fingerprint(), source.fingerprint(code=True)
+    assert plain == trusted, "there is none"
+    (model / "sub").mkdir()
+    seen = {plain}
+    for file, text in (("modeling.py", "a = 1"), ("modeling.py", "a = 2"), ("sub/more.py", "")):
+        (model / file).write_text(text)
+        seen.add(source.fingerprint(code=True))
+    assert len(seen) == 4
+    assert source.fingerprint() == plain, "what does not run is no part of it"
+
+
 # Names
 
 

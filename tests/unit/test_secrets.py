@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,6 @@ def test_hydras_record_of_a_sweep_holds_no_secret(secrets: dict[str, str], tmp_p
 def test_what_a_tracker_is_told_holds_no_secret(
     secrets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
     import types
 
     told: dict[str, Any] = {}
@@ -159,3 +160,31 @@ def test_what_a_tracker_is_told_holds_no_secret(
     trackers.Wandb("p", None, f"run {secret}", [secret, "tag"]).start(tmp_path, {}, 0)
     assert told["name"] == f"run {HIDDEN}"
     assert told["tags"] == [HIDDEN, "tag"]
+
+
+def test_weights_and_biases_keeps_no_secret_of_the_command_line(
+    secrets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    typed = [
+        "train.py",
+        f"data.system={secrets['MY_SECRET']}",
+        "model_name_or_path=hf_TypedAndNowhereElse123",
+        "seed=4",
+    ]
+    monkeypatch.setattr("sys.argv", typed)
+    tracker = trackers.Wandb("p", None, None, []).start(tmp_path, {}, 0)
+    assert sys.argv is typed
+    tracker.log(1, {"x": 1.0})
+    tracker.finish()
+    deadline = time.monotonic() + 20
+    while b"seed=4" not in (kept := _all_bytes(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)  # the client's own process writes
+    assert b"seed=4" in kept, "the command line is stored"
+    assert b"data.system=***" in kept
+    for secret in (secrets["MY_SECRET"], "hf_TypedAndNowhereElse123"):
+        assert secret.encode() not in kept
+
+
+def _all_bytes(folder: Path) -> bytes:
+    return b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())

@@ -40,12 +40,18 @@ class Source:
         """True for the embedded model."""
         return self.name == builtin.NAME
 
-    def fingerprint(self) -> str:
-        """Return a hash that tells two models apart: their config, how they read text, and samples of their weights."""
+    def fingerprint(self, *, code: bool = False) -> str:
+        """Return a hash that tells two models apart: their config, how they read text, and samples of their weights.
+
+        `code`: with the Python files of the folder, where they are trusted and run.
+        """
         digest = hashlib.sha256()
         for name in ("config.json", *TOKENIZER_FILES, "tokenizer_config.json", "chat_template.jinja"):
             if (self.folder / name).is_file():
                 digest.update(name.encode() + hashlib.sha256((self.folder / name).read_bytes()).digest())
+        for path in sorted(self.folder.rglob("*.py")) if code else ():
+            name = path.relative_to(self.folder).as_posix()
+            digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
         for path in weight_files(self.folder):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())

@@ -50,7 +50,8 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
     data, source, effective = setting.data, setting.source, trial.effective
     content = [f.sha256 for f in data.files] + [str(config.max_train_rows)]
     world = session.engine.world_size
-    who = json.loads(json.dumps(identity(config, world, content, source.fingerprint(), _adapter_hash(config.adapter))))
+    model = source.fingerprint(code=config.trust_remote_code)
+    who = json.loads(json.dumps(identity(config, world, content, model, adapter_hash(config.adapter))))
     held = session.engine.from_main(folder.lock() if session.engine.is_main else None)
     if held is not None:  # every rank raises, or the others would wait for this one
         raise RunFolderError(held)
@@ -65,6 +66,8 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
         {
             "status": "running",
             "command": setting.command,
+            "directory": str(Path.cwd()),
+            "ranks": world,
             "environment": setting.environment,
             "allowed": {"allow_targets": config.allow_targets, "trust_remote_code": config.trust_remote_code},
             "identity": who,
@@ -92,8 +95,12 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
     trial.recorder = Recorder(folder.metrics, _trackers(trial))
 
 
-def _adapter_hash(folder: str | None) -> str | None:
-    """Return the hash of the adapter that a run starts from."""
+def adapter_hash(folder: str | None) -> str | None:
+    """Return the hash of the adapter that a run starts from.
+
+    Errors:
+        ModelError: the folder holds no adapter.
+    """
     if folder is None:
         return None
     path = Path(folder) / "adapter_model.safetensors"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sftx.runs.metrics import Tracker
-from sftx.secrets import scrub
+from sftx.secrets import scrub, scrub_text
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,30 @@ class Wandb:
         import wandb
 
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-        run = wandb.init(
-            project=scrub(self.project),
-            entity=scrub(self.entity),
-            name=scrub(self.name) or folder.name,
-            id=f"{folder.name}-{place}",
-            resume="allow",
-            tags=scrub(self.tags) or None,
-            config=dict(config),
-            dir=str(folder),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        with _discreet_argv():
+            run = wandb.init(
+                project=scrub(self.project),
+                entity=scrub(self.entity),
+                name=scrub(self.name) or folder.name,
+                id=f"{folder.name}-{place}",
+                resume="allow",
+                tags=scrub(self.tags) or None,
+                config=dict(config),
+                dir=str(folder),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
         return _Wandb(run)
+
+
+@contextmanager
+def _discreet_argv() -> Iterator[None]:
+    """Hide the secrets of the command line, which the client of Weights & Biases reads and stores by itself."""
+    typed = sys.argv
+    sys.argv = [scrub_text(word) for word in typed]
+    try:
+        yield
+    finally:
+        sys.argv = typed
 
 
 class _Wandb:

@@ -1,0 +1,135 @@
+"""`sftx repro RUN`: run a run again, and tell whether it comes to the same bits."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftx import PROJECT_ROOT
+from sftx.errors import EXIT_FAULT
+
+if TYPE_CHECKING:
+    from sftx.runs.past import PastRun
+    from sftx.runs.reproduce import ThenAndNow, Verdict
+
+
+def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) -> None:
+    """Add `repro`."""
+    parser = groups[""].add_parser(
+        "repro",
+        help="run a run again from its folder, and tell whether it comes to the same bits",
+        description="Say what differs between a run and now (code, versions, hardware, data, model), run its "
+        "config.yaml again in a new folder, and compare metrics and weights to the last bit. The exit code is 0 for "
+        "the same bits, 1 otherwise.",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="paths that lead elsewhere now, such as train_file_path=DIR; what a file cannot give: "
+        "allow_targets=[...], trust_remote_code=true; what was masked as a secret",
+    )
+    parser.add_argument(
+        "--output_dir", "--output-dir", metavar="DIR", help="where to train; default: beside it, RUN-repro"
+    )
+    parser.add_argument("--check", action="store_true", help="only say the differences; exit code 1 if there are any")
+    parser.add_argument("--anyway", action="store_true", help="train although settings, data or model are others")
+    parser.set_defaults(run=_repro)
+
+
+def _repro(asked: argparse.Namespace) -> int:
+    from sftx.runs.past import open_run
+
+    if str(PROJECT_ROOT) not in sys.path:  # a module of the user's own beside train.py is found, as train.py finds it
+        sys.path.insert(0, str(PROJECT_ROOT))
+    run = open_run(asked.folder)
+    from sftx.runs.recipe import check_ranks, command, from_its_directory, recipe, typed_keys
+
+    if not asked.check:
+        check_ranks(run)
+    as_stored = recipe(run, asked.words)
+    config = from_its_directory(as_stored, run, typed_keys(asked.words), Path.cwd())
+    from sftx.runs.reproduce import output_of, then_and_now
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    found = then_and_now(run, config, download=not asked.check)
+    if is_main:
+        _print(_found_lines(run, found, moved=config != as_stored))
+    if asked.check:
+        return int(bool(found))
+    folder = output_of(run, asked.output_dir)
+    if found.content and not asked.anyway:
+        if is_main:
+            _print(
+                ["Not started: with other settings, data or model it is another run. To train all the same: --anyway"]
+            )
+        return EXIT_FAULT
+    from sftx.run import run as train
+
+    extra = [f"--output_dir={asked.output_dir}"] if asked.output_dir else []
+    again = command(run, *asked.words, *(["--anyway"] if asked.anyway else []), *extra)
+    result = train([replace(config, output_dir=str(folder))], command=again)[0]
+    return _judged(run, result.output_dir) if is_main else 0
+
+
+def _found_lines(run: PastRun, found: ThenAndNow, *, moved: bool) -> Iterable[str]:
+    from sftx.commands.run_report import difference_lines, folded, headings, visible
+
+    yield from headings("repro", run)
+    if moved:
+        yield f"relative paths: from {visible(str(run.directory))}, where the run was started"
+    if not found:
+        yield "then and now: no difference in code, versions, hardware, settings, data and model"
+    for title, differences in (("of the machine and the code", found.machine), ("of the run", found.content)):
+        if differences:
+            yield f"differences {title}, then -> now: {len(differences)}"
+        for d in differences:
+            yield from difference_lines(d, ("then", "now "))
+    for remark in found.remarks:
+        yield from folded(f"note: {visible(remark)}", indent=6)
+
+
+def _judged(run: PastRun, folder: Path) -> int:
+    from sftx.runs.past import open_run
+    from sftx.runs.reproduce import judge
+
+    verdict = judge(run, open_run(folder))
+    _print(["", *_verdict_lines(run, folder, verdict)])
+    return 0 if verdict.same else EXIT_FAULT
+
+
+def _verdict_lines(run: PastRun, folder: Path, verdict: Verdict) -> Iterable[str]:
+    from sftx.commands.run_report import change_words, visible
+
+    if verdict.same:
+        part = "" if run.status == "completed" else f" as far as {run.path} came"
+        yield f"Same bits{part}: {len(verdict.metrics)} metrics at {verdict.shared_steps} steps" + (
+            ", and the weights in final/." if verdict.compared_weights else "."
+        )
+    elif verdict.first is not None:
+        yield f"Not the same bits: {visible(verdict.first.metric)} differs first, at {change_words(verdict.first)}"
+    elif not verdict.weights and not verdict.shared_steps:
+        yield f"Nothing to compare: {run.path} recorded no step, and has no final/."
+    else:
+        yield "Not the same bits."
+    if not verdict.compared_weights:
+        yield f"  weights: not compared, {run.path} has none in final/"
+    for d in verdict.weights:
+        yield f"  {visible(d.key)}: sha256 {str(d.a)[:16]} -> {str(d.b)[:16]}"
+    if not verdict.same and verdict.first is None:
+        for m in verdict.metrics:
+            if m.differs:
+                yield f"  {visible(m.name)}: {m.steps_a} records -> {m.steps_b}"
+    yield f"  every difference: sftx diff {run.path} {folder}"
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+    sys.stdout.flush()
