@@ -8,8 +8,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from sftx.errors import StoppedError
+from sftx.parallel.proc import die_with_parent
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+BEFORE_FIRST_STEP = "{signal}: stopped before the first step; there was nothing to save."
 
 
 class EndNow(BaseException):
@@ -41,7 +43,7 @@ class Signals:
         if self.received is None or error is None or isinstance(error, StoppedError):
             return
         if self.at_once:
-            raise StoppedError(f"{self.received}: stopped before the first step; there was nothing to save.") from error
+            raise StoppedError(BEFORE_FIRST_STEP.format(signal=self.received)) from error
         # The checkpoint failed, or a process that the same signal had ended was missed first.
         raise StoppedError(f"{self.received}: stopped without a checkpoint of the last step: {error}") from error
 
@@ -54,6 +56,7 @@ class Signals:
 
 
 def ignore(_worker: int = 0) -> None:
-    """Let a loader process outlive a signal that goes to all processes: the trainer ends it."""
+    """Let a loader process outlive a signal that goes to all processes, but not the trainer, which ends it."""
+    die_with_parent()
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
