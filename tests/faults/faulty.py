@@ -39,6 +39,7 @@ KINDS: dict[str, Callable[[], object]] = {
     "sleeps": lambda: time.sleep(10_000),
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "works": lambda: _work(12),
+    "waits": lambda: time.sleep(12),
     "stops": lambda: os.kill(os.getpid(), signal.SIGTERM),
 }
 

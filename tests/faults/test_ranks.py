@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from tests.conftest import ROOT, SMALL, over
 
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
-from sftx.errors import EXIT_FAULT, EXIT_USER
+from sftx.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER
 from sftx.run import run
 
 PARTS = str(Path(__file__).parent)
@@ -168,4 +169,118 @@ def test_a_rank_brings_the_run_down_by_name(tmp_path: Path, kind: str, count: in
     assert manifest["status"] == "failed"
     assert "boom" in manifest["error"] if kind == "raises" else f"rank {rank}" in manifest["error"] or rank == 0
     assert "ERROR failed: " in (tmp_path / "run" / "train.log").read_text()
-    assert_goes_on(tmp_path)
+    if (kind, count, moment, rank) not in QUICK:
+        assert_goes_on(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "count", "rank"), [("sleeps", 2, 1), ("stopped", 4, 0)])
+def test_a_rank_that_hangs_is_given_up_within_a_minute(tmp_path: Path, kind: str, count: int, rank: int) -> None:
+    command = Command(words(count, tmp_path, *fault(kind, rank, tmp_path)))
+    ended = command.end(mark(tmp_path))
+    assert_named(ended, kind, rank, wait=45)
+    assert ended.seconds < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "moment", "rank"), [("works", "step", 1), ("works", "evaluation", 0), ("waits", "save", 0)]
+)
+def test_a_rank_that_is_late_is_not_one_that_hangs(tmp_path: Path, kind: str, moment: str, rank: int) -> None:
+    """It works for twice as long as one may hang; or the main one waits as long for the disk, in a save."""
+    command = Command(words(2, tmp_path, f"parallel.hang_seconds={HANG}", *fault(kind, rank, tmp_path, moment)))
+    ended = command.end(mark(tmp_path))
+    assert ended.code == 0, ended.err
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_command_ends_all_ranks_in_order(tmp_path: Path) -> None:
+    command = Command(words(2, tmp_path, "max_steps=5000", "save_steps=5000", "eval_steps=5000"))
+    command.wait_for_steps(tmp_path)
+    asked = time.monotonic()
+    os.killpg(command.process.pid, signal.SIGTERM)  # as a terminal or a scheduler does
+    time.sleep(0.05)
+    os.killpg(command.process.pid, signal.SIGTERM)
+    ended = command.end(lambda: asked)
+    assert ended.code == EXIT_STOPPED, ended.err
+    assert ended.last.startswith("sftx: SIGTERM: stopped after step ")
+    assert len(ended.err.splitlines()) == 1
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "stopped"
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("seconds", [0.2, 2.0, 5.0])
+def test_a_signal_while_the_ranks_start_is_not_lost(tmp_path: Path, number: signal.Signals, seconds: float) -> None:
+    command = Command(words(2, tmp_path))
+    command.wait_for(lambda: len([p for p in command.processes() if "sftx.parallel.rank" in p.cmdline()]) == 2)
+    time.sleep(seconds)
+    asked = time.monotonic()
+    command.process.send_signal(number)
+    ended = command.end(lambda: asked)
+    assert ended.code == EXIT_STOPPED, ended.err
+    assert ended.last == f"sftx: {number.name}: stopped before the first step; there was nothing to save."
+    assert ended.seconds < 15
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_ends_all_in_order(tmp_path: Path, rank: int) -> None:
+    command = Command(words(2, tmp_path, "max_steps=5000", "save_steps=5000"))
+    command.wait_for_steps(tmp_path)
+    asked = time.monotonic()
+    command.rank(rank).send_signal(signal.SIGUSR1)
+    ended = command.end(lambda: asked)
+    assert ended.code == EXIT_STOPPED, ended.err
+    assert "stopped after step" in ended.last
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.slow
+def test_a_killed_command_takes_its_ranks_and_their_loaders_along(tmp_path: Path) -> None:
+    command = Command(words(2, tmp_path, "max_steps=5000", "dataloader_num_workers=2", "save_steps=5000"))
+    command.wait_for_steps(tmp_path)
+    assert len(command.processes()) >= 7
+    killed = time.monotonic()
+    command.process.kill()
+    while command.processes():
+        assert time.monotonic() - killed < 10, [p.cmdline() for p in command.processes()]
+        time.sleep(0.1)
+    command.process.communicate()
+
+
+@pytest.mark.slow
+def test_a_paused_command_pauses_its_ranks(tmp_path: Path) -> None:
+    """Ctrl-Z comes to the command alone; nobody takes a pause for a hang."""
+    command = Command(words(2, tmp_path, "max_steps=5000", "save_steps=5000", f"parallel.hang_seconds={HANG}"))
+    command.wait_for_steps(tmp_path)
+    command.process.send_signal(signal.SIGTSTP)
+    command.wait_for(lambda: command.rank(0).status() == command.rank(1).status() == psutil.STATUS_STOPPED)
+    time.sleep(2 * HANG)
+    seen = (tmp_path / "run" / "metrics.jsonl").read_text().count("train/loss")
+    command.process.send_signal(signal.SIGCONT)
+    command.wait_for_steps(tmp_path, seen + 5)
+    asked = time.monotonic()
+    command.process.send_signal(signal.SIGTERM)
+    assert command.end(lambda: asked).code == EXIT_STOPPED
+
+
+@pytest.mark.slow
+def test_each_trial_of_a_sweep_starts_its_ranks(tmp_path: Path) -> None:
+    """Two commands at once on one machine, too: they meet at ports of their own."""
+    argv = [w for w in words(2, tmp_path, "max_steps=2") if not w.startswith(("max_seq_length", "output_dir"))]
+    sweeps = [tmp_path / "one", tmp_path / "other"]
+    commands = [Command([*argv, "-m", "max_seq_length=96,8", f"hydra.sweep.dir={folder}"]) for folder in sweeps]
+    started = time.monotonic()
+    for command, folder in zip(commands, sweeps, strict=True):
+        ended = command.end(lambda: started, timeout=240)
+        assert ended.code == EXIT_USER, ended.err
+        outcomes = [json.loads((folder / str(i) / "trial.json").read_text()) for i in range(2)]
+        assert [o["status"] for o in outcomes] == ["completed", "failed"]
+        assert outcomes[1]["error"].startswith("RankError: rank ")
+        assert outcomes[0]["eval_loss"] < outcomes[0]["eval_loss_before"] + 1
+        assert (folder / "0" / "final" / "adapter_model.safetensors").is_file()
+        assert ended.out.index("--- trial 0") < ended.out.index("step 1/2") < ended.out.index("--- trial 1")

@@ -62,7 +62,7 @@ class HangWatch:
         if now - self._looked > PAUSE_SECONDS:
             self._behind.clear()
         self._looked = now
-        most = max((self.board.meetings(r) for r in processes), default=0)
+        most = max(self.board.meetings(r) for r in range(self.board.ranks))
         found = [self._look_at(r, p, now) for r, p in processes.items() if self._is_behind(r, most)]
         hangs = [hang for hang in found if hang is not None]
         return max(hangs, key=lambda h: h.seconds, default=None)

@@ -150,7 +150,8 @@ class Supervisor:
         found = [failure for rank in self.ranks if (failure := self._failure_of(rank)) is not None]
         if found and self.failure is None:
             self._noticed = self._noticed or now
-            if now - self._noticed >= SETTLE_SECONDS or len(found) == self.count:
+            all_told = len(found) == self.count or not any(rank.runs for rank in self.ranks)
+            if all_told or now - self._noticed >= SETTLE_SECONDS:
                 self.failure = _cause(found)
                 self.board.culprit = self.failure.rank
                 if self.failure.stopped:
