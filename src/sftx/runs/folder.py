@@ -121,7 +121,7 @@ class RunFolder:
     def note_end(self, status: str, error: Exception) -> None:
         """Note how a run ended whose main process could not, unless another run is here by now."""
         with suppress(OSError, ValueError, SftxError):  # the error itself is said in any case
-            if self.lock() is not None:
+            if not (self.path / MANIFEST).is_file() or self.lock() is not None:
                 return
             try:
                 self.manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
