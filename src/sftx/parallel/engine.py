@@ -104,7 +104,7 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if local_rank >= gpus:
         raise ConfigError(
-            f"`parallel`: more than {local_rank} processes were started here, but torch sees {gpus} GPUs, and each needs "
-            f"its own: parallel.num_processes={gpus}, or device=cpu."
+            f"`parallel`: more than {local_rank} processes were started here, but torch sees {gpus} GPUs, and each "
+            f"needs its own: parallel.num_processes={gpus}, or device=cpu."
         )
     return torch.device("cuda", local_rank)

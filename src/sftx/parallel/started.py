@@ -36,7 +36,8 @@ class Lines:
 
     def listen(self, selector: BaseSelector) -> None:
         """Let a selector tell when there is something."""
-        selector.register(self._descriptor or 0, EVENT_READ, self)
+        assert self._descriptor is not None
+        selector.register(self._descriptor, EVENT_READ, self)
 
     def read(self, selector: BaseSelector) -> None:
         """Take the lines that have come."""

@@ -27,7 +27,9 @@ from sftx.parallel.started import Started, first_frame
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5
-"""After the first end, until the cause is chosen: that a rank was killed may be noticed after what follows from it."""
+"""After the first end, until the cause is chosen: another one may have been earlier, and be noticed later."""
+DOUBT_SECONDS = 2.0
+"""The same, while all that is known came out of meetings."""
 GRACE_SECONDS = 4.0
 """What the others get to end by themselves, once one has ended the run."""
 LOOPBACK = "127.0.0.1"
@@ -150,10 +152,11 @@ class Supervisor:
         found = [failure for rank in self.ranks if (failure := self._failure_of(rank)) is not None]
         if found and self.failure is None:
             self._noticed = self._noticed or now
+            cause = min(found, key=lambda f: (f.doubt, f.time))
             all_told = len(found) == self.count or not any(rank.runs for rank in self.ranks)
-            if all_told or now - self._noticed >= SETTLE_SECONDS:
-                self.failure = _cause(found)
-                self.board.culprit = self.failure.rank
+            if all_told or now - self._noticed >= (DOUBT_SECONDS if cause.doubt else SETTLE_SECONDS):
+                self.failure = cause
+                self.board.culprit = cause.rank
                 if self.failure.stopped:
                     self._ask(signal.SIGTERM, None)
         if self._noticed is None or (self.failure and self.failure.stopped):
@@ -221,8 +224,3 @@ class Supervisor:
         said = [] if failure.rank == 0 else [f"[rank {failure.rank}] {line}" for line in self.ranks[failure.rank].tail]
         printed = "\n".join([*said, *([failure.printed] if failure.printed else [])])
         return RankError(f"rank {failure.rank} {failure.text}", failure.exit_code, printed)
-
-
-def _cause(failures: list[Failure]) -> Failure:
-    """Return the failure that the others follow from."""
-    return min(failures, key=lambda f: (f.doubt, f.time))
