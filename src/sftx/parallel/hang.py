@@ -35,6 +35,7 @@ class Hang:
 
     rank: int
     seconds: float
+    """The limit that it passed."""
     stopped: bool
     """By a signal."""
     worked: bool
@@ -64,8 +65,7 @@ class HangWatch:
         self._looked = now
         most = max(self.board.meetings(r) for r in range(self.board.ranks))
         found = [self._look_at(r, p, now) for r, p in processes.items() if self._is_behind(r, most)]
-        hangs = [hang for hang in found if hang is not None]
-        return max(hangs, key=lambda h: h.seconds, default=None)
+        return next((hang for hang in found if hang is not None), None)
 
     def _is_behind(self, rank: int, most: int) -> bool:
         if self.board.meetings(rank) < most:
@@ -85,9 +85,9 @@ class HangWatch:
             behind.idle_since, behind.cpu_seconds = now, does.cpu_seconds
         waited, idle = now - behind.since, now - behind.idle_since
         if idle >= self.idle_limit and (does.stopped or not self._writes(rank, meetings)):
-            return Hang(rank, idle, does.stopped, worked=False)
+            return Hang(rank, self.idle_limit, does.stopped, worked=False)
         if waited >= self.work_limit:
-            return Hang(rank, waited, does.stopped, worked=True)
+            return Hang(rank, self.work_limit, does.stopped, worked=True)
         return None
 
     def _writes(self, rank: int, meetings: int) -> bool:

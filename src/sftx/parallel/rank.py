@@ -18,7 +18,7 @@ from sftx.errors import EXIT_FAULT, ConfigError, SftxError
 from sftx.parallel import watch
 from sftx.parallel.board import TOGETHER, Board
 from sftx.parallel.proc import die_with_parent
-from sftx.parallel.signals import Signals
+from sftx.parallel.signals import Signals, heard
 from sftx.parallel.started import WHERE
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     if os.getppid() != told["parent"]:
         os._exit(1)  # it ended before the kernel was asked to watch it
     sys.path[:], sys.argv[:] = told["path"], told["argv"]
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)
     faulthandler.register(WHERE, file=told["where"], all_threads=False)
     rank = int(os.environ["RANK"])
     board = Board(told["board"], int(os.environ["WORLD_SIZE"]))
@@ -50,7 +50,7 @@ def _run(told: dict[str, Any]) -> dict[str, Any]:
     from sftx.config.options import user_folders
     from sftx.config.safety import unlisted
 
-    with Signals():
+    with Signals(), heard():
         user_folders[:] = map(Path, told["folders"])
         problems = unlisted(told["config"], told["config"]["allow_targets"], lambda _: "config")
         if problems:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,7 +13,6 @@ from sftx.errors import StoppedError
 from sftx.parallel.proc import die_with_parent
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-BEFORE_FIRST_STEP = "{signal}: stopped before the first step; there was nothing to save."
 
 
 class EndNow(BaseException):
@@ -43,7 +44,7 @@ class Signals:
         if self.received is None or error is None or isinstance(error, StoppedError):
             return
         if self.at_once:
-            raise StoppedError(BEFORE_FIRST_STEP.format(signal=self.received)) from error
+            raise StoppedError(f"{self.received}: stopped before the first step; there was nothing to save.") from error
         # The checkpoint failed, or a process that the same signal had ended was missed first.
         raise StoppedError(f"{self.received}: stopped without a checkpoint of the last step: {error}") from error
 
@@ -53,6 +54,27 @@ class Signals:
         self.received = signal.Signals(number).name
         if self.at_once:
             raise EndNow(self.received)
+
+
+@contextmanager
+def put_off() -> Iterator[None]:
+    """Let the signals wait until the block is left; processes that are started inside let them wait as well."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Let the signals come in, those that have waited first, in a process that was started in `put_off`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore(_worker: int = 0) -> None:

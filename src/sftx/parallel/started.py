@@ -22,7 +22,7 @@ from sftx.parallel.proc import kill_session
 WHERE = signal.SIGQUIT
 """Asks a rank to write down where it stands; answered even by one whose main thread waits for a lock."""
 WHERE_SECONDS = 1.0
-TAIL_LINES = 20
+TAIL_LINES = 40
 """What is kept of what a rank prints, other than the main one."""
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from sftx.errors import EXIT_FAULT, RankError, SftxError, StoppedError
 from sftx.parallel.board import Board
 from sftx.parallel.hang import Hang, HangWatch
-from sftx.parallel.signals import ASKING, BEFORE_FIRST_STEP
+from sftx.parallel.signals import ASKING, put_off
 from sftx.parallel.started import Started, first_frame
 
 POLL_SECONDS = 0.1
@@ -97,7 +97,7 @@ class Supervisor:
     def _start(self, order: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         sys.stdout.flush()  # the main rank prints to the same place
         sys.stderr.flush()
-        with socket.socket() as door:  # held until the main rank has it: no other run can take its port
+        with put_off(), socket.socket() as door:  # held until the main rank has it: no other run can take its port
             door.bind((LOOPBACK, 0))
             door.listen(self.count)
             shared = {
@@ -107,10 +107,7 @@ class Supervisor:
             for number in range(self.count):
                 own = shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
                 handed = door.fileno() if number == 0 else None
-                rank = Started(number, self.count, order, own, self._board, handed, self._selector)
-                self.ranks.append(rank)
-                if self._asked is not None:  # the signal came while they were being started
-                    rank.send(self._asked)
+                self.ranks.append(Started(number, self.count, order, own, self._board, handed, self._selector))
 
     def _close(self) -> None:
         for rank in self.ranks:
@@ -195,9 +192,6 @@ class Supervisor:
         if rank.ended >= 0:
             return Failure(rank.number, rank.ended_at, 0, f"ended with exit code {rank.ended} before its work was done")
         name = signal.Signals(-rank.ended).name
-        if -rank.ended in ASKING:
-            text = BEFORE_FIRST_STEP.format(signal=name)
-            return Failure(rank.number, rank.ended_at, 0, text, StoppedError.exit_code, f"sftx: {text}", stopped=True)
         # What is written in C may abort when the connection to another rank breaks.
         doubt = 1 if -rank.ended == signal.SIGABRT else 0
         why = " (perhaps by the kernel, out of memory: see dmesg)" if -rank.ended == signal.SIGKILL else ""
