@@ -56,6 +56,14 @@ class TrainingError(SftxError):
     exit_code = EXIT_FAULT
 
 
+class RankError(SftxError):
+    """One of several processes ended the run; `printed` is what a run of one process would say of it."""
+
+    def __init__(self, text: str, exit_code: int = EXIT_FAULT, printed: str = "") -> None:
+        self.exit_code, self.printed = exit_code, printed
+        super().__init__(text)
+
+
 class StoppedError(SftxError):
     """A signal asked the run to end."""
 
@@ -75,19 +83,31 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean `{match}`?" if match else ""
 
 
-def say(error: BaseException) -> int:
-    """Print an error as its kind demands and return the exit code."""
+def printed(error: BaseException) -> str:
+    """Return what is printed of an error, as its kind demands."""
     if isinstance(error, ConfigError):
         count = len(error.problems)
-        print(f"sftx: {count} problem{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
-        for problem in error.problems:
-            print("  - " + problem.replace("\n", "\n    "), file=sys.stderr)
-        return error.exit_code
+        lines = [f"sftx: {count} problem{'s' if count > 1 else ''} in the configuration"]
+        return "\n".join([*lines, *("  - " + problem.replace("\n", "\n    ") for problem in error.problems)])
+    if isinstance(error, RankError) and error.printed:
+        return f"{error.printed}\nsftx: {error}"
     if isinstance(error, SftxError):
-        print(f"sftx: {error}", file=sys.stderr)
-        return error.exit_code
-    traceback.print_exception(error)
-    return EXIT_FAULT
+        return f"sftx: {error}"
+    return "".join(traceback.format_exception(error)).rstrip("\n")
+
+
+def summary(error: BaseException) -> str:
+    """Return an error in one line; a fault's begins with its kind."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, SftxError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def say(error: BaseException) -> int:
+    """Print an error and return the exit code."""
+    print(printed(error), file=sys.stderr)
+    return error.exit_code if isinstance(error, SftxError) else EXIT_FAULT
 
 
 @contextmanager

@@ -24,14 +24,16 @@ from sftx.errors import ConfigError, StoppedError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import family_named, family_of
 from sftx.model.load import Source, find_model, load_base, load_template
+from sftx.parallel import watch
 from sftx.parallel.engine import Engine
 from sftx.parallel.signals import Signals
 from sftx.runs import manifest
 from sftx.runs.begin import Setting, open_trial
 from sftx.runs.effective import Effective
-from sftx.runs.end import Result, finish_trial, note_failure
+from sftx.runs.end import finish_trial, note_failure
 from sftx.runs.folder import ONLY, RunFolder, RunLog
 from sftx.runs.metrics import SilentRecorder
+from sftx.runs.result import Result
 from sftx.training.documents import documents_leak
 from sftx.training.loop import train
 from sftx.training.preflight import check_room
@@ -83,13 +85,16 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         for trial in trials:
             with trial.active(session):
                 open_trial(trial, session, setting)
+        watch.tell(folders=[str(folder.path) for folder in folders])
+        engine.barrier()  # the main rank has made folders and started trackers
         train(session, trials)
         results = [finish_trial(trial, session) for trial in trials]
         finished = True
         return results
     except BaseException as error:
         stopped = isinstance(error, StoppedError) or signals.received is not None
-        note_failure(trials, engine, error, stopped=stopped)
+        if stopped or not watch.failed_by_another(error):
+            note_failure(trials, engine, error, stopped=stopped)
         raise
     finally:
         saver.close()

@@ -62,6 +62,21 @@ def refused(name: Path | str) -> str:
 # The embedded model
 
 
+def test_any_rank_builds_the_whole_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several ranks with an empty cache any may be first, and transformers saves on the first rank alone."""
+    import torch.distributed as dist
+
+    first = ensure_builtin()
+    monkeypatch.setenv("SFTX_CACHE", str(tmp_path))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 1)
+    second = ensure_builtin()
+    assert second.is_relative_to(tmp_path)
+    files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (first, second)]
+    assert files[0] == files[1]
+    assert "model.safetensors" in files[0]
+
+
 def test_the_embedded_model_is_the_same_wherever_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     for seed in (1, 2):

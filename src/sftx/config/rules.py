@@ -163,6 +163,26 @@ def _splittable_base(tree: Tree) -> str | None:
 
 
 @rule("parallel")
+def _whole_numbers_of_parallel(tree: Tree) -> str | None:
+    for name in ("num_processes", "hang_seconds", "timeout_seconds"):
+        value = tree["parallel"].get(name)
+        if isinstance(value, int) and value < 1:
+            return f"`parallel.{name}`: found {value}, wanted at least 1{'' if name[0] == 't' else ', or null'}."
+    return None
+
+
+@rule("parallel")
+def _as_many_as_were_started(tree: Tree) -> str | None:
+    asked, started = tree["parallel"].get("num_processes"), os.environ.get("WORLD_SIZE", "1")
+    if "RANK" not in os.environ or asked is None or started == str(asked):
+        return None
+    return (
+        f"`parallel.num_processes={asked}`, but a launcher (torchrun) has started {started} processes: "
+        "leave it out, or start without the launcher."
+    )
+
+
+@rule("parallel")
 def _one_process_or_more(tree: Tree) -> str | None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and str(tree["parallel"].get("_target_", "")).endswith(".Single"):

@@ -46,6 +46,7 @@ def ensure_builtin() -> Path:
 
 def _build(folder: Path, merges: str) -> None:
     import torch
+    from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2ForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -64,7 +65,12 @@ def _build(folder: Path, merges: str) -> None:
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    model.save_pretrained(folder)
+    # `model.save_pretrained` writes nothing on any rank but the first, and another may be here first.
+    config.architectures = [type(model).__name__]
+    for part in (config, model.generation_config):
+        part.save_pretrained(folder)
+    tensors = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}  # tied to the embedding
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _tokenizer(merges: str):  # type: ignore[no-untyped-def]  # transformers carries no types

@@ -1,4 +1,4 @@
-"""Data parallel under torchrun: gloo on CPU, NCCL on GPUs; group `parallel`, option `ddp`.
+"""Data parallel: gloo on CPU, NCCL on GPUs; group `parallel`, option `ddp`.
 
 Every rank holds the whole model and trains on its share of each step's micro-batches. Gradients are
 summed over ranks once per optimizer step, in buckets: the same sum as DistributedDataParallel with
@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from sftx.errors import ConfigError
+from sftx.parallel import watch
 from sftx.parallel.engine import Engine, Stepper, choose_device
+from sftx.parallel.single import SingleEngine
 from sftx.parallel.whole import WholeStepper
 
 if TYPE_CHECKING:
@@ -28,34 +30,77 @@ if TYPE_CHECKING:
 
 BUCKET_ELEMENTS = 25 * 2**20
 """Gradients exchanged in one message (100 MB of fp32)."""
+LATER = datetime.timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
 class Ddp:
-    """Several processes, one device each."""
+    """Several processes, one device each; `num_processes` are started on this machine, null: one for each GPU.
 
+    `hang_seconds`: how long the others wait for a rank that does nothing; `timeout_seconds`: for one that works.
+    """
+
+    num_processes: int | None
+    hang_seconds: int | None
     timeout_seconds: int
 
     def start(self, device: str) -> Engine:
-        """Join the process group that torchrun started.
+        """Join the other ranks, if there are any.
 
         Errors:
-            ConfigError: the process was not started by torchrun.
+            ConfigError: there should be several, and this process is alone.
         """
         if "RANK" not in os.environ:
-            raise ConfigError(
-                "`parallel=ddp`: this process was not started by torchrun. "
-                "Type: torchrun --nproc_per_node 2 train.py parallel=ddp ..., or use parallel=single."
-            )
-        from accelerate import PartialState
-
+            refuse_alone("ddp", self.num_processes)
+            return SingleEngine(choose_device(device, 0))
         local = choose_device(device, int(os.environ["LOCAL_RANK"]))
-        PartialState(cpu=local.type == "cpu", timeout=datetime.timedelta(seconds=self.timeout_seconds))
-        if dist.get_world_size() != int(os.environ["WORLD_SIZE"]):  # Accelerate once fell back to one process
-            raise ConfigError(
-                f"`parallel=ddp`: {dist.get_world_size()} ranks joined, {os.environ['WORLD_SIZE']} were started."
-            )
+        if os.environ["WORLD_SIZE"] == "1":
+            return SingleEngine(local)
+        join(local, self.timeout_seconds)
+        check_complete("ddp")
         return DdpEngine(local)
+
+
+def refuse_alone(option: str, asked: int | None) -> None:
+    """Raise if a process that nobody started as a rank should be one of several.
+
+    Errors:
+        ConfigError: it should.
+    """
+    if asked is not None and asked > 1:
+        raise ConfigError(
+            f"`parallel.num_processes={asked}`: this process trains alone. python train.py parallel={option} starts "
+            f"{asked} processes; in a program of your own, use parallel=single."
+        )
+
+
+def join(device: torch.device, timeout_seconds: int) -> None:
+    """Join the process group, whoever started the ranks."""
+    from accelerate import PartialState
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    group: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_seconds)}
+    with watch.meeting():
+        if watch.current is not None:
+            # The supervisor, which can name the rank that others wait for, is to be the first to lose patience.
+            group["timeout"] += LATER
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, rank == 0,
+                group["timeout"], master_listen_fd=watch.current.door,
+            )  # fmt: skip
+            group |= {"store": store, "rank": rank, "world_size": world_size}
+        PartialState(cpu=device.type == "cpu", **group)
+
+
+def check_complete(option: str) -> None:
+    """Raise if the process group does not hold every rank that was started: Accelerate once fell back to one.
+
+    Errors:
+        ConfigError: ranks are missing.
+    """
+    started = os.environ["WORLD_SIZE"]
+    if dist.get_world_size() != int(started):
+        raise ConfigError(f"`parallel={option}`: {dist.get_world_size()} ranks joined, {started} were started.")
 
 
 class DdpEngine:
@@ -100,23 +145,26 @@ class DdpEngine:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor summed over ranks."""
         total = tensor.clone()
-        dist.all_reduce(total)
+        with watch.meeting():
+            dist.all_reduce(total)
         return total
 
     def from_main(self, value: Any) -> Any:
         """Return rank 0's value."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        with watch.meeting(for_main=True):
+            dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        with watch.meeting(for_main=True):
+            dist.barrier()
 
     def close(self, *, together: bool) -> None:
         """Leave the process group; a rank that failed waits for no other."""
         if together:
-            dist.barrier()
+            self.barrier()
             dist.destroy_process_group()
 
 
@@ -124,6 +172,7 @@ def _sum_bucket(bucket: list[torch.Tensor]) -> None:
     if not bucket:
         return
     flat = torch.cat([g.flatten() for g in bucket])
-    dist.all_reduce(flat)
+    with watch.meeting():
+        dist.all_reduce(flat)
     for gradient, piece in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
         gradient.copy_(piece.view_as(gradient))

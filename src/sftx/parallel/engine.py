@@ -110,7 +110,7 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
     """Return the device of a rank: `auto` takes a GPU when there is one.
 
     Errors:
-        ConfigError: a GPU was asked for and there is none.
+        ConfigError: a GPU was asked for and there is none, or none that is this rank's own.
     """
     from sftx.errors import ConfigError
 
@@ -119,4 +119,10 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
     if asked == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it finds it
         return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"`parallel`: more than {local_rank} processes were started here, but torch sees {gpus} GPUs, and each "
+            f"needs its own: parallel.num_processes={gpus}, or device=cpu."
+        )
     return torch.device("cuda", local_rank)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 from sftx.errors import StoppedError
+from sftx.parallel.proc import die_with_parent
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -53,7 +56,29 @@ class Signals:
             raise EndNow(self.received)
 
 
+@contextmanager
+def put_off() -> Iterator[None]:
+    """Let the signals wait until the block is left; processes that are started inside let them wait as well."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Let the signals come in, those that have waited first, in a process that was started in `put_off`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore(_worker: int = 0) -> None:
-    """Let a loader process outlive a signal that goes to all processes: the trainer ends it."""
+    """Let a loader process outlive a signal that goes to all processes, but not the trainer, which ends it."""
+    die_with_parent()
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)

@@ -6,7 +6,6 @@ files as any other run's, so a checkpoint may be gone on with on another number 
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import socket
@@ -16,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.optim import Optimizer
 
 from sftx.errors import ConfigError
-from sftx.parallel.ddp import DdpEngine
+from sftx.parallel import watch
+from sftx.parallel.ddp import DdpEngine, check_complete, join, refuse_alone
 from sftx.parallel.engine import Engine, Stepper, Weights, choose_device
 
 if TYPE_CHECKING:
@@ -34,15 +33,20 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class Zero3:
-    """Several processes that share one model; `offload_*` keep what a GPU has no room for in host memory."""
+    """Several processes that share one model; `offload_*` keep what a GPU has no room for in host memory.
 
+    The other settings are those of `Ddp`.
+    """
+
+    num_processes: int | None
     offload_parameters: bool
     offload_optimizer: bool
     bucket_elements: int
+    hang_seconds: int | None
     timeout_seconds: int
 
     def start(self, device: str) -> Engine:
-        """Join the process group that torchrun started, or be a group of one.
+        """Join the other ranks, or be a group of one.
 
         Errors:
             ConfigError: DeepSpeed is not installed, or ranks are missing.
@@ -50,20 +54,16 @@ class Zero3:
         local = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
         os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # its kernels are not used: torch's optimizers are
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        from accelerate import PartialState
-
         try:
             import deepspeed
         except ImportError as error:
             raise ConfigError("`parallel=zero3` needs DeepSpeed: pip install -c constraints.txt deepspeed.") from error
         if "RANK" not in os.environ:
+            refuse_alone("zero3", self.num_processes)
             os.environ |= _group_of_one()
-        PartialState(cpu=local.type == "cpu", timeout=datetime.timedelta(seconds=self.timeout_seconds))
+        join(local, self.timeout_seconds)
         deepspeed.init_distributed(dist_backend="gloo" if local.type == "cpu" else "nccl", verbose=False)
-        if dist.get_world_size() != int(os.environ["WORLD_SIZE"]):
-            raise ConfigError(
-                f"`parallel=zero3`: {dist.get_world_size()} ranks joined, {os.environ['WORLD_SIZE']} were started."
-            )
+        check_complete("zero3")
         return Zero3Engine(local, self)
 
 
@@ -137,7 +137,13 @@ class Zero3Engine(DdpEngine):
             config=self.config(dtype, max_grad_norm),
             dist_init_required=False,
         )
-        model.forward = self.trained
+        trained = self.trained
+
+        def forward(*arguments: Any, **named: Any) -> Any:
+            with watch.meeting():  # each layer's parameters are gathered from all ranks
+                return trained(*arguments, **named)
+
+        model.forward = forward
         return Zero3Stepper(self, self.trained, adapter.parameters, optimizer)
 
     def close(self, *, together: bool) -> None:
@@ -163,14 +169,16 @@ class Zero3Stepper:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add and split the gradients; DeepSpeed's mean over ranks is made the sum that the loop wants."""
         self.trained.set_gradient_accumulation_boundary(last)
-        self.trained.backward(loss * self.engine.world_size, scale_wrt_gas=False)
+        with watch.meeting():
+            self.trained.backward(loss * self.engine.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, *, apply: bool = True) -> float:
         """Clip and step; DeepSpeed skips a step whose gradient is not finite, as that of such a loss is."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped = self.trained.skipped_steps
-        self.trained.step()
+        with watch.meeting():
+            self.trained.step()
         if self.trained.skipped_steps > skipped:
             return float("nan")
         return float(self.trained.get_global_grad_norm())
@@ -185,7 +193,7 @@ class Zero3Stepper:
 
         out: Weights = {}
         for name, parameter in self.parameters.items():
-            with deepspeed.zero.GatheredParameters([parameter]):
+            with watch.meeting(), deepspeed.zero.GatheredParameters([parameter]):
                 if self.engine.is_main:
                     out[name] = parameter.detach().cpu().clone()
         return out
@@ -196,7 +204,7 @@ class Zero3Stepper:
         import deepspeed
 
         for name, parameter in self.parameters.items():
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            with watch.meeting(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if self.engine.is_main:
                     parameter.copy_(weights[name])
             self._set_own_part(parameter, weights[name])
@@ -209,7 +217,8 @@ class Zero3Stepper:
         first: Mapping[str, Any] = next(iter(self.optimizer.state.values()), {})
         split = sorted(k for k, v in first.items() if isinstance(v, torch.Tensor) and v.ndim > 0)  # alike on all ranks
         for name, parameter in self.parameters.items():
-            whole = {k: safe_get_full_optimizer_state(parameter, k) for k in split}
+            with watch.meeting():
+                whole = {k: safe_get_full_optimizer_state(parameter, k) for k in split}
             if STEP in first:
                 whole[STEP] = first[STEP]
             if parameter.dtype != torch.float32:

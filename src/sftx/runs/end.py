@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 from sftx.errors import CheckpointError, SftxError
 from sftx.files import write_text
@@ -14,26 +12,11 @@ from sftx.model.export import read_weights, save_final
 from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
 from sftx.runs.folder import speaking
+from sftx.runs.result import Result
 from sftx.training import checkpoint
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a trial came to."""
-
-    output_dir: Path
-    steps: int
-    eval_loss_before: float | None
-    eval_loss: float | None
-    stop_reason: str | None
-
-    @property
-    def objective(self) -> float | None:
-        """What a sweep minimises."""
-        return self.eval_loss
 
 
 def finish_trial(trial: Trial, session: Session) -> Result:

@@ -19,11 +19,13 @@ import yaml
 
 from sftx.config.derive import differences
 from sftx.config.schema import TrainConfig
-from sftx.errors import RunFolderError
-from sftx.files import TEMPORARY, Lock, check_writable, explained, sweep, write_json, write_text
+from sftx.errors import RunFolderError, SftxError, summary
+from sftx.files import TEMPORARY, Lock, append_line, check_writable, explained, sweep, write_json, write_text
 from sftx.secrets import scrub, scrub_text
 
 MANIFEST, LOCK = "manifest.json", ".lock"
+LOG_TIME = "%Y-%m-%d %H:%M:%S,000"
+"""As logging writes it."""
 ONLY = "default"
 """Name of the trial of a run that has only one."""
 
@@ -129,6 +131,19 @@ class RunFolder:
         """Change facts of the manifest."""
         self.manifest |= scrub(facts)
         write_json(self.path / MANIFEST, self.manifest)
+
+    def note_end(self, status: str, error: Exception) -> None:
+        """Note how a run ended whose main process could not, unless another run is here by now."""
+        with suppress(OSError, ValueError, SftxError):  # the error itself is said in any case
+            if not (self.path / MANIFEST).is_file() or self.lock() is not None:
+                return
+            try:
+                self.manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+                if self.manifest["status"] == "running":
+                    self.update(status=status, error=f"{type(error).__name__}: {error}")
+                    append_line(self.log, scrub_text(f"{datetime.now():{LOG_TIME}} ERROR {status}: {summary(error)}"))
+            finally:
+                self.unlock()
 
 
 class Discreet(logging.Formatter):

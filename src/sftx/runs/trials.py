@@ -10,7 +10,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -25,10 +25,9 @@ from sftx.data.sources import find_sources
 from sftx.errors import ConfigError, StoppedError, say
 from sftx.files import write_json, write_text
 from sftx.runs.folder import RunFolder
+from sftx.runs.launch import launch
+from sftx.runs.result import Result
 from sftx.secrets import scrub, scrub_text
-
-if TYPE_CHECKING:
-    from sftx.runs.end import Result
 
 log = logging.getLogger("sftx")
 TRIAL = "trial.json"
@@ -78,9 +77,7 @@ def _run(config: TrainConfig, request: Request, command: str) -> Result:
     if config.output_dir is not None:
         RunFolder(Path(config.output_dir)).check(config.resume)
     find_sources(config.train_file_path, config.train_file_name, key="train_file_name")
-    from sftx.run import run
-
-    return run([config], request.notes, command)[0]
+    return launch(config, request.notes, command)
 
 
 def _scrub_record(path: Path) -> None:

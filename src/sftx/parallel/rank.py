@@ -1,0 +1,65 @@
+"""`python -m sftx.parallel.rank` is one of several processes of a run; `supervisor.py` starts it.
+
+It is told its configuration by the process that started it, over its standard input and as plain values,
+and asks once more whether everything in it may run.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import marshal
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sftx.errors import EXIT_FAULT, ConfigError, SftxError
+from sftx.parallel import watch
+from sftx.parallel.board import TOGETHER, Board
+from sftx.parallel.proc import die_with_parent
+from sftx.parallel.signals import Signals, heard
+from sftx.parallel.started import WHERE
+
+
+def main() -> None:
+    """Train as one rank; what it comes to is told to the supervisor."""
+    die_with_parent()
+    told: dict[str, Any] = marshal.loads(sys.stdin.buffer.read())
+    if os.getppid() != told["parent"]:
+        os._exit(1)  # it ended before the kernel was asked to watch it
+    sys.path[:], sys.argv[:] = told["path"], told["argv"]
+    faulthandler.enable(all_threads=False)
+    faulthandler.register(WHERE, file=told["where"], all_threads=False)
+    rank = int(os.environ["RANK"])
+    board = Board(told["board"], int(os.environ["WORLD_SIZE"]))
+    watch.current = watcher = watch.Watch(rank, board, told["reports"], told["door"])
+    try:
+        result = _run(told)
+    except BaseException as error:
+        watcher.report(error)
+        if isinstance(error, SystemExit):
+            raise
+        sys.exit(error.exit_code if isinstance(error, SftxError) else EXIT_FAULT)  # the supervisor says it
+    with watcher.meeting(TOGETHER):  # one that does not come to its end is missed
+        watcher.tell(finished=result)
+
+
+def _run(told: dict[str, Any]) -> dict[str, Any]:
+    from sftx.config.check import config_from
+    from sftx.config.options import user_folders
+    from sftx.config.safety import unlisted
+
+    with Signals(), heard():
+        user_folders[:] = map(Path, told["folders"])
+        problems = unlisted(told["config"], told["config"]["allow_targets"], lambda _: "config")
+        if problems:
+            raise ConfigError(problems)
+        from sftx.run import run
+
+        result = run([config_from(told["config"])], told["notes"], told["command"])[0]
+    return asdict(result) | {"output_dir": str(result.output_dir)}
+
+
+if __name__ == "__main__":
+    main()

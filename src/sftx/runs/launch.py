@@ -1,0 +1,93 @@
+"""A run in this process, or as several ranks of this machine; decided before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sftx.config.options import user_folders
+from sftx.config.schema import TrainConfig
+from sftx.errors import SftxError, StoppedError
+from sftx.parallel.supervisor import Supervisor
+from sftx.runs.folder import RunFolder
+from sftx.runs.result import Result
+
+COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+
+
+def launch(config: TrainConfig, notes: Sequence[str], command: str) -> Result:
+    """Run one configuration to its end.
+
+    Errors:
+        SftxError: whatever the user can mend; with several ranks, whatever ended one of them.
+    """
+    count = count_ranks(config)
+    if count > 1:
+        return _as_ranks(config, count, [*notes, *_share_cores(count)], command)
+    from sftx.run import run
+
+    return run([config], [*notes, *_alone(config)], command)[0]
+
+
+def count_ranks(config: TrainConfig) -> int:
+    """Return how many processes are to be started: one when a launcher has started this one already."""
+    if "RANK" in os.environ or "num_processes" not in config.parallel:
+        return 1
+    asked: int | None = config.parallel["num_processes"]
+    if asked is None:
+        return max(1, 0 if config.device == "cpu" else _count_gpus())
+    return asked
+
+
+def _count_gpus() -> int:
+    """Let another process ask: torch would stay in this one, and CUDA cannot be left again."""
+    done = subprocess.run([sys.executable, "-P", "-c", COUNT_GPUS], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def _alone(config: TrainConfig) -> list[str]:
+    unasked = config.parallel.get("num_processes", 1) is None and "RANK" not in os.environ
+    return ["one process: parallel.num_processes=N starts N, and by default one for each GPU"] if unasked else []
+
+
+def _share_cores(count: int) -> list[str]:
+    if "OMP_NUM_THREADS" in os.environ:
+        return []
+    cores = len(os.sched_getaffinity(0))
+    return [
+        f"each of the {count} processes computes with {_threads(count)} of {cores} cores; OMP_NUM_THREADS sets another "
+        "number"
+    ]
+
+
+def _threads(count: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // count)
+
+
+def _as_ranks(config: TrainConfig, count: int, notes: list[str], command: str) -> Result:
+    settings = config.parallel
+    supervisor = Supervisor(
+        count, hang_seconds=settings.get("hang_seconds"), timeout_seconds=settings.get("timeout_seconds", 1800)
+    )
+    order = {
+        "config": asdict(config),
+        "notes": notes,
+        "command": command,
+        "path": list(sys.path),
+        "argv": list(sys.argv),
+        "folders": [str(f) for f in user_folders],
+    }
+    # Ranks of one machine need no other address than its own, and its name may not lead to it.
+    defaults = {"OMP_NUM_THREADS": str(_threads(count)), "GLOO_SOCKET_IFNAME": "lo"}
+    try:
+        told = supervisor.run(order, defaults | os.environ)
+    except SftxError as error:
+        for folder in supervisor.main.told.get("folders", ()):
+            RunFolder(Path(folder)).note_end("stopped" if isinstance(error, StoppedError) else "failed", error)
+        raise
+    result = told["finished"]
+    return Result(**result | {"output_dir": Path(result["output_dir"])})

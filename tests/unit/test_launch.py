@@ -1,0 +1,126 @@
+"""How many processes a run has, and what is said of numbers that cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sftx.config.check import config_from
+from sftx.config.compose import prepare
+from sftx.config.safety import unlisted
+from sftx.errors import ConfigError, RankError
+from sftx.parallel import rank
+from sftx.parallel.engine import choose_device
+from sftx.run import run
+from sftx.runs import launch
+from sftx.runs.folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def _nobody_started_this(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "count"),
+    [
+        (["parallel=single"], 4, 1),
+        (["parallel=ddp"], 0, 1),
+        (["parallel=ddp"], 4, 4),
+        (["parallel=ddp", "device=cpu"], 4, 1),
+        (["parallel=ddp", "parallel.num_processes=2"], 4, 2),
+        (["parallel=zero3"], 8, 8),
+        (["parallel=zero3", "parallel.num_processes=1"], 8, 1),
+    ],
+)
+def test_how_many(make_config, monkeypatch, words: list[str], gpus: int, count: int) -> None:
+    monkeypatch.setattr(launch, "_count_gpus", lambda: gpus)
+    config = make_config(*words)
+    assert launch.count_ranks(config) == count
+    monkeypatch.setenv("RANK", "0")
+    assert launch.count_ranks(config) == 1, "a launcher has started them"
+
+
+def test_gpus_are_counted_without_torch_in_this_process() -> None:
+    assert launch._count_gpus() == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (["parallel.num_processes=0"], {}, r"`parallel.num_processes`: found 0, wanted at least 1, or null"),
+        (["parallel.hang_seconds=-1"], {}, r"`parallel.hang_seconds`: found -1, wanted at least 1, or null"),
+        (["parallel.timeout_seconds=0"], {}, r"`parallel.timeout_seconds`: found 0, wanted at least 1\."),
+        (["parallel.num_processes=two"], {}, r"found the text 'two', wanted a whole number or null"),
+        (["parallel.num_process=2"], {}, r"Did you mean `num_processes`"),
+        (["parallel.num_processes=4"], {"RANK": "0", "WORLD_SIZE": "2"}, r"has started 2 processes: leave it out"),
+    ],
+)
+def test_numbers_that_cannot_be(monkeypatch, words: list[str], environment: dict[str, str], said: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        prepare(["parallel=ddp", *words])
+
+
+def test_a_launcher_may_start_as_many_as_are_asked_for(monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    prepare(["parallel=ddp", "parallel.num_processes=2"])
+
+
+def test_a_program_of_ones_own_is_told_that_it_is_alone(make_config) -> None:
+    with pytest.raises(ConfigError, match=r"num_processes=2`: this process trains alone"):
+        run([make_config("parallel=ddp", "parallel.num_processes=2")])
+
+
+def test_one_process_needs_no_others(make_config) -> None:
+    result = run([make_config("parallel=ddp", "max_steps=1")])[0]
+    assert result.steps == 1
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("auto", 0) == torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match=r"torch sees 1 GPUs, and each needs its own"):
+        choose_device("auto", 1)
+
+
+def test_cores_are_shared_out_and_it_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launch._share_cores(3) == [
+        "each of the 3 processes computes with 2 of 8 cores; OMP_NUM_THREADS sets another number"
+    ]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert launch._share_cores(3) == []
+
+
+def test_a_rank_asks_again_what_may_run(make_config, monkeypatch, tmp_path: Path) -> None:
+    """Whatever becomes of a configuration on its way to a rank."""
+    from dataclasses import asdict
+
+    told = {"config": asdict(make_config()), "notes": [], "command": "", "folders": []}
+    assert not unlisted(told["config"], [], lambda _: "config")
+    assert config_from(told["config"]) == make_config()
+    told["config"]["scheduler"] = {"_target_": "os.system", "command": f"touch {tmp_path / 'mark'}"}
+    with pytest.raises(ConfigError, match=r"os\.system"):
+        rank._run(told)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [("running", "failed"), ("completed", "completed")])
+def test_the_end_of_a_killed_run_is_noted_once(tmp_path: Path, before: str, after: str) -> None:
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"status": before}))
+    RunFolder(tmp_path).note_end("failed", RankError("rank 1 was killed by SIGKILL"))
+    assert json.loads(manifest.read_text())["status"] == after
+    assert (tmp_path / "train.log").exists() == (after == "failed")
+    assert not (tmp_path / ".lock").exists()
+    RunFolder(tmp_path / "none").note_end("failed", RankError("x"))
+    assert not (tmp_path / "none").exists()
