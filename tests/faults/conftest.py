@@ -9,7 +9,7 @@ from tests.faults.kill import Zygote
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    made = Zygote(tmp_path_factory.mktemp("zygote-cache"))
+def zygote() -> Iterator[Zygote]:
+    made = Zygote()
     yield made
     made.close()

@@ -20,8 +20,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.conftest import ROOT
 
@@ -31,6 +32,7 @@ PHASES = ("setup", "stepping", "ending", "evaluating", "saving", "rotating", "pu
 SAVE, FINAL, RUN = "save", "final", "run"
 """Where a write is: in checkpoints/, in final/, or elsewhere in the run folder."""
 WARM = {
+    "deepspeed",
     "accelerate",
     "bitsandbytes",
     "numpy",
@@ -49,11 +51,10 @@ SUBREAPER = 36
 class Zygote:
     """The other end of the process that forks runs."""
 
-    def __init__(self, cache: Path) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "SFTX_CACHE": str(cache)}
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.kill"], cwd=ROOT, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "tests.faults.kill"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
     def run(self, folder: Path, words: list[str], **how: Any) -> dict[str, Any]:
@@ -285,12 +286,13 @@ def _run(request: dict[str, Any], folder: Path, shared: mmap.mmap, seen: Path) -
         from sftx.config.check import freeze
         from sftx.config.compose import compose_checked
         from sftx.errors import reported
+        from sftx.run import run
 
         os.environ |= request.get("environment", {})
         watch = Watch(folder, shared, **request.get("watch", {}))
         watch.install()
         with reported():
-            sys.modules["sftx.run"].run([freeze(compose_checked(request["words"]))])
+            run([freeze(compose_checked(request["words"]))])
         code = 0
     except SystemExit as left:
         code = int(left.code or 0)
@@ -299,38 +301,52 @@ def _run(request: dict[str, Any], folder: Path, shared: mmap.mmap, seen: Path) -
         sys.stderr.flush()
         if request.get("calls") and "watch" in dir():
             seen.write_text(json.dumps(watch.seen))
-        if modules := request.get("modules"):
-            Path(modules).write_text(json.dumps([m for m in sys.modules if m.split(".")[0] in WARM]))
     return code
 
 
-def _warm(folder: Path) -> None:
-    """Import what a run imports: what a first one, forked, had imported at its end."""
-    from tests.faults.runs import words
-
-    modules = folder / "modules.json"
-    _forked({"folder": str(folder / "run"), "words": words(folder / "run"), "modules": str(modules)})
-    for name in json.loads(modules.read_text()):
-        try:
+def warm(do: Callable[[], object]) -> None:
+    """Import what a function has imported at its end, run in a process that is forked: threads end with it."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        do()
+        os.write(writer, json.dumps([m for m in sys.modules if m.split(".")[0] in WARM]).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        modules = json.load(told)
+    os.waitpid(child, 0)
+    for name in modules:
+        with suppress(Exception):  # a name that only exists in the run
             importlib.import_module(name)
-        except Exception:  # noqa: BLE001 - a lazy name that only exists in the run
-            continue
+
+
+def own_output() -> IO[str]:
+    """Return the standard output, in which nobody else writes from here on: libraries say things when imported."""
+    own = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return own
 
 
 def main() -> None:
     """Fork the runs that standard input asks for, one a line."""
+    out = own_output()
     import tempfile
 
     import torch
 
     torch.set_num_threads(1)
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
-    import sftx.run  # noqa: F401
+    from tests.faults.runs import composed
+
+    import sftx.run
 
     with tempfile.TemporaryDirectory(prefix="sftx-zygote-") as folder:
-        _warm(Path(folder))
+        warm(lambda: sftx.run.run([composed(Path(folder) / "run")]))
     for line in sys.stdin:
-        print(json.dumps(_forked(json.loads(line))), flush=True)
+        print(json.dumps(_forked(json.loads(line))), file=out)
 
 
 if __name__ == "__main__":

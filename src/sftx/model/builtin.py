@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 from sftx.data.template import template_source
-from sftx.files import cache_root, write_folder
+from sftx.files import cache_root, locked, write_folder
 
 NAME = "qwen-tiny"
 VERSION = 2
@@ -40,7 +41,11 @@ def ensure_builtin() -> Path:
     recipe = json.dumps([VERSION, ARCHITECTURE, PATTERN, merges, template_source("chatml")])
     folder = cache_root() / "models" / f"{NAME}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
-        write_folder(folder, lambda into: _build(into, merges))
+        with locked(folder.with_name(f".{folder.name}.lock")):  # one process builds, the others wait for it
+            if not folder.is_dir():
+                for left in folder.parent.glob(f".{folder.name}.*/"):  # of a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                write_folder(folder, lambda into: _build(into, merges))
     return folder
 
 
