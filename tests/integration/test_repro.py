@@ -140,6 +140,28 @@ def test_a_stopped_run_is_compared_as_far_as_it_came(past: Path, capsys: pytest.
     assert "weights: not compared" in out
 
 
+def test_a_run_that_was_prolonged_is_one_run(
+    past: Path, make_config: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was also evaluated where it ended first; its config.yaml holds the last length."""
+    from sftx.run import run
+
+    monkeypatch.chdir(ROOT)
+    folder = past.with_name("long")
+    for steps in (2, 4):
+        run(
+            [
+                make_config(
+                    *over(QUICK, f"max_steps={steps}", "save_strategy=steps", f"output_dir={folder}"), small=False
+                )
+            ]
+        )
+    code, out = repro(capsys, folder)
+    assert code == 0, out
+    assert "Same bits: " in out
+    assert f"{folder} has more records of " in out
+
+
 def test_a_stopped_repetition_is_gone_on_with(
     past: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,12 +189,26 @@ def test_weights_are_compared_by_content(leave: Leave) -> None:
         ({}, {}, True),
         ({}, {"weights": b"other"}, False),
         ({}, {"records": RECORDS[:3]}, False),
+        ({"records": [*RECORDS, {"step": 1, "eval/loss": 3.5}]}, {}, False),
+        ({"changes": {"attempts": [{}, {}]}, "records": [*RECORDS, {"step": 1, "eval/loss": 3.5}]}, {}, True),
+        ({"changes": {"attempts": [{}, {}]}}, {"records": [*RECORDS, {"step": 1, "eval/loss": 3.5}]}, False),
         ({"weights": None}, {}, True),
         ({"status": "stopped", "records": RECORDS[:2], "weights": None}, {}, True),
         ({"status": "stopped", "records": [{"step": 1, "train/loss": 4.6}], "weights": None}, {}, False),
         ({"status": "failed", "records": [], "weights": None}, {}, False),
     ],
-    ids=["alike", "weights", "a record", "none kept", "stopped", "stopped, other", "nothing"],
+    ids=[
+        "alike",
+        "weights",
+        "a record",
+        "another",
+        "went on",
+        "never went there",
+        "none kept",
+        "stopped",
+        "stopped, other",
+        "nothing",
+    ],
 )
 def test_what_are_the_same_bits(leave: Leave, old: dict[str, Any], new: dict[str, Any], same: bool) -> None:
     assert judge(open_run(leave("a", **old)), open_run(leave("b", **new))).same is same

@@ -122,10 +122,12 @@ def _verdict_lines(run: PastRun, folder: Path, verdict: Verdict) -> Iterable[str
         yield f"  weights: not compared, {run.path} has none in final/"
     for d in verdict.weights:
         yield f"  {visible(d.key)}: sha256 {str(d.a)[:16]} -> {str(d.b)[:16]}"
-    if not verdict.same and verdict.first is None:
-        for m in verdict.metrics:
-            if m.differs:
-                yield f"  {visible(m.name)}: {m.steps_a} records -> {m.steps_b}"
+    unequal = [m for m in verdict.metrics if m.steps_a != m.steps_b] if run.status == "completed" else []
+    if unequal and verdict.same:
+        yield f"  {run.path} has more records of {len(unequal)} metrics, from where an earlier attempt ended"
+    elif verdict.first is None:
+        for m in unequal:
+            yield f"  {visible(m.name)}: {m.steps_a} records -> {m.steps_b}"
     yield f"  every difference: sftx diff {run.path} {folder}"
 
 

@@ -240,12 +240,22 @@ class Verdict:
 
 
 def judge(old: PastRun, new: PastRun) -> Verdict:
-    """Compare every recorded metric but speed, and the weights in `final/`; of an unfinished run, what both have."""
+    """Compare every recorded metric but speed, and the weights in `final/`; of an unfinished run, what both have.
+
+    A run that was gone on with to a larger max_steps was also evaluated where it ended first.
+    """
     metrics = compare_records(old.records, new.records)
     first = first_change(metrics)
     before, after = weights_of(old), weights_of(new)
     weights = between(before, after) if before else []
     shared = len(old.records.keys() & new.records.keys())
-    whole = old.status != "completed" or not any(m.differs for m in metrics)
+    attempts = old.fact("attempts")
+    went_on = isinstance(attempts, list) and len(attempts) > 1
+    if old.status != "completed":
+        whole = True
+    elif went_on:
+        whole = all(m.steps_b == m.shared for m in metrics)
+    else:
+        whole = not any(m.differs for m in metrics)
     same = first is None and whole and not weights and bool(shared or before)
     return Verdict(same, first, metrics, weights, bool(before), shared)
