@@ -25,7 +25,7 @@ class Told:
     ended_at: float = 0.0
     killed: bool = False
     sent: list[int] = field(default_factory=list)
-    process: Any = SimpleNamespace(pid=0)
+    process: Any = field(default_factory=lambda: SimpleNamespace(pid=0))
 
     @property
     def runs(self) -> bool:
