@@ -166,6 +166,14 @@ def test_a_few_kills_at_random_moments(zygote: Zygote, straight: Make, tmp_path:
     random_kills(zygote, straight, tmp_path, random.Random(SEED), Counter(), 6, ["lora"])
 
 
+def test_before_its_first_checkpoint_a_killed_run_starts_over(zygote: Zygote, straight: Make, tmp_path: Path) -> None:
+    """Once while the folder is being made, once when there are records already: none is there twice."""
+    one = straight("lora")
+    making = [path for place, _, path in one.calls if place == RUN]
+    at = next(n for n, path in enumerate(making, 1) if path.startswith(".config.yaml"))
+    killed(zygote, tmp_path / "run", one, [at_write(RUN, 5), at_write(RUN, at), at_write(SAVE, 1)], Counter())
+
+
 def test_each_stage_of_a_save_leaves_whole_checkpoints(zygote: Zygote, straight: Make, tmp_path: Path) -> None:
     """What a kill before each write of the last save would leave; of those that look alike one is gone on with."""
     one, base = straight("lora"), tmp_path / "stages"
