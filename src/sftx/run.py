@@ -36,6 +36,7 @@ from sftx.runs.metrics import SilentRecorder
 from sftx.runs.result import Result
 from sftx.training.documents import documents_leak
 from sftx.training.loop import train
+from sftx.training.memory import memory_explained
 from sftx.training.preflight import check_room
 from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import warmup_length
@@ -58,7 +59,7 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
         SftxError: whatever the user can mend, before anything is written where that is possible.
     """
     _check_shared(configs)
-    with Signals() as signals:
+    with Signals() as signals, memory_explained():
         return _run(configs, notes, command, signals)
 
 

@@ -109,6 +109,15 @@ def test_the_row_is_named_when_nothing_helps(make_config, monkeypatch, size: str
         run([make_config(*SHARED, f"per_device_train_batch_size={size}", "eval_ratio=0")])
 
 
+def test_memory_that_is_out_elsewhere_is_a_short_message(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore.")
+
+    monkeypatch.setattr("sftx.training.evaluate.token_losses", refuse)
+    with pytest.raises(TrainingError, match=r"^out of memory: CUDA out of memory. Tried to allocate 20 GiB. gradient_"):
+        run([make_config(*SHARED)])
+
+
 def test_the_first_micro_batch(make_config) -> None:
     typed = ["gradient_accumulation_steps=12", AUTO]
     assert first_micro_batch(make_config(*typed, "max_seq_length=1024"), tried=True) == 12

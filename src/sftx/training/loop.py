@@ -172,6 +172,8 @@ def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if engine.sharded:  # the others are in the middle of the same pass, and come to no sum
+                shrink(session, trial, batch, [max(batch.lengths)])
             return loss_sum, batch
         loss_sum += loss.detach()
     return loss_sum, None

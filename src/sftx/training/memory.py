@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ON_A_CPU)
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Turn a lack of memory outside the steps (loading, evaluating, the optimizer's state) into a short message."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = (str(error).splitlines() or ["no memory"])[0]
+        raise TrainingError(f"out of memory: {said} {SMALLER}") from error
 
 
 def place_of(batch: Batch) -> str:
