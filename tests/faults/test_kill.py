@@ -162,6 +162,7 @@ def random_kills(
     assert not failures, f"seed {SEED}: {len(failures)} of {number} runs failed:\n" + "\n\n".join(failures)
 
 
+@pytest.mark.slow
 def test_a_few_kills_at_random_moments(zygote: Zygote, straight: Make, tmp_path: Path) -> None:
     random_kills(zygote, straight, tmp_path, random.Random(SEED), Counter(), 6, ["lora"])
 

@@ -152,10 +152,11 @@ OTHERS = [
     ("sleeps", 2, "evaluation", 0), ("sleeps", 4, "save", 3), ("sleeps", 2, "group", 1), ("refuses", 2, "step", 1),
     ("refuses", 4, "save", 0), ("crashes", 2, "step", 1), ("aborts", 2, "step", 1), ("leaves", 2, "evaluation", 1),
 ]  # fmt: skip
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in [*MATRIX, *MOMENTS, *OTHERS]]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
+LONG = [pytest.param(*case, marks=pytest.mark.faults) for case in [*MATRIX, *MOMENTS]]
 
 
-@pytest.mark.parametrize(("kind", "count", "moment", "rank"), [*QUICK, *SLOW])
+@pytest.mark.parametrize(("kind", "count", "moment", "rank"), [*QUICK, *SLOW, *LONG])
 def test_a_rank_brings_the_run_down_by_name(tmp_path: Path, kind: str, count: int, moment: str, rank: int) -> None:
     command = Command(words(count, tmp_path, f"parallel.hang_seconds={HANG}", *fault(kind, rank, tmp_path, moment)))
     ended = command.end(mark(tmp_path))
