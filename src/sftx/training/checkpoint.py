@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.data.read import sha256_file
-from sftx.errors import CheckpointError, ModelError
+from sftx.errors import CheckpointError, DataError, ModelError
 from sftx.files import remove_folder, write_folder
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.model.export import read_weights
@@ -98,8 +98,11 @@ def problem_of(folder: Path) -> str | None:
                 return f"{name} is a link"  # to what may be removed meanwhile
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if sha256_file(folder / name) != digest:
-                return f"{name} is damaged"
+            try:
+                if sha256_file(folder / name) != digest:
+                    return f"{name} is damaged"
+            except DataError:
+                return f"{name} cannot be read"
         there = [p.relative_to(folder) for p in folder.rglob("*") if p.suffix in READ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
