@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.faults.runs import composed, leftovers, outcome
@@ -112,6 +113,20 @@ def test_every_damage_to_every_file_is_found(copy: Path) -> None:
             shutil.copyfile(kept / name, newest / name)
     assert not missed
     assert checkpoint.newest_verified(root) == (newest, [])
+
+
+def test_a_file_that_the_disk_does_not_give_is_damage(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newest = checkpoint.listed(copy / "checkpoints")
+    opened = Path.open
+
+    def refuse(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self == newest / "optimizer.safetensors":
+            raise OSError(5, "Input/output error", str(self))
+        return opened(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    found = checkpoint.newest_verified(copy / "checkpoints")
+    assert found == (older, [f"{newest}: optimizer.safetensors cannot be read"])
 
 
 def test_every_bit_of_a_manifest_counts(copy: Path, mode: str) -> None:

@@ -21,6 +21,7 @@ from tests.faults.test_kill import straight as straight
 
 from sftx.errors import RunFolderError
 from sftx.files import check_writable, remove_folder, write_folder, write_text
+from sftx.runs.folder import RunLog
 from sftx.training import checkpoint
 
 CAUSES = {
@@ -50,7 +51,8 @@ def refused(zygote: Zygote, folder: Path, one: Straight, where: str, number: int
     report = zygote.run(folder, words(folder, *one.typed), **at_write(where, number, how))
     text = said(folder)
     assert report["code"] == 2, f"{stage}: exit code {report['code']}\n{text}"
-    messages = re.findall(rf"^sftx: {re.escape(str(folder))}/\S+: .*{CAUSES[how]}.*$", text, re.MULTILINE)
+    place = {SAVE: r"checkpoints/step-\d+", FINAL: "final", RUN: r"\S+"}[where]
+    messages = re.findall(rf"^sftx: {re.escape(str(folder))}/{place}: .*{CAUSES[how]}.*$", text, re.MULTILINE)
     assert len(messages) == 1, f"{stage}: {text}"
     assert text.count("sftx: ") == 1, f"{stage}: {text}"
     assert "Traceback" not in text, f"{stage}: {text}"
@@ -239,3 +241,21 @@ def test_a_folder_that_cannot_be_removed_is_left_whole(tmp_path: Path, monkeypat
     with pytest.raises(RunFolderError, match="step-000002: cannot be written: the disk failed"):
         remove_folder(folder)
     assert [p.name for p in tmp_path.rglob("*")] == ["step-000002", "a"]
+
+
+def test_a_log_that_the_disk_refuses_is_done_without(capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    log = RunLog(is_main=True)
+    log.to_file(Path("/dev/full"), "default")
+    for number in range(3):
+        log.logger.info("message %d", number)
+    log.close()
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines()] == [
+        "message 0",
+        "/dev/full",
+        "message 1",
+        "message 2",
+    ]
+    assert said.err == ""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sftx.data.read import sha256_file
-from sftx.errors import CheckpointError, ModelError, TrainingError
+from sftx.errors import CheckpointError, DataError, ModelError, TrainingError
 from sftx.files import remove_folder, write_folder
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.model.export import bytes_of, read_weights
@@ -138,8 +138,11 @@ def problem_of(folder: Path) -> str | None:
                 return f"{name} is a link"  # to what may be removed meanwhile
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if sha256_file(folder / name) != digest:
-                return f"{name} is damaged"
+            try:
+                if sha256_file(folder / name) != digest:
+                    return f"{name} is damaged"
+            except DataError:
+                return f"{name} cannot be read"
         there = [p.relative_to(folder) for p in folder.rglob("*") if p.suffix in READ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
