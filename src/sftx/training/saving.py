@@ -41,9 +41,10 @@ class Saver:
         taken = snapshot(session, trial)
         trial.saved_step = trial.step
         trial.pace.last = started
+        self.wait(trial)
+        session.engine.barrier()  # on a slow disk the others wait here for the main rank, which does not hang
         if taken is None:
             return
-        self.wait(trial)
         best = trial.best_step if trial.config.keep_best else None
 
         def publish() -> None:
