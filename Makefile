@@ -15,7 +15,7 @@ INDEX := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help train install install-dev test test-slow faults test-gpu lint format docs smollm2 lock clean
+.PHONY: help train install install-dev test test-slow faults faults-kill faults-others test-gpu lint format docs smollm2 lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -35,7 +35,11 @@ test-slow: $(VENV)/.installed-slow ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 faults: install-dev ## the long form of the fault tests, under 40 minutes
-	$(BIN)/python -m pytest -m faults $(ARGS)
+	$(MAKE) --jobs 2 faults-kill faults-others
+
+faults-kill faults-others:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -s --durations 10 $(ARGS) \
+	  $(if $(filter %-kill,$@),tests/faults/test_kill.py,--ignore tests/faults/test_kill.py)
 
 test-gpu: install-dev ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

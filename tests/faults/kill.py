@@ -61,7 +61,9 @@ class Zygote:
         """Make a run; `how` is that of `_forked` and `Watch`. Return its exit code or signal, and where it stood."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"folder": str(folder), "words": words} | how) + "\n")
+        shared = {"SFTX_CACHE": os.environ["SFTX_CACHE"]}  # an adapter names the model's path, which is in there
+        request = {"folder": str(folder), "words": words, "environment": shared} | how
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
