@@ -152,7 +152,7 @@ def write_folder(
 def rehearse_folder(folder: Path, fill: Callable[[Path], None], needed: int) -> int:
     """Write a folder as `write_folder` does, but remove it again; return its bytes."""
     with explained(folder, needed), _filled(folder, fill) as temporary:
-        return size_of(temporary)
+        return bytes_in(temporary)
 
 
 @contextmanager
@@ -172,7 +172,7 @@ def _filled(folder: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def size_of(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
     """Return the bytes of all files in a folder; 0 where there is none."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 

@@ -14,7 +14,7 @@ from tests.conftest import over
 from tests.invariance.test_invariance import assert_same_weights, curve
 
 from sftx.errors import RunFolderError, TrainingError
-from sftx.files import size_of, write_folder
+from sftx.files import bytes_in, write_folder
 from sftx.run import run
 from sftx.training import checkpoint, loop, preflight, saving
 from sftx.training.saving import MOST_OVERHEAD, Pace
@@ -146,10 +146,10 @@ def test_the_room_that_is_asked_for_is_the_room_that_is_used(make_config, captur
     run([config])
     room = preflight.room_of(captured.trial)
     folder = Path(config.output_dir)
-    used = size_of(folder / "checkpoints")
+    used = bytes_in(folder / "checkpoints")
     assert room.checkpoint == pytest.approx(used, rel=0.1, abs=100_000)  # JSON and headers
     tokenizer = 450_000
-    assert room.weights == pytest.approx(size_of(folder / "final"), rel=0.1, abs=tokenizer)
+    assert room.weights == pytest.approx(bytes_in(folder / "final"), rel=0.1, abs=tokenizer)
 
 
 @pytest.mark.parametrize(

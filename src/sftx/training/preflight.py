@@ -13,7 +13,8 @@ import torch
 
 from sftx.build import build
 from sftx.errors import RunFolderError
-from sftx.files import free_bytes, rehearse_folder, size_of
+from sftx.files import bytes_in, free_bytes, rehearse_folder
+from sftx.model.adapt import size_of
 from sftx.parallel.engine import on_main
 from sftx.runs.effective import Effective
 from sftx.training.saving import snapshot
@@ -56,7 +57,7 @@ def check_room(trials: Sequence[Trial], session: Session) -> None:
         for trial in trials:
             room, folder = room_of(trial), trial.folder
             free, disk = free_bytes(folder.path)
-            there = size_of(folder.checkpoints) + size_of(folder.final)  # an earlier attempt's, which go
+            there = bytes_in(folder.checkpoints) + bytes_in(folder.final)  # an earlier attempt's, which go
             promised[disk] += max(0, room.total - there)
             if promised[disk] > free:
                 raise RunFolderError(
@@ -70,10 +71,9 @@ def check_room(trials: Sequence[Trial], session: Session) -> None:
 def room_of(trial: Trial) -> Room:
     """Return what a trial will write."""
     parameters = trial.adapter.parameters.values()
-    elements = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # DeepSpeed's own count of a split one
-    weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
-    masters = sum(4 * getattr(p, "ds_numel", p.numel()) for p in parameters if p.element_size() < 4)
-    state = int(elements * state_bytes(trial)) + masters
+    weights = sum(size_of(p) * p.element_size() for p in parameters)
+    masters = sum(4 * size_of(p) for p in parameters if p.element_size() < 4)  # a sharded engine's fp32 copies
+    state = int(sum(map(size_of, parameters)) * state_bytes(trial)) + masters
     return Room(weights, weights + state, _kept(trial))
 
 
