@@ -117,6 +117,7 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
         session.saver.wait(trial)
         where = checkpoint.folder_of(trial.folder.checkpoints, trial.step)
         said.append(f"after step {trial.step} of {trial.steps.total}; the same command goes on from {where}")
+    session.engine.barrier()  # torchrun kills the main rank half a minute after another has ended
     asked = session.signals.received or "a signal to another rank"
     raise StoppedError(f"{asked}: stopped " + "\n  ".join(said) + ".")
 
