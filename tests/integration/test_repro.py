@@ -489,6 +489,20 @@ def test_two_processes_come_to_the_same_bits(cli: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_processes_that_the_run_started_are_started_again(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    run = tmp_path / "run"
+    assert cli(*QUICK, "parallel=ddp", "parallel.num_processes=2", f"output_dir={run}").returncode == 0
+    done = sftx("repro", run)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "then and now: no difference" in done.stdout
+    assert "Same bits: " in done.stdout
+    assert json.loads((tmp_path / "run-repro" / "manifest.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.slow
 def test_the_command_line_end_to_end(cli: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = cli(*QUICK, "lora_dropout=0.2", "dataloader_num_workers=2", "mode=qlora", f"output_dir={run}")

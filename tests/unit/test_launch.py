@@ -70,7 +70,7 @@ def test_numbers_that_cannot_be(monkeypatch, words: list[str], environment: dict
 def test_a_launcher_may_start_as_many_as_are_asked_for(monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    prepare(["parallel=ddp", "parallel.num_processes=2"])
+    assert prepare(["parallel=ddp", "parallel.num_processes=2"]).shown is None
 
 
 def test_a_program_of_ones_own_is_told_that_it_is_alone(make_config) -> None:

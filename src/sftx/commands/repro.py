@@ -49,11 +49,11 @@ def _repro(asked: argparse.Namespace) -> int:
     if str(PROJECT_ROOT) not in sys.path:  # a module of the user's own beside train.py is found, as train.py finds it
         sys.path.insert(0, str(PROJECT_ROOT))
     run = open_run(asked.folder)
-    from sftx.runs.recipe import check_ranks, command, from_its_directory, recipe, typed_keys
+    from sftx.runs.recipe import check_ranks, command, from_its_directory, ranks_here, recipe, typed_keys
 
-    if not asked.check:
-        check_ranks(run)
     as_stored = recipe(run, asked.words)
+    if not asked.check:
+        check_ranks(run, ranks_here(as_stored))
     config = from_its_directory(as_stored, run, typed_keys(asked.words), Path.cwd())
     from sftx.runs.reproduce import output_of, then_and_now
 
@@ -70,11 +70,11 @@ def _repro(asked: argparse.Namespace) -> int:
                 ["Not started: with other settings, data or model it is another run. To train all the same: --anyway"]
             )
         return EXIT_FAULT
-    from sftx.run import run as train
+    from sftx.runs.launch import launch
 
     extra = [f"--output_dir={asked.output_dir}"] if asked.output_dir else []
     again = command(run, *asked.words, *(["--anyway"] if asked.anyway else []), *extra)
-    result = train([replace(config, output_dir=str(folder))], command=again)[0]
+    result = launch(replace(config, output_dir=str(folder)), [], again)
     return _judged(run, result.output_dir) if is_main else 0
 
 

@@ -57,14 +57,12 @@ def _alone(config: TrainConfig) -> list[str]:
 def _share_cores(count: int) -> list[str]:
     if "OMP_NUM_THREADS" in os.environ:
         return []
-    cores = len(os.sched_getaffinity(0))
-    return [
-        f"each of the {count} processes computes with {_threads(count)} of {cores} cores; OMP_NUM_THREADS sets another "
-        "number"
-    ]
+    cores, each = len(os.sched_getaffinity(0)), threads_each(count)
+    return [f"each of the {count} processes computes with {each} of {cores} cores; OMP_NUM_THREADS sets another number"]
 
 
-def _threads(count: int) -> int:
+def threads_each(count: int) -> int:
+    """Return with how many threads each of so many processes computes that are started here, unless it is set."""
     return max(1, len(os.sched_getaffinity(0)) // count)
 
 
@@ -82,7 +80,7 @@ def _as_ranks(config: TrainConfig, count: int, notes: list[str], command: str) -
         "folders": [str(f) for f in user_folders],
     }
     # Ranks of one machine need no other address than its own, and its name may not lead to it.
-    defaults = {"OMP_NUM_THREADS": str(_threads(count)), "GLOO_SOCKET_IFNAME": "lo"}
+    defaults = {"OMP_NUM_THREADS": str(threads_each(count)), "GLOO_SOCKET_IFNAME": "lo"}
     try:
         told = supervisor.run(order, defaults | os.environ)
     except SftxError as error:

@@ -23,6 +23,7 @@ from sftx.config.strangers import TYPED_ONLY, file_problems
 from sftx.config.yamlfile import read_yaml
 from sftx.errors import ConfigError, RunFolderError, did_you_mean
 from sftx.runs.folder import MANIFEST
+from sftx.runs.launch import count_ranks
 from sftx.runs.manifest import git_state
 from sftx.runs.past import CONFIG, PastRun
 from sftx.secrets import HIDDEN
@@ -100,21 +101,22 @@ def command(run: PastRun, *words: str) -> str:
     return shlex.join(["sftx", "repro", str(run.path), *words])
 
 
-def world_size() -> int:
-    """Return how many processes a launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def ranks_here(config: TrainConfig) -> int:
+    """Return how many processes a launcher has started, or the configuration itself starts."""
+    started = os.environ.get("WORLD_SIZE")
+    return int(started) if started else count_ranks(config)
 
 
-def check_ranks(run: PastRun) -> None:
+def check_ranks(run: PastRun, here: int) -> None:
     """Raise unless there are as many processes as the run had.
 
     Errors:
         RunFolderError: there are more or fewer; what to type is said.
     """
-    if run.ranks == world_size():
+    if run.ranks == here:
         return
     how = "one process" if run.ranks == 1 else f"{run.ranks} processes"
-    raise RunFolderError(f"{run.path} was made by {how}, here are {world_size()}. Type: {launched(run)}")
+    raise RunFolderError(f"{run.path} was made by {how}, here are {here}. Type: {launched(run)}")
 
 
 def launched(run: PastRun) -> str:

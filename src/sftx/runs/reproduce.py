@@ -27,8 +27,9 @@ from sftx.runs.begin import adapter_hash
 from sftx.runs.compare import Difference, between, diff_words, environment_differences, flat, weights_of
 from sftx.runs.compare_metrics import Change, Metric, compare_records, first_change
 from sftx.runs.folder import MANIFEST
+from sftx.runs.launch import threads_each
 from sftx.runs.past import CONFIG, PastRun, at, open_run
-from sftx.runs.recipe import launched, masked, world_size
+from sftx.runs.recipe import launched, masked, ranks_here
 from sftx.secrets import scrub
 
 MISSING = "missing"
@@ -55,9 +56,12 @@ def then_and_now(run: PastRun, config: TrainConfig, *, download: bool) -> ThenAn
     found = ThenAndNow()
     stored = run.fact("environment")
     before, now = scrub(stored if isinstance(stored, dict) else {}), scrub(manifest.environment())  # hidden alike
+    count = ranks_here(config)
+    if count > 1 and not {"WORLD_SIZE", "OMP_NUM_THREADS"} & os.environ.keys():
+        now["hardware"]["torch_threads"] = threads_each(count)  # the ranks', not this process's
     found.machine = environment_differences(before, now)
     found.content = [*_edited(run), *_masked(run, config), *_data(run, config), *_model(run, config, download=download)]
-    found.remarks = list(_remarks(run, found.machine, now))
+    found.remarks = list(_remarks(run, config, found.machine, now))
     return found
 
 
@@ -168,7 +172,7 @@ def _model(run: PastRun, config: TrainConfig, *, download: bool) -> Iterator[Dif
         yield Difference(f"adapter {config.adapter}", started_from, adapter)
 
 
-def _remarks(run: PastRun, machine: list[Difference], now: dict[str, Any]) -> Iterator[str]:
+def _remarks(run: PastRun, config: TrainConfig, machine: list[Difference], now: dict[str, Any]) -> Iterator[str]:
     """Say what to do about a difference, and what is no difference but good to know."""
     differs = {d.key: d for d in machine}
     if "git.commit" in differs and differs["git.commit"].a:
@@ -185,7 +189,7 @@ def _remarks(run: PastRun, machine: list[Difference], now: dict[str, Any]) -> It
     threads = differs.get("hardware.torch_threads")
     if threads and isinstance(threads.a, int):
         yield f"sums depend on the number of threads: OMP_NUM_THREADS={threads.a} {launched(run)}"
-    if run.ranks != world_size():
+    if run.ranks != ranks_here(config):
         yield f"the run was made by {run.ranks} processes: {launched(run)}"
     if run.status != "completed":
         yield f"the run is {run.status}: its last recorded step is {run.last_step}; what both have is compared"
