@@ -51,6 +51,8 @@ def _repro(asked: argparse.Namespace) -> int:
     run = open_run(asked.folder)
     from sftx.runs.recipe import check_ranks, command, from_its_directory, ranks_here, recipe, typed_keys
 
+    if not asked.check:
+        check_ranks(run, ranks_here())  # first: the rules would ask for another `parallel`, which is not to be changed
     as_stored = recipe(run, asked.words)
     if not asked.check:
         check_ranks(run, ranks_here(as_stored))

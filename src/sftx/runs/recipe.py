@@ -101,19 +101,21 @@ def command(run: PastRun, *words: str) -> str:
     return shlex.join(["sftx", "repro", str(run.path), *words])
 
 
-def ranks_here(config: TrainConfig) -> int:
-    """Return how many processes a launcher has started, or the configuration itself starts."""
+def ranks_here(config: TrainConfig | None = None) -> int | None:
+    """Return how many processes a launcher has started, or else the configuration starts; None when neither is known."""
     started = os.environ.get("WORLD_SIZE")
-    return int(started) if started else count_ranks(config)
+    if started:
+        return int(started)
+    return None if config is None else count_ranks(config)
 
 
-def check_ranks(run: PastRun, here: int) -> None:
+def check_ranks(run: PastRun, here: int | None) -> None:
     """Raise unless there are as many processes as the run had.
 
     Errors:
         RunFolderError: there are more or fewer; what to type is said.
     """
-    if run.ranks == here:
+    if here in (None, run.ranks):
         return
     how = "one process" if run.ranks == 1 else f"{run.ranks} processes"
     raise RunFolderError(f"{run.path} was made by {how}, here are {here}. Type: {launched(run)}")

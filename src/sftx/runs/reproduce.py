@@ -57,7 +57,7 @@ def then_and_now(run: PastRun, config: TrainConfig, *, download: bool) -> ThenAn
     stored = run.fact("environment")
     before, now = scrub(stored if isinstance(stored, dict) else {}), scrub(manifest.environment())  # hidden alike
     count = ranks_here(config)
-    if count > 1 and not {"WORLD_SIZE", "OMP_NUM_THREADS"} & os.environ.keys():
+    if count and count > 1 and not {"WORLD_SIZE", "OMP_NUM_THREADS"} & os.environ.keys():
         now["hardware"]["torch_threads"] = threads_each(count)  # the ranks', not this process's
     found.machine = environment_differences(before, now)
     found.content = [*_edited(run), *_masked(run, config), *_data(run, config), *_model(run, config, download=download)]
