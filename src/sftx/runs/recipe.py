@@ -102,7 +102,7 @@ def command(run: PastRun, *words: str) -> str:
 
 
 def ranks_here(config: TrainConfig | None = None) -> int | None:
-    """Return how many processes a launcher has started, or else the configuration starts; None when neither is known."""
+    """Return how many processes a launcher has started, or the configuration starts; None when that is not known."""
     started = os.environ.get("WORLD_SIZE")
     if started:
         return int(started)
