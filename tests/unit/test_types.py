@@ -44,6 +44,7 @@ def test_matches(annotation, right, wrong):
         ("Optional[str]", "text or null"),
         ("Union[int, bool]", "a whole number or true or false"),
         ('Literal["steps", "no"]', "one of steps, no"),
+        ('int | Literal["auto"]', "a whole number or auto"),
         ("list[str]", "a list of texts"),
         ("tuple[float, float]", "a list of 2: a number, a number"),
         ("tuple[int, ...]", "a list of whole numbers"),

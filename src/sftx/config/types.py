@@ -138,7 +138,7 @@ def _describe_one(node: ast.expr) -> str:
         case ast.Subscript(value=outer, slice=inner):
             name, parts = _name(outer), _elements(inner)
             if name == "Literal":
-                return "one of " + ", ".join(str(ast.literal_eval(e)) for e in parts)
+                return ("one of " if len(parts) > 1 else "") + ", ".join(str(ast.literal_eval(e)) for e in parts)
             if name in ("tuple", "Tuple") and not _is_ellipsis(parts[-1]):
                 return f"a list of {len(parts)}: " + ", ".join(map(_describe, parts))
             if name in SEQUENCES:
