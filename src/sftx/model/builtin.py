@@ -79,13 +79,19 @@ def _build(folder: Path, merges: str) -> None:
 
 
 def _tokenizer(merges: str):  # type: ignore[no-untyped-def]  # transformers carries no types
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers
 
     pairs = [(a, b) for a, b in (line.split(" ") for line in merges.splitlines())]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(p) for p in pairs)])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    return tokenizer_from(backend_of(vocabulary, pairs))
+
+
+def backend_of(vocabulary: dict[str, int], merges: list[tuple[str, str]]):  # type: ignore[no-untyped-def]
+    """Return a `tokenizers` BPE that splits text as Qwen2's does."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.normalizer = normalizers.NFC()  # as Qwen2's, which transformers loads whatever the file says
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -94,6 +100,13 @@ def _tokenizer(merges: str):  # type: ignore[no-untyped-def]  # transformers car
         ]
     )
     backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def tokenizer_from(backend):  # type: ignore[no-untyped-def]
+    """Return a backend as a tokenizer of transformers, with ChatML's tokens and template."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",
