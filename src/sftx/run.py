@@ -34,13 +34,13 @@ from sftx.runs.end import finish_trial, note_failure
 from sftx.runs.folder import ONLY, RunFolder, RunLog
 from sftx.runs.metrics import SilentRecorder
 from sftx.runs.result import Result
-from sftx.training.documents import documents_leak
 from sftx.training.loop import train
 from sftx.training.memory import memory_explained
 from sftx.training.preflight import check_room
 from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
+from sftx.training.tried import documents_leak, loss_head
 
 PER_TRIAL = {
     "output_dir", "learning_rate", "lora_rank", "lora_alpha", "lora_dropout", "seed", "weight_decay", "max_grad_norm",
@@ -80,6 +80,7 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         count = len(configs)
         trials = [_trial(c, f, session, data, effective.copy(), count) for c, f in zip(configs, folders, strict=True)]
         session.flat = _laid_end_to_end(configs[0], session, trials)
+        session.model.loss_head = loss_head(session.model, session.numerics, engine.device)
         check_room(trials, session)
         command = command or manifest.command_line()
         setting = Setting(data, source, command, manifest.environment(), run_log)
@@ -157,6 +158,7 @@ def _prepare(
         base,
         trained_dtype=numerics.dtype if engine.sharded else torch.float32,
         gradient_checkpointing=config.gradient_checkpointing,
+        sharded=engine.sharded,
     )
     session = Session(engine, model, numerics, template, data.train, data.held_out, source.folder, saver, signals)
     return session, data, source

@@ -33,19 +33,18 @@ def break_step(
 
 
 def nan_loss(found: TokenLosses) -> TokenLosses:
-    return found._replace(losses_N=found.losses_N * torch.nan)
+    return found._replace(weighted_sum=found.weighted_sum * torch.nan)
 
 
 def infinite_gradient(found: TokenLosses) -> TokenLosses:
     """The loss is as it was."""
-    losses = found.losses_N
-    losses.register_hook(lambda g: g * torch.inf)
+    found.weighted_sum.register_hook(lambda g: g * torch.inf)
     return found
 
 
 def infinite_loss_alone(found: TokenLosses) -> TokenLosses:
     """The gradient is as it was."""
-    return found._replace(losses_N=found.losses_N + torch.inf)
+    return found._replace(weighted_sum=found.weighted_sum + torch.inf)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -138,7 +137,7 @@ def test_any_rate_reaches_the_loop_and_nothing_broken_is_published(make_config, 
 
 
 def spiked(found: TokenLosses) -> TokenLosses:
-    return found._replace(losses_N=found.losses_N * 5)
+    return found._replace(weighted_sum=found.weighted_sum * 5)
 
 
 SPIKED = over(SHARED, "max_steps=30", "gradient_accumulation_steps=1", "save_steps=10", "logging_steps=1")

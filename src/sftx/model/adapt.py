@@ -16,6 +16,8 @@ from torch import nn
 
 from sftx.errors import ModelError
 from sftx.model.dropout import Clock, KeyedDropout, key_of
+from sftx.model.head import LossHead
+from sftx.model.lora import speed_up
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,16 @@ class Adapter:
 class AdaptedModel:
     """A base model and the adapters trained on it; full mode is one adapter that is the model itself."""
 
-    def __init__(self, base: Any, *, trained_dtype: torch.dtype, gradient_checkpointing: bool) -> None:
+    def __init__(
+        self, base: Any, *, trained_dtype: torch.dtype, gradient_checkpointing: bool, sharded: bool = False
+    ) -> None:
         self.module = base
+        self.sharded = sharded
+        """Parameters are gathered by hooks of the modules that own them, which therefore must be called."""
         self.forward: Callable[..., Any] | None = None
         """What is called instead of the module, when an engine wraps it."""
+        self.loss_head: LossHead | None = None
+        """The head that answers with losses; None where logits go another way to the output."""
         self.trained_dtype = trained_dtype
         self.adapters: dict[str, Adapter] = {}
         self._targets: list[str] | None = None
@@ -156,7 +164,7 @@ class AdaptedModel:
                 self.module = get_peft_model(self.module, config, adapter_name=name)
 
     def _initialise(self, adapter: Adapter, seed: int, dropout: float) -> None:
-        """Draw A as PEFT does, from a generator of this adapter and layer; put in the keyed dropout."""
+        """Draw A as PEFT does, from a generator of this adapter and layer; put in what is sftx's own."""
         for number, layer in enumerate(lora_layers(self.module)):
             if adapter.name not in layer.lora_A:
                 continue
@@ -167,6 +175,8 @@ class AdaptedModel:
             weight.data.copy_(drawn)
             nn.init.zeros_(layer.lora_B[adapter.name].weight)
             layer.lora_dropout[adapter.name] = KeyedDropout(dropout, adapter.clock, number)
+            if not self.sharded:
+                speed_up(layer)
 
     @contextmanager
     def using(self, name: str) -> Iterator[Adapter]:

@@ -80,10 +80,19 @@ def attention(
     return torch.cat([o for o, _ in out], dim=1), None
 
 
-def _sdpa(module: Any, *tensors: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+def _sdpa(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
+) -> tuple[torch.Tensor, Any]:
+    """Call torch's attention; keys that several heads share are not copied for each where its kernel can do without."""
+    if mask is None and not kwargs.get("dropout") and (query.device.type == "cpu" or query.dtype != torch.float32):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=query.shape[2] > 1, scale=kwargs.get("scaling"),
+            enable_gqa=key.shape[1] != query.shape[1],
+        )  # fmt: skip
+        return out.transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(module, *tensors, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
 def _eager(module: Any, *tensors: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:

@@ -168,7 +168,7 @@ def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor
         _set_random_state(trial, batch.index)
         try:
             with session.numerics.autocast():
-                loss = token_losses(session.model, batch, engine.device).weighted_sum()
+                loss = token_losses(session.model, batch, engine.device).weighted_sum
             trial.stepper.backward(loss / step.weight, last=number == len(batches) - 1)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

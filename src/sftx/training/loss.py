@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -10,37 +9,58 @@ import torch
 import torch.nn.functional as F
 
 from sftx.data.loader import IGNORE, Batch
+from sftx.model.adapt import AdaptedModel
 from sftx.model.attention import laid_end_to_end
+from sftx.model.head import Asked
 
 
 class TokenLosses(NamedTuple):
-    """Of each supervised token: its cross entropy and weight, fp32 [N], and the batch's row it is in, int64 [N]."""
+    """A batch's weighted sum of losses, the sum that the loop divides, and what it is made of.
 
+    Of each supervised token: its cross entropy and weight, fp32 [N], and the batch's row it is in, int64 [N].
+    """
+
+    weighted_sum: torch.Tensor
     losses_N: torch.Tensor
     weights_N: torch.Tensor
     places_N: torch.Tensor
 
-    def weighted_sum(self) -> torch.Tensor:
-        """Return the sum that the loop divides."""
-        return (self.losses_N * self.weights_N).sum()
 
-
-def token_losses(model: Callable[..., Any], batch: Batch, device: torch.device) -> TokenLosses:
+def token_losses(model: AdaptedModel, batch: Batch, device: torch.device) -> TokenLosses:
     """Return the losses of a batch's supervised tokens.
 
     The head runs on positions that carry loss in at least one row, not on the prompt. No attention
     mask is passed: with right padding a causal model never attends to it, and rows laid end to end
     are kept apart by their lengths.
     """
-    targets_BT = batch.targets_BT.to(device, non_blocking=True)
-    learned_BT = targets_BT != IGNORE
-    positions_P = (batch.targets_BT != IGNORE).any(dim=0).nonzero().flatten().to(device, non_blocking=True)
-    inputs: dict[str, Any] = {"input_ids": batch.ids_BT.to(device, non_blocking=True)}
+    learned_BT = batch.targets_BT != IGNORE
+    positions_P = learned_BT.any(dim=0).nonzero().flatten()
+    selected_N = None  # with rows end to end every position that is kept has a target
+    if batch.positions_BT is None:
+        selected_N = learned_BT[:, positions_P].flatten().nonzero().flatten().to(device, non_blocking=True)
+    targets_N, weights_N, places_N = (
+        tensor[learned_BT].to(device, non_blocking=True)
+        for tensor in (batch.targets_BT, batch.weights_BT, batch.place_BT)
+    )
+    inputs: dict[str, Any] = {
+        "input_ids": batch.ids_BT.to(device, non_blocking=True),
+        "logits_to_keep": positions_P.to(device, non_blocking=True),
+        "use_cache": False,
+    }
     if batch.positions_BT is not None:
-        inputs |= {"position_ids": batch.positions_BT.to(device, non_blocking=True), "document_lengths": batch.lengths}
+        inputs |= {
+            "position_ids": batch.positions_BT.to(device, non_blocking=True),
+            "document_lengths": batch.lengths,
+        }
     with laid_end_to_end() if batch.positions_BT is not None else nullcontext():
-        logits_BPV = model(**inputs, logits_to_keep=positions_P, use_cache=False).logits
-    learned_BP = learned_BT[:, positions_P]
-    losses_N = F.cross_entropy(logits_BPV[learned_BP].float(), targets_BT[:, positions_P][learned_BP], reduction="none")
-    weights_N = batch.weights_BT.to(device)[:, positions_P][learned_BP]
-    return TokenLosses(losses_N, weights_N, batch.place_BT.to(device)[:, positions_P][learned_BP])
+        if model.loss_head is not None:
+            asked = Asked(targets_N, weights_N, selected_N)
+            with model.loss_head.asked(asked):
+                weighted_sum = model(**inputs).logits
+            assert asked.losses_N is not None, "the head was tried before training"
+            return TokenLosses(weighted_sum, asked.losses_N, weights_N, places_N)
+        logits_NV = model(**inputs).logits.flatten(0, 1)
+    if selected_N is not None:
+        logits_NV = logits_NV[selected_N]
+    losses_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    return TokenLosses((losses_N * weights_N).sum(), losses_N, weights_N, places_N)

@@ -1,0 +1,141 @@
+"""The language-model head with its loss: on supervised positions only, and on a few of them at a time.
+
+Logits of a whole batch are never held. The gradient of the loss is computed in the forward pass, piece by
+piece while a piece's logits are there: they are needed once and not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+PIECE_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+"""Logits held at a time, fp32."""
+FP16_FACTOR = 2.0**10
+"""Keeps probabilities of 1e-7 from vanishing in fp16, where the loss scaler comes too late."""
+
+
+@dataclass
+class Asked:
+    """What the head is asked for instead of logits: the losses of these tokens."""
+
+    targets_N: torch.Tensor
+    weights_N: torch.Tensor
+    selected: torch.Tensor | None = None
+    """Of the positions that the head is given, flattened, those that have a target; None: all."""
+    losses_N: torch.Tensor | None = field(default=None, init=False)
+    """The answer, fp32, without a gradient: that is with the sum which the model returns in place of logits."""
+
+
+class LossHead:
+    """Lets a model's head return a sum of losses, where it is asked to; its parameters stay as they are."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+        self._asked: Asked | Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._plain = head.forward
+        head.forward = self._forward  # type: ignore[method-assign, assignment]
+
+    def remove(self) -> None:
+        """Make the head what it was."""
+        del self.head.forward
+
+    @contextmanager
+    def asked(self, question: Asked | Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Let the forward passes inside the block answer a question, or call a function of the hidden states."""
+        self._asked = question
+        try:
+            yield
+        finally:
+            self._asked = None
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        asked, head = self._asked, self.head
+        if asked is None:
+            return self._plain(hidden)
+        if not isinstance(asked, Asked):
+            return asked(self._plain(hidden))
+        hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+        if asked.selected is not None:
+            hidden_ND = hidden_ND[asked.selected]
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        total, asked.losses_N = _HeadLoss.apply(
+            hidden_ND, head.weight, head.bias, asked.targets_N, asked.weights_N, dtype
+        )
+        return total
+
+
+def piece_rows(vocabulary: int, device: torch.device) -> int:
+    """Return how many rows of logits are held at a time."""
+    return max(16, PIECE_BYTES.get(device.type, PIECE_BYTES["cuda"]) // (4 * vocabulary))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """`sum_N weight_N * cross_entropy(hidden_ND W_VD' + bias_V, target_N)`, and each token's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        W_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wants_hidden, wants_W, wants_bias = ctx.needs_input_grad[:3]
+        W = W_VD.to(dtype)
+        losses_N = torch.empty(len(targets_N), device=hidden_ND.device)
+        grad_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if wants_hidden else None
+        grad_W = torch.zeros_like(W_VD, dtype=torch.float32) if wants_W else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        factor = FP16_FACTOR if dtype == torch.float16 else 1.0
+        rows = piece_rows(len(W), hidden_ND.device)
+        held_PV = torch.empty(min(rows, len(targets_N)), len(W), dtype=dtype, device=W.device)
+        for piece in (slice(i, i + rows) for i in range(0, len(targets_N), rows)):
+            hidden = hidden_ND[piece].to(dtype)
+            logits_PV = torch.mm(hidden, W.t(), out=held_PV[: len(hidden)])
+            if bias_V is not None:
+                logits_PV.add_(bias_V)
+            slope_PV = _losses(logits_PV.float(), targets_N[piece], losses_N[piece])
+            if not any(ctx.needs_input_grad[:3]):
+                continue
+            slope_PV.mul_(weights_N[piece, None] * factor)
+            if grad_bias is not None:
+                grad_bias += slope_PV.sum(0) / factor
+            slope_PV = slope_PV.to(dtype)
+            if grad_ND is not None:
+                grad_ND[piece] = (slope_PV @ W).float().div_(factor) if factor != 1.0 else slope_PV @ W
+            if grad_W is not None and dtype == torch.float32:
+                grad_W.addmm_(slope_PV.t(), hidden)
+            elif grad_W is not None:
+                grad_W.add_(slope_PV.t() @ hidden, alpha=1 / factor)
+        ctx.grads = grad_ND, grad_W, grad_bias
+        ctx.dtypes = hidden_ND.dtype, W_VD.dtype, bias_V.dtype if bias_V is not None else None
+        ctx.mark_non_differentiable(losses_N)
+        return (losses_N * weights_N).sum(), losses_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
+        grads = [g.mul_(grad).to(dtype) if g is not None else None for g, dtype in pairs]
+        ctx.grads = None
+        return (*grads, None, None, None)
+
+
+def _losses(logits_PV: torch.Tensor, targets_P: torch.Tensor, losses_P: torch.Tensor) -> torch.Tensor:
+    """Write the cross entropies, and turn the logits into their derivatives, in place."""
+    targets_P1 = targets_P[:, None]
+    of_target_P1 = logits_PV.gather(1, targets_P1)
+    largest_P1 = logits_PV.amax(1, keepdim=True)
+    sums_P1 = logits_PV.sub_(largest_P1).exp_().sum(1, keepdim=True)
+    losses_P.copy_((sums_P1.log() + largest_P1 - of_target_P1)[:, 0])
+    return logits_PV.div_(sums_P1).scatter_add_(1, targets_P1, torch.full_like(sums_P1, -1.0))

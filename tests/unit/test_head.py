@@ -1,0 +1,127 @@
+"""The head's loss is the cross entropy of its logits, and its memory does not grow with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sftx.model import head as module
+from sftx.model.head import Asked, LossHead, piece_rows
+
+ROWS, WIDTH, WORDS = 70, 12, 50
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.PIECE_BYTES, "cpu", 4 * WORDS * 20)
+
+
+def answer(linear: nn.Linear, hidden: torch.Tensor, asked: Asked) -> torch.Tensor:
+    head = LossHead(linear)
+    with head.asked(asked):
+        total = linear(hidden)
+    head.remove()
+    return total
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_loss_and_gradients_are_those_of_cross_entropy(trained: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    assert piece_rows(WORDS, torch.device("cpu")) == 20 < ROWS
+    linear = nn.Linear(WIDTH, WORDS, bias=bias).requires_grad_(trained)
+    hidden = (5 * torch.randn(2, ROWS // 2, WIDTH)).requires_grad_()
+    chosen = torch.randperm(ROWS)[:55].sort().values
+    asked = Asked(torch.randint(WORDS, (55,)), torch.rand(55), chosen)
+
+    losses = F.cross_entropy(linear(hidden).flatten(0, 1)[chosen], asked.targets_N, reduction="none")
+    (0.3 * (losses * asked.weights_N).sum()).backward()
+    inputs = [hidden, *(p for p in linear.parameters() if trained)]
+    wanted = [p.grad for p in inputs]
+    for parameter in inputs:
+        parameter.grad = None
+
+    total = answer(linear, hidden, asked)
+    (0.3 * total).backward()
+    torch.testing.assert_close(asked.losses_N, losses.detach())
+    torch.testing.assert_close(total.detach(), (losses * asked.weights_N).sum().detach())
+    for parameter, gradient in zip(inputs, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    linear = nn.Linear(1, 3, bias=False)
+    linear.weight.data = torch.tensor([[-200.0], [0.0], [300.0]])
+    hidden = torch.ones(2, 1, requires_grad=True)
+    asked = Asked(torch.tensor([0, 2]), torch.ones(2))
+    answer(linear, hidden, asked).backward()
+    assert asked.losses_N is not None
+    assert asked.losses_N.tolist() == [500.0, 0.0]
+    assert hidden.grad is not None
+    assert hidden.grad.flatten().tolist() == [500.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, WORDS)
+    hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
+    asked = Asked(torch.randint(WORDS, (ROWS,)), torch.ones(ROWS))
+    F.cross_entropy(linear(hidden), asked.targets_N, reduction="sum").backward()
+    wanted = [p.grad for p in (hidden, *linear.parameters())]
+    hidden.grad = None
+    linear.zero_grad()
+    with torch.autocast("cpu", dtype=dtype):
+        total = answer(linear, hidden, asked)
+    total.backward()
+    for parameter, gradient in zip((hidden, *linear.parameters()), wanted, strict=True):
+        assert parameter.grad is not None
+        assert gradient is not None
+        assert parameter.grad.dtype == torch.float32
+        assert (parameter.grad - gradient).abs().max() < 0.02 * gradient.abs().max()
+
+
+def test_without_a_gradient_only_losses_are_made() -> None:
+    linear = nn.Linear(WIDTH, WORDS)
+    asked = Asked(torch.randint(WORDS, (ROWS,)), torch.ones(ROWS))
+    with torch.no_grad():
+        total = answer(linear, torch.randn(ROWS, WIDTH), asked)
+    assert not total.requires_grad
+    assert asked.losses_N is not None
+    assert len(asked.losses_N) == ROWS
+
+
+def test_no_row_has_a_target() -> None:
+    hidden = torch.randn(1, 0, WIDTH, requires_grad=True)
+    asked = Asked(torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    total = answer(nn.Linear(WIDTH, WORDS), hidden, asked)
+    total.backward()
+    assert total.item() == 0.0
+    assert hidden.grad is not None
+
+
+MEMORY = """
+import resource, torch
+from torch import nn
+from sftx.model.head import Asked, LossHead
+torch.set_num_threads(1)
+head = LossHead(nn.Linear(1024, 151_936, bias=False).requires_grad_(False))
+hidden = torch.randn(1024, 1024, requires_grad=True)
+asked = Asked(torch.randint(151_936, (1024,)), torch.ones(1024))
+hidden[:16] @ head.head.weight[:1000].t()  # the library's own buffers
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with head.asked(asked):
+    head.head(hidden).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_vocabulary() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert 1024 * int(done.stdout) < 100e6, "logits of 151,936 words for 1,024 tokens would be 622 MB"

@@ -1,0 +1,119 @@
+"""A LoRA layer's own arithmetic gives what PEFT's gives, and holds less for the backward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from sftx.model.adapt import lora_layers
+from sftx.model.dropout import Clock, KeyedDropout
+from sftx.model.lora import speed_up
+
+ROWS, INNER, OUTER = 50, 24, 40
+
+
+def layer_of(*, bias: bool = True, dropout: float = 0.0, four_bits: bool = False) -> nn.Module:
+    """Return a LoRA layer whose update is not nothing."""
+    torch.manual_seed(0)
+    linear: nn.Module = nn.Linear(INNER, OUTER, bias=bias)
+    if four_bits:
+        import bitsandbytes
+
+        quantized = bitsandbytes.nn.Linear4bit(64, 64, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+        quantized.load_state_dict(nn.Linear(64, 64, bias=bias).state_dict())
+        linear = quantized.to("cpu")
+    model = nn.Sequential(linear).requires_grad_(False)
+    get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["0"], lora_dropout=0.0))
+    (layer,) = lora_layers(model)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    layer.lora_dropout["default"] = KeyedDropout(dropout, Clock(3, step=5), 0)
+    return layer
+
+
+def results(layer: nn.Module, x: torch.Tensor, **autocast: object) -> list[torch.Tensor]:
+    """Return output and gradients of a layer."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(autocast)):
+        out = layer(x)
+    out.float().square().sum().backward()
+    trained = [p.grad for p in layer.parameters() if p.requires_grad]
+    assert len(trained) == 2
+    assert all(g is not None for g in trained)
+    return [out.detach(), x.grad, *trained]
+
+
+@pytest.mark.parametrize("case", [{}, {"bias": False}, {"dropout": 0.3}, {"four_bits": True}], ids=str)
+def test_same_as_peft(case: dict[str, object]) -> None:
+    layer = layer_of(**case)  # type: ignore[arg-type]
+    x = torch.randn(2, ROWS, layer.in_features)
+    expected = results(layer, x)
+    speed_up(layer)
+    assert "forward" in vars(layer)
+    for found, wanted in zip(results(layer, x), expected, strict=True):
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_same_as_peft_in_half_precision() -> None:
+    layer = layer_of(dropout=0.2)
+    x = torch.randn(ROWS, INNER)
+    expected = results(layer, x, half=True)
+    speed_up(layer)
+    for found, wanted in zip(results(layer, x, half=True), expected, strict=True):
+        assert found.dtype == wanted.dtype
+        assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
+
+
+def test_an_adapter_that_is_off_or_beside_another_goes_peft_s_way() -> None:
+    layer = layer_of()
+    speed_up(layer)
+    x = torch.randn(ROWS, INNER)
+    with_it = layer(x)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer.enable_adapters(True)
+    assert torch.equal(layer(x), with_it)
+    layer.merge()
+    torch.testing.assert_close(layer(x), with_it, rtol=1e-5, atol=1e-5)
+
+
+def held(layer: nn.Module, x: torch.Tensor) -> int:
+    """Return the bytes that a forward pass holds for the backward pass, besides parameters and its input."""
+    known = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), x)}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (at := tensor.untyped_storage().data_ptr()) not in known:
+            sizes[at] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = layer(x)
+    assert out.requires_grad
+    return sum(sizes.values())
+
+
+def test_little_is_held_for_the_backward_pass() -> None:
+    layer = layer_of(dropout=0.3)
+    x = torch.randn(ROWS, INNER, requires_grad=True)
+    of_peft = held(layer, x)
+    speed_up(layer)
+    low_rank, mask = ROWS * 8 * 4, ROWS * INNER
+    assert held(layer, x) == low_rank + mask < of_peft / 2
+
+
+def test_dropout_keeps_the_share_that_it_says_and_scales_by_it() -> None:
+    dropout = KeyedDropout(0.05, Clock(1), 2)
+    x = torch.ones(1000, 999)
+    keep, kept = dropout.keep(x)
+    assert kept == pytest.approx(0.95, abs=1e-5)
+    assert keep.float().mean().item() == pytest.approx(0.95, abs=1e-3)
+    rows, columns = keep.float().mean(1), keep.float().mean(0)
+    assert rows.std().item() == pytest.approx(columns.std().item(), rel=0.2) == pytest.approx(0.0069, rel=0.2)
+    torch.testing.assert_close(dropout(x).mean(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    assert torch.equal(dropout.keep(x)[0], keep)
+    dropout.clock.micro_batch = 1
+    assert not torch.equal(dropout.keep(x)[0], keep)
