@@ -23,6 +23,7 @@ from sftx.data.prepare import Data, open_data
 from sftx.errors import ConfigError, StoppedError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.family import family_named, family_of
+from sftx.model.lean import import_peft
 from sftx.model.load import Source, find_model, load_base, load_template
 from sftx.parallel import watch
 from sftx.parallel.engine import Engine
@@ -142,6 +143,8 @@ def _prepare(
     attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
     effective.settings["attn_implementation"] = attention
     mode = build(config.mode)
+    if isinstance(mode, Lora):
+        import_peft()
     dtype = numerics.dtype if engine.sharded else mode.weights_dtype(numerics.dtype)
     with engine.loading(dtype):
         base = load_base(

@@ -6,6 +6,7 @@ end is made from those, so that it does not matter which launcher ran the trials
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from dataclasses import replace
@@ -31,6 +32,8 @@ from sftx.secrets import scrub, scrub_text
 
 log = logging.getLogger("sftx")
 TRIAL = "trial.json"
+SELDOM = (50_000, 20, 100)
+"""Objects made before Python looks for garbage: importing torch and transformers makes many and leaves little."""
 _sweep_dirs: list[Path] = []
 
 
@@ -77,6 +80,8 @@ def _run(config: TrainConfig, request: Request, command: str) -> Result:
     if config.output_dir is not None:
         RunFolder(Path(config.output_dir)).check(config.resume)
     find_sources(config.train_file_path, config.train_file_name, key="train_file_name")
+    gc.collect()  # the model of the trial before
+    gc.set_threshold(*SELDOM)
     return launch(config, request.notes, command)
 
 
