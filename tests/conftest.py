@@ -54,7 +54,6 @@ class Captured:
 
     session: Any = None
     trials: list[Any] = field(default_factory=list)
-    batches: list[Any] = field(default_factory=list)
 
     @property
     def trial(self) -> Any:

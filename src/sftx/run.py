@@ -35,6 +35,7 @@ from sftx.runs.end import finish_trial, note_failure
 from sftx.runs.folder import ONLY, RunFolder, RunLog
 from sftx.runs.metrics import SilentRecorder
 from sftx.runs.result import Result
+from sftx.training.flops import work_of
 from sftx.training.loop import train
 from sftx.training.memory import memory_explained
 from sftx.training.preflight import check_room
@@ -82,6 +83,7 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         trials = [_trial(c, f, session, data, effective.copy(), count) for c, f in zip(configs, folders, strict=True)]
         session.flat = _laid_end_to_end(configs[0], session, trials)
         session.model.loss_head = loss_head(session.model, session.numerics, engine.device)
+        session.work = work_of(session.model)
         check_room(trials, session)
         command = command or manifest.command_line()
         setting = Setting(data, source, command, manifest.environment(), run_log)
@@ -160,11 +162,21 @@ def _prepare(
     model = AdaptedModel(
         base,
         trained_dtype=numerics.dtype if engine.sharded else torch.float32,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=_checkpointing(config, engine, effective),
         sharded=engine.sharded,
     )
     session = Session(engine, model, numerics, template, data.train, data.held_out, source.folder, saver, signals)
     return session, data, source
+
+
+def _checkpointing(config: TrainConfig, engine: Engine, effective: Effective) -> bool | str:
+    """Return which activations are recomputed, and record a fallback."""
+    asked = config.gradient_checkpointing
+    if asked == "offload" and engine.device.type == "cpu":
+        effective.fall_back("gradient_checkpointing", asked, "true", "a CPU has no other memory to put them into")
+        asked = True
+    effective.settings["gradient_checkpointing"] = asked
+    return asked
 
 
 def _trial(

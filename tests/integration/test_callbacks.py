@@ -66,6 +66,14 @@ def test_profile_writes_a_trace_and_a_table(make_config) -> None:
     folder = Path(config.output_dir) / "profile"
     assert "aten::mm" in (folder / "table.txt").read_text()
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+    summary = json.loads((folder / "summary.json").read_text())
+    shares = summary["shares"]
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    parts = {"matrix products of the layers", "attention", "head and loss", "optimizer", "clipping", "data"}
+    assert parts <= {p for p, share in shares.items() if share > 0}
+    assert summary["tokens_per_second"] > 0
+    assert summary["hfu"] == summary["mfu"] > 0, "nothing was recomputed"
+    assert "MFU" in (folder / "summary.txt").read_text()
 
 
 def test_a_profile_longer_than_the_run_is_refused(make_config) -> None:

@@ -221,16 +221,20 @@ def test_lora_dropout(make_config, captured) -> None:
     assert dropped.max().item() == pytest.approx(1 / 0.6)
 
 
-@pytest.mark.parametrize("on", [True, False])
-def test_gradient_checkpointing(make_config, captured, monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
-    """With it a block's forward runs twice a micro-batch: once more in the backward pass."""
+@pytest.mark.parametrize(("asked", "again"), [("true", 4), ("false", 0), ("selective", 2), ("offload", 4)])
+def test_gradient_checkpointing(make_config, captured, monkeypatch: pytest.MonkeyPatch, asked: str, again: int) -> None:
+    """With it the forward pass of a block, of which there are four, is made once more in the backward pass."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
     calls = []
     forward = Qwen2MLP.forward
     monkeypatch.setattr(Qwen2MLP, "forward", lambda self, x: (calls.append(self.training), forward(self, x))[1])
-    run([make_config(f"gradient_checkpointing={on}", "max_steps=1", "gradient_accumulation_steps=1", "eval_ratio=0")])
-    assert sum(calls) == 4 * (2 if on else 1)
+    run(
+        [make_config(f"gradient_checkpointing={asked}", "max_steps=1", "gradient_accumulation_steps=1", "eval_ratio=0")]
+    )
+    assert sum(calls) == 4 + again
+    fallbacks = [f for f in captured.trial.effective.facts()["fallbacks"] if f["key"] == "gradient_checkpointing"]
+    assert len(fallbacks) == (asked == "offload" and not torch.cuda.is_available())
 
 
 @pytest.mark.parametrize("off", [True, False])

@@ -119,9 +119,10 @@ class TrainConfig:
         at_least=0,
         at_most=0.99,
     )
-    gradient_checkpointing: bool = knob(
-        "recompute activations in the backward pass: less memory, more time",
-        "反向传播时重新计算激活值：省显存，但更慢",
+    gradient_checkpointing: bool | Literal["selective", "offload"] = knob(
+        "recompute activations in the backward pass: less memory, more time; selective: those of every other block; "
+        "offload: of all, and what is kept waits in host memory",
+        "反向传播时重新计算激活值：省显存，但更慢；selective：只对每隔一个层块重算；offload：全部重算，且保留的部分放在主机内存",
     )
     disable_tqdm: bool = knob("no progress bar", "不显示进度条")
     optim: str = knob("the optimizer; the same choice as optimizer=", "优化器，与 optimizer= 等价")

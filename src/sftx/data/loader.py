@@ -37,6 +37,11 @@ class Batch:
     positions_BT: torch.Tensor | None = None
 
     @property
+    def supervised_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.targets_BT != IGNORE).sum())
+
+    @property
     def longest(self) -> int:
         """Place of its longest row among its rows."""
         return self.lengths.index(max(self.lengths))

@@ -103,7 +103,7 @@ class AdaptedModel:
     """A base model and the adapters trained on it; full mode is one adapter that is the model itself."""
 
     def __init__(
-        self, base: Any, *, trained_dtype: torch.dtype, gradient_checkpointing: bool, sharded: bool = False
+        self, base: Any, *, trained_dtype: torch.dtype, gradient_checkpointing: bool | str, sharded: bool = False
     ) -> None:
         self.module = base
         self.sharded = sharded
@@ -115,9 +115,15 @@ class AdaptedModel:
         self.trained_dtype = trained_dtype
         self.adapters: dict[str, Adapter] = {}
         self._targets: list[str] | None = None
+        self.recomputed_part = {False: 0.0, "selective": 0.5}.get(gradient_checkpointing, 1.0)
+        """Of the blocks, those whose forward pass is made again in the backward pass."""
         if gradient_checkpointing:
             with _quiet():
-                base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                base.activation_checkpointing_enable(
+                    {"use_reentrant": False},
+                    every_n_layers=2 if gradient_checkpointing == "selective" else 1,
+                    offload=gradient_checkpointing == "offload",
+                )
 
     def __call__(self, **inputs: Any) -> Any:
         """Run the forward pass."""

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
+HEAD = "sftx: head and loss"
+"""Name of this part of a step in a profile."""
 PIECE_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Logits held at a time, fp32."""
 FP16_FACTOR = 2.0**10
@@ -66,9 +69,10 @@ class LossHead:
             hidden_ND = hidden_ND[asked.selected]
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        total, asked.losses_N = _HeadLoss.apply(
-            hidden_ND, head.weight, head.bias, asked.targets_N, asked.weights_N, dtype
-        )
+        with record_function(HEAD):
+            total, asked.losses_N = _HeadLoss.apply(
+                hidden_ND, head.weight, head.bias, asked.targets_N, asked.weights_N, dtype
+            )
         return total
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from sftx.errors import CheckpointError
 from sftx.parallel.engine import Weights
 
+CLIP = "sftx: gradient norm and clipping"
+"""Name of this part of a step in a profile."""
 SumGradients = Callable[[Iterable[torch.nn.Parameter]], None]
 
 
@@ -64,8 +67,9 @@ class WholeStepper:
         parameters = list(self.parameters.values())
         self.sum_gradients(parameters)
         self.scaler.unscale_(self.optimizer)
-        norm = _norm(parameters)
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        with record_function(CLIP):
+            norm = _norm(parameters)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.scaler.is_enabled() or (apply and math.isfinite(norm.item())):

@@ -15,6 +15,7 @@ from sftx.data.loader import Batch
 from sftx.errors import ConfigError
 from sftx.files import append_line, write_text
 from sftx.training.evaluate import Evaluation
+from sftx.training.profile import parts_of, report_of, table_of
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
@@ -155,11 +156,12 @@ class LogBatches(Callback):
 
 @dataclass
 class Profile(Callback):
-    """Traces `steps` steps from `first_step` on with torch's profiler."""
+    """Traces `steps` steps from `first_step` on with torch's profiler, and measures MFU over the steps after them."""
 
     first_step: int
     steps: int
     profiler: Any = field(init=False, default=None)
+    shares: dict[str, float] = field(init=False, default_factory=dict)
 
     def on_start(self, session: Session, trial: Trial) -> None:
         """Check that the run is long enough."""
@@ -176,13 +178,23 @@ class Profile(Callback):
             self.profiler.start()
         elif self.profiler is not None and trial.step == self.first_step + self.steps - 1:
             self.profiler.stop()
+            self.shares = parts_of(self.profiler.events())
             if session.engine.is_main:
-                self._write(trial)
+                self._write_trace(trial)
             self.profiler = None
 
-    def _write(self, trial: Trial) -> None:
+    def on_end(self, session: Session, trial: Trial) -> None:
+        """Write what the time went to."""
+        if session.engine.is_main and self.shares:
+            report = report_of(self.shares, session, trial)
+            write_text(trial.folder.path / "profile" / "summary.json", json.dumps(report, indent=1) + "\n")
+            text = table_of(report)
+            write_text(trial.folder.path / "profile" / "summary.txt", text)
+            log.info("%s", text)
+            log.info("profile: %s", trial.folder.path / "profile")
+
+    def _write_trace(self, trial: Trial) -> None:
         folder = trial.folder.path / "profile"
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         write_text(folder / "table.txt", self.profiler.key_averages().table(sort_by=by, row_limit=40))
         self.profiler.export_chrome_trace(str(folder / "trace.json"))
-        log.info("profile of steps %d-%d: %s", self.first_step, trial.step, folder)

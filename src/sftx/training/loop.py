@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 import torch
+from torch.profiler import record_function
 
 from sftx.data.feed import Step
 from sftx.data.loader import Batch
@@ -26,9 +27,11 @@ from sftx.training import checkpoint
 from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses
 from sftx.training.memory import is_out_of_memory, shrink
+from sftx.training.perf import Window
+from sftx.training.profile import DATA
 from sftx.training.progress import Progress
 from sftx.training.recovery import Made, recover
-from sftx.training.trial import Session, Trial, Window
+from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
 
@@ -79,10 +82,17 @@ def _advance(session: Session, trial: Trial) -> None:
     """Make one optimizer step, then what is due after it: a record, an evaluation, a checkpoint."""
     config = trial.config
     assert trial.upcoming is not None, "a trial is started before it goes on"
-    step = next(trial.upcoming)
+    started = time.perf_counter()
+    with record_function(DATA):
+        step = next(trial.upcoming)
+    waited = time.perf_counter() - started
     for callback in trial.callbacks.values():
         callback.on_batches(session, trial, step.batches)
     made = _step(session, trial, step)
+    if made is not None:
+        trial.window.waited += waited
+        trial.window.add(step, _flops(session, step), time.perf_counter() - started)
+        trial.tokens_seen += step.tokens
     if made is None or (made.fault and recover(session, trial, step, made)):
         return
     trial.step += 1
@@ -124,7 +134,6 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
 
 def _step(session: Session, trial: Trial, step: Step) -> Made | None:
     """Make one optimizer step, unless its loss or gradient forbids it; return None when memory did not suffice."""
-    started = time.perf_counter()
     engine, config, weight = session.engine, trial.config, step.weight
     loss_sum, failed = _gradients(session, trial, step)
     own = torch.zeros(2 + engine.world_size, dtype=torch.float64, device=engine.device)
@@ -151,11 +160,15 @@ def _step(session: Session, trial: Trial, step: Step) -> Made | None:
         trial.trend = trial.trend.after(loss_mean)
         window.loss += loss_total
         window.weight += weight
-    window.supervised_tokens += step.supervised_tokens
-    window.tokens += step.tokens
-    trial.tokens_seen += step.tokens
-    window.seconds += time.perf_counter() - started
     return made
+
+
+def _flops(session: Session, step: Step) -> int:
+    """Return the operations that this rank's part of a step needs."""
+    if session.work is None:
+        return 0
+    lengths = [length for batch in step.batches for length in batch.lengths]
+    return session.work.flops(lengths, sum(batch.supervised_tokens for batch in step.batches))
 
 
 def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor, Batch | None]:
@@ -204,15 +217,13 @@ def _tell(session: Session, trial: Trial, step: Step) -> None:
 def _record(session: Session, trial: Trial, made: Made) -> None:
     """Write the mean loss since the last record, and what goes with it."""
     window = trial.window
-    seconds = max(window.seconds, 1e-9)
     metrics = {
         "epoch": trial.epoch,
         "train/loss": window.loss / window.weight if window.weight else math.nan,
         "train/grad_norm": made.grad_norm,
         "train/learning_rate": made.learning_rate,
         "train/tokens": trial.tokens_seen,
-        "perf/tokens_per_second": window.tokens / seconds,
-        "perf/supervised_tokens_per_second": window.supervised_tokens / seconds,
+        **window.metrics(session.engine.device, session.numerics.dtype),
     }
     faults = trial.faults
     for name, number in (("skipped_steps", faults.skipped), ("rollbacks", faults.rollbacks), ("spikes", faults.spikes)):
@@ -228,7 +239,7 @@ def _record(session: Session, trial: Trial, made: Made) -> None:
         trial.step, trial.steps.total, metrics["train/loss"], made.grad_norm, made.learning_rate,
         f"{metrics['perf/tokens_per_second']:,.0f}",
     )  # fmt: skip
-    trial.window = Window()
+    trial.last_window, trial.window = window, Window()
 
 
 def _evaluate(session: Session, trial: Trial) -> bool:

@@ -25,6 +25,8 @@ from sftx.runs.effective import Effective
 from sftx.runs.folder import RunFolder, speaking
 from sftx.runs.metrics import Recorder
 from sftx.training.evaluate import Evaluation
+from sftx.training.flops import Work
+from sftx.training.perf import Window
 from sftx.training.precision import Numerics
 from sftx.training.recovery import Faults, Trend
 from sftx.training.saving import Pace, Saver
@@ -47,6 +49,8 @@ class Session:
     signals: Signals
     flat: bool = False
     """Rows are laid end to end instead of padded."""
+    work: Work | None = None
+    """What the model does for a token; None where it cannot be counted."""
 
     @property
     def pad_id(self) -> int:
@@ -59,17 +63,6 @@ class Session:
     def layout(self, micro_batch: int) -> Layout:
         """Return how rows become this rank's tensors."""
         return Layout(self.flat, self.pad_id, self.engine.rank, self.engine.world_size, micro_batch)
-
-
-@dataclass
-class Window:
-    """Sums since the last train-loss record."""
-
-    loss: float = 0.0
-    weight: float = 0.0
-    supervised_tokens: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
@@ -100,6 +93,8 @@ class Trial:
     streamed: dict[str, int] = field(default_factory=lambda: {"truncated": 0, "left_out": 0})
     """Rows that lost tokens and records that gave no row, found while training."""
     window: Window = field(default_factory=Window)
+    last_window: Window | None = None
+    """The one that was last recorded."""
     best_loss: float | None = None
     best_step: int | None = None
     first_eval: Evaluation | None = None
