@@ -22,6 +22,7 @@ from sftx.data.plan import Plan
 from sftx.data.prepare import Data, open_data
 from sftx.errors import ConfigError, StoppedError
 from sftx.model.adapt import AdaptedModel, Lora
+from sftx.model.compiled import compile_blocks, missing_for_compiling
 from sftx.model.family import family_named, family_of
 from sftx.model.lean import import_peft
 from sftx.model.load import Source, find_model, load_base, load_template
@@ -84,6 +85,7 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         session.flat = _laid_end_to_end(configs[0], session, trials)
         session.model.loss_head = loss_head(session.model, session.numerics, engine.device)
         session.work = work_of(session.model)
+        _compile(configs[0], session, trials)
         check_room(trials, session)
         command = command or manifest.command_line()
         setting = Setting(data, source, command, manifest.environment(), run_log)
@@ -142,7 +144,7 @@ def _prepare(
     template = load_template(source, family, config.template_name, family_named, trust_remote_code=trust)
     data = rows_for(template)
     numerics = build(config.precision).resolve(engine.device, effective)
-    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
+    attention = attention_of(config)
     effective.settings["attn_implementation"] = attention
     mode = build(config.mode)
     if isinstance(mode, Lora):
@@ -238,6 +240,24 @@ def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Tri
     for trial in trials:
         trial.effective.fall_back("batching", "padding_free", "padded", f"this model cannot keep rows apart: {reason}")
     return False
+
+
+def _compile(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
+    """Compile the model's blocks where that is asked for and can be."""
+    if not config.compile:
+        return
+    reason = missing_for_compiling(session.engine.device, sharded=session.engine.sharded)
+    if reason is None:
+        compile_blocks(session.model, attention_of(config))
+    for trial in trials:
+        trial.effective.settings["compile"] = reason is None
+        if reason is not None:
+            trial.effective.fall_back("compile", "true", "false", reason)
+
+
+def attention_of(config: TrainConfig) -> str:
+    """Return the attention that a configuration means."""
+    return "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
 
 
 def _seed(seed: int) -> None:

@@ -197,6 +197,10 @@ class TrainConfig:
         "how attention is computed: sdpa is torch's fused one, eager the plain one of the model's own file; auto: sdpa",
         "注意力的实现：sdpa 为 torch 的融合实现，eager 为模型文件自带的朴素实现；auto 即 sdpa",
     )
+    compile: bool = knob(
+        "compile the model's blocks with TorchInductor: slower to start, faster after; needs a C++ compiler",
+        "用 TorchInductor 编译模型的层：启动变慢、之后更快；需要 C++ 编译器",
+    )
     device: Literal["auto", "cpu", "cuda"] = knob(
         "where to train; auto takes the GPU when there is one", "训练设备；auto 表示有 GPU 则用 GPU"
     )

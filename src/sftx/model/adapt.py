@@ -223,6 +223,12 @@ def lora_layers(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, LoraLayer)]
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return a model's repeated blocks: the list that holds most of its parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=_parameter_count, default=[]))
+
+
 def linear_targets(model: Any) -> list[str]:
     """Return the linear layers of attention and MLP, found by inspection of the decoder's blocks.
 
@@ -232,8 +238,7 @@ def linear_targets(model: Any) -> list[str]:
     Errors:
         ModelError: no repeated block with linear layers.
     """
-    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=_parameter_count, default=None)
-    inside = {id(m) for m in blocks.modules()} if blocks is not None else set()
+    inside = {id(m) for block in blocks_of(model) for m in block.modules()}
     config = model.config
     experts = {getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")} | {1}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}

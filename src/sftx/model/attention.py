@@ -40,6 +40,14 @@ def register(implementation: str) -> str:
     return name
 
 
+def leave_uncompiled(implementation: str) -> None:
+    """Keep an attention that is registered out of what TorchDynamo traces: it loops over documents."""
+    from transformers import AttentionInterface
+
+    name = name_of(implementation)
+    AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
+
+
 @contextmanager
 def laid_end_to_end() -> Iterator[None]:
     """Let the forward passes inside the block build no mask."""

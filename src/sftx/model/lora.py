@@ -7,7 +7,7 @@ scaled copy, the mask and the dropped input in fp32) is not held: `x A'` and one
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,24 +80,33 @@ def is_plain(layer: Any) -> bool:
 
 
 def speed_up(layer: Any) -> None:
-    """Give one of PEFT's LoRA layers, where it can have it, a forward pass that computes the same for less."""
-    if is_plain(layer.base_layer) and "forward" not in vars(layer):
-        layer.forward = partial(_forward, layer, layer.forward)
+    """Make one of PEFT's LoRA layers, where it can be, one that computes the same for less."""
+    if is_plain(layer.base_layer) and not isinstance(layer, Lean):
+        kind: Any = type(layer)
+        layer.__class__ = _lean(kind)  # all layers of a kind share one forward: it is compiled once
 
 
-def _forward(layer: Any, of_peft: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    name = layer.active_adapters[0]
-    alone = len(layer.active_adapters) == 1 and name in layer.lora_A and not (args or kwargs)
-    if not alone or layer.disable_adapters or layer.merged or layer.use_dora.get(name):
-        return of_peft(x, *args, **kwargs)
-    dropout, scale, keep = layer.lora_dropout[name], layer.scaling[name], None
-    x_TI = x.reshape(-1, x.shape[-1])
-    if isinstance(dropout, KeyedDropout) and dropout.drops:
-        keep, kept = dropout.keep(x_TI)
-        scale = scale / kept
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    out_TO = _Lora.apply(
-        x_TI, layer.lora_A[name].weight, layer.lora_B[name].weight, keep, layer.base_layer, scale, dtype
-    )
-    return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+@cache
+def _lean(kind: Any) -> Any:
+    return type(kind.__name__, (Lean, kind), {"__module__": kind.__module__})
+
+
+class Lean:
+    """What is put before PEFT's own class of a LoRA layer."""
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the layer's output; in PEFT's way where more than one plain adapter is asked for."""
+        name = self.active_adapters[0]
+        alone = len(self.active_adapters) == 1 and name in self.lora_A and not (args or kwargs)
+        if not alone or self.disable_adapters or self.merged or self.use_dora.get(name):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        dropout, scale, keep = self.lora_dropout[name], self.scaling[name], None
+        x_TI = x.reshape(-1, x.shape[-1])
+        if isinstance(dropout, KeyedDropout) and dropout.drops:
+            keep, kept = dropout.keep(x_TI)
+            scale = scale / kept
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        out_TO = _Lora.apply(x_TI, A, B, keep, self.base_layer, scale, dtype)
+        return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
