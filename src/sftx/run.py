@@ -22,6 +22,7 @@ from sftx.data.plan import Plan
 from sftx.data.prepare import Data, open_data
 from sftx.errors import ConfigError, StoppedError
 from sftx.model.adapt import AdaptedModel, Lora
+from sftx.model.attention import VARLEN, use_varlen
 from sftx.model.compiled import compile_blocks, missing_for_compiling
 from sftx.model.family import family_named, family_of
 from sftx.model.lean import import_peft
@@ -232,6 +233,12 @@ def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Tri
     """
     if config.batching not in ("padding_free", "packed"):
         return False
+    if config.attn_implementation == "auto" and session.engine.device.type == "cuda":
+        reason = use_varlen(session.model.module.config, session.engine.device, session.numerics.dtype)
+        for trial in trials:
+            trial.effective.settings["attn_implementation"] = "sdpa" if reason else VARLEN
+            if reason:
+                trial.effective.fall_back("attn_implementation", VARLEN, "sdpa, a call a row", reason)
     reason = documents_leak(session.model, session.numerics, session.engine.device)
     if reason is None:
         return True

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from sftx.errors import ModelError
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Those that train on a CPU; torch's flex attention has no backward there."""
+VARLEN = "varlen"
+"""Name of the kernel that takes all documents in one call."""
+_together = False
+"""Whether that kernel is used; not a context variable, for a block's second forward pass is made by another thread."""
 _laid_end_to_end: ContextVar[bool] = ContextVar("laid_end_to_end", default=False)
 
 
@@ -76,6 +81,9 @@ def attention(
     """Attend within each document; `[1, heads, tokens, dim]` in, `[1, tokens, heads, dim]` out."""
     if document_lengths is None:
         return attend(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, **kwargs)
+    if _together and attend is _sdpa:
+        q, k, v = (x[0].transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
+        return varlen(q, k, v, tuple(document_lengths), kwargs.get("scaling"), sliding_window)[None], None
     lengths = list(document_lengths)
     documents = zip(*(x.split(lengths, dim=2) for x in (query_BHTD, key_BHTD, value_BHTD)), strict=True)
     needs_mask = attend is _eager
@@ -86,6 +94,82 @@ def attention(
         for q, k, v in documents
     ]
     return torch.cat([o for o, _ in out], dim=1), None
+
+
+def varlen(
+    query_THD: torch.Tensor,
+    key_TKD: torch.Tensor,
+    value_TKD: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Attend within each document by torch's kernel for them (FlashAttention or cuDNN); `[tokens, heads, dim]`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = _ends(lengths, query_THD.device)
+    out = varlen_attn(
+        query_THD, key_TKD, value_TKD, ends, ends, max(lengths), max(lengths),
+        scale=scale, window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=key_TKD.shape[1] != query_THD.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+@lru_cache(maxsize=8)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return where each document ends, 0 first; one tensor for all layers of a batch."""
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return ends.to(device, non_blocking=True)
+
+
+def use_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Let all documents be attended to in one call from now on, if that gives the right thing; else say why not."""
+    global _together
+    _together = False
+    reason = _trouble(config.get_text_config(), device, dtype)
+    _together = reason is None
+    return reason
+
+
+def _trouble(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return "it needs an NVIDIA GPU"
+    if dtype == torch.float32:
+        return "it needs bf16 or fp16"
+    heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(24, n, width, device=device, dtype=dtype, generator=generator).requires_grad_()
+        for n in (heads, keys, keys)
+    )
+    lengths = (9, 15)
+    results = []
+    try:
+        for attend in (varlen, _one_by_one):
+            out = attend(q, k, v, lengths, None, None)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+    except (RuntimeError, ImportError, ValueError, TypeError, AssertionError) as error:  # each kernel in its own way
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    for found, wanted in zip(*results, strict=True):
+        if not (found.float() - wanted.float()).abs().max() <= 0.05 * wanted.float().abs().max():
+            return "its result differs from attention document by document"
+    return None
+
+
+def _one_by_one(
+    query_THD: torch.Tensor,
+    key_TKD: torch.Tensor,
+    value_TKD: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Do what `varlen` does, a call a document and without a window."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (query_THD, key_TKD, value_TKD))
+    return attention(_sdpa, None, q, k, v, None, lengths, window, scaling=scale)[0][0]
 
 
 def _sdpa(

@@ -1,0 +1,96 @@
+"""The kernel that takes all documents in one call is used where it is tried and right."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sftx.model import attention
+from sftx.model.attention import use_varlen
+
+CONFIG: Any = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+CONFIG.get_text_config = lambda: CONFIG
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_together", False)
+
+
+def kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends_k: torch.Tensor, max_q: int,
+    max_k: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Stand in for torch's, which needs a GPU."""
+    assert ends_q.dtype == torch.int32
+    assert torch.equal(ends_q, ends_k)
+    assert max_q == max_k == ends_q.diff().max()
+    left, right = window_size
+    assert right == 0
+    out = []
+    for first, last in pairwise(ends_q.tolist()):
+        at = torch.arange(last - first)
+        behind = at[:, None] - at[None]
+        seen = (behind >= 0) & ((behind <= left) | torch.tensor(left < 0))
+        parts = [x[first:last].transpose(0, 1)[None] for x in (q, k, v)]
+        out.append(F.scaled_dot_product_attention(*parts, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)[0])
+    return torch.cat(out, dim=1).transpose(0, 1)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a device that says that it is a GPU."""
+    real = attention._trouble
+
+    def trouble(config: Any, device: Any, dtype: torch.dtype) -> str | None:
+        class Device(str):
+            type = "cuda"
+
+        return real(config, Device("cpu"), dtype)
+
+    monkeypatch.setattr(attention, "_trouble", trouble)
+    return torch.device("cpu")
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_one_call_gives_what_a_call_a_document_gives(
+    on_a_gpu: torch.device, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    assert use_varlen(CONFIG, on_a_gpu, torch.bfloat16) is None
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 23, 8) for heads in (4, 2, 2))
+    lengths, module = (6, 12, 5), SimpleNamespace(num_key_value_groups=2, training=True, is_causal=True)
+    called = []
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *a, **k: (called.append(1), kernel(*a, **k))[1])
+    found, _ = attention.attention(attention._sdpa, module, q, k, v, None, lengths, window, scaling=0.3)
+    assert called == [1]
+    monkeypatch.setattr(attention, "_together", False)
+    wanted, _ = attention.attention(attention._sdpa, module, q, k, v, None, lengths, window, scaling=0.3)
+    assert called == [1]
+    assert found.shape == wanted.shape == (1, 23, 4, 8)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_that_is_wrong_or_missing_is_not_used(on_a_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaky(q: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        return kernel(q, *rest, **named).roll(1, 0)
+
+    def missing(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nsecond line")
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", leaky)
+    assert "differs" in str(use_varlen(CONFIG, on_a_gpu, torch.bfloat16))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", missing)
+    assert use_varlen(CONFIG, on_a_gpu, torch.bfloat16) == "FlashAttention only supports Ampere GPUs or newer."
+    assert use_varlen(CONFIG, on_a_gpu, torch.float32) == "it needs bf16 or fp16"
+    assert not attention._together
+
+
+def test_a_cpu_has_none() -> None:
+    assert use_varlen(CONFIG, torch.device("cpu"), torch.bfloat16) == "it needs an NVIDIA GPU"
