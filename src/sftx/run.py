@@ -27,6 +27,7 @@ from sftx.model.compiled import compile_blocks, missing_for_compiling
 from sftx.model.family import family_named, family_of
 from sftx.model.lean import import_peft
 from sftx.model.load import Source, find_model, load_base, load_template
+from sftx.model.shortcuts import lean_norms
 from sftx.parallel import watch
 from sftx.parallel.engine import Engine
 from sftx.parallel.signals import Signals
@@ -44,7 +45,7 @@ from sftx.training.preflight import check_room
 from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
-from sftx.training.tried import documents_leak, loss_head
+from sftx.training.tried import documents_leak, last_block_shortened, loss_head
 
 PER_TRIAL = {
     "output_dir", "learning_rate", "lora_rank", "lora_alpha", "lora_dropout", "seed", "weight_decay", "max_grad_norm",
@@ -85,6 +86,8 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         trials = [_trial(c, f, session, data, effective.copy(), count) for c, f in zip(configs, folders, strict=True)]
         session.flat = _laid_end_to_end(configs[0], session, trials)
         session.model.loss_head = loss_head(session.model, session.numerics, engine.device)
+        if not configs[0].compile:  # what it leaves out would be compiled anew for every batch
+            session.model.keeps_early = last_block_shortened(session.model, session.numerics, engine.device)
         session.work = work_of(session.model)
         _compile(configs[0], session, trials)
         check_room(trials, session)
@@ -160,6 +163,8 @@ def _prepare(
             attention=attention,
             trust_remote_code=trust,
         )
+    if not engine.sharded:
+        lean_norms(base)
     if isinstance(mode, Lora):
         base.requires_grad_(False)
     model = AdaptedModel(

@@ -112,6 +112,8 @@ class AdaptedModel:
         """What is called instead of the module, when an engine wraps it."""
         self.loss_head: LossHead | None = None
         """The head that answers with losses; None where logits go another way to the output."""
+        self.keeps_early = False
+        """The last block leaves out positions without a target."""
         self.trained_dtype = trained_dtype
         self.adapters: dict[str, Adapter] = {}
         self._targets: list[str] | None = None

@@ -12,6 +12,7 @@ from sftx.data.loader import IGNORE, Batch
 from sftx.model.adapt import AdaptedModel
 from sftx.model.attention import laid_end_to_end
 from sftx.model.head import Asked
+from sftx.model.shortcuts import KEPT
 
 
 class TokenLosses(NamedTuple):
@@ -44,7 +45,7 @@ def token_losses(model: AdaptedModel, batch: Batch, device: torch.device) -> Tok
     )
     inputs: dict[str, Any] = {
         "input_ids": batch.ids_BT.to(device, non_blocking=True),
-        "logits_to_keep": positions_P.to(device, non_blocking=True),
+        KEPT if model.keeps_early else "logits_to_keep": positions_P.to(device, non_blocking=True),
         "use_cache": False,
     }
     if batch.positions_BT is not None:

@@ -1,4 +1,5 @@
-"""What a model can do is tried, not assumed: it keeps rows apart; its head's output is its logits."""
+"""What a model can do is tried, not assumed: it keeps rows apart; its head's output is its logits; its last block
+need not compute what is not wanted."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sftx.model.adapt import AdaptedModel
+from sftx.model.adapt import AdaptedModel, blocks_of
 from sftx.model.attention import laid_end_to_end
 from sftx.model.head import LossHead
+from sftx.model.shortcuts import KEPT, shorten
 from sftx.training.precision import Numerics
 
 FIRST, SECOND = [7, 3, 11, 5, 9], [2, 8, 4, 10, 6, 12]
@@ -73,3 +75,25 @@ def loss_head(model: AdaptedModel, numerics: Numerics, device: torch.device) -> 
         return head
     head.remove()
     return None
+
+
+def last_block_shortened(model: AdaptedModel, numerics: Numerics, device: torch.device) -> bool:
+    """Let the model's last block leave out positions without a target, if its logits stay the same; tell whether."""
+    blocks = blocks_of(model.module)
+    undo = shorten(blocks[-1]) if blocks else None
+    if undo is None:
+        return False
+    ids, kept = torch.tensor([FIRST + SECOND], device=device), torch.tensor([1, 4, 9], device=device)
+    try:
+        with _as_in_evaluation(model, numerics):
+            whole = model(input_ids=ids, use_cache=False).logits[:, kept]
+            short = model(input_ids=ids, use_cache=False, **{KEPT: kept}).logits
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # an architecture with other arguments
+        undo()
+        return False
+    if whole.shape == short.shape:
+        difference = (whole.float() - short.float()).abs().max().item()
+        if difference <= TOLERANCE[numerics.dtype] * max(1.0, whole.float().abs().max().item()):
+            return True
+    undo()
+    return False
