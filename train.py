@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 
 from sftx.errors import reported
+from sftx.parallel.signals import Signals
 
 
 def main() -> None:
@@ -55,5 +56,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with reported(), Signals(whole_program=True):
         main()

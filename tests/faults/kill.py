@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tests.conftest import ROOT
+from tests.faults.moment import Moments, fork_ranks
 
 from sftx.files import TEMPORARY
 
@@ -66,6 +67,13 @@ class Zygote:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+    def left(self) -> list[int]:
+        """Return the processes that runs have left: orphans become children of the process that forks."""
+        import psutil
+
+        mine = psutil.Process(self._process.pid).children(recursive=True)
+        return [p.pid for p in mine if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -243,12 +251,12 @@ def _forked(request: dict[str, Any]) -> dict[str, Any]:
         if not _ended(child):
             os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    lasted = time.monotonic() - started
+    lasted = (ended := time.monotonic()) - started
     calls = json.loads(seen.read_text()) if seen.is_file() else []
     seen.unlink(missing_ok=True)
     told = bytes(shared[1:]).rstrip(b"\0").decode("utf-8", "replace")
     return {
-        "code": os.waitstatus_to_exitcode(status), "phase": PHASES[shared[0]], "stage": told, "seconds": lasted,
+        "code": os.waitstatus_to_exitcode(status), "phase": PHASES[shared[0]], "stage": told, "seconds": lasted, "ended": ended,
         "calls": calls, "orphans": _orphans(child) if request.get("orphans", True) else 0,
     }  # fmt: skip
 
@@ -288,13 +296,18 @@ def _run(request: dict[str, Any], folder: Path, shared: mmap.mmap, seen: Path) -
         from sftx.config.check import freeze
         from sftx.config.compose import compose_checked
         from sftx.errors import reported
-        from sftx.run import run
+        from sftx.parallel.signals import Signals
+        from sftx.runs.launch import launch
 
         os.environ |= request.get("environment", {})
         watch = Watch(folder, shared, **request.get("watch", {}))
         watch.install()
-        with reported():
-            run([freeze(compose_checked(request["words"]))])
+        if "ranks" in request:
+            fork_ranks(request["ranks"])
+        if "moment" in request:
+            Moments(**request["moment"]).install()
+        with reported(), Signals(whole_program=True):  # as train.py does
+            launch(freeze(compose_checked(request["words"])), [], "python train.py")
         code = 0
     except SystemExit as left:
         code = int(left.code or 0)

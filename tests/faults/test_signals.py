@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
 from sftx.config.schema import TrainConfig
 from sftx.errors import EXIT_STOPPED, RunFolderError, StoppedError
-from sftx.parallel.signals import ASKING, Signals
+from sftx.parallel.signals import ASKING, EndNow, Signals
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
 
@@ -143,6 +144,80 @@ def test_handlers_are_given_back() -> None:
     with Signals():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(n) for n in ASKING] == before
+
+
+def test_one_signal_is_heard_once_by_blocks_inside_each_other() -> None:
+    """The program's own block, outside, says nothing of what the run inside it has seen to, and hears no more."""
+    before = [signal.getsignal(n) for n in ASKING]
+
+    def run_ends() -> None:
+        with Signals() as inner:
+            inner.at_once = False
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("the run")
+
+    def program_ends() -> None:
+        with Signals(whole_program=True):
+            with pytest.raises(StoppedError, match="SIGTERM: stopped without a checkpoint"):
+                run_ends()
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("the disk")
+
+    try:
+        with pytest.raises(RuntimeError, match="the disk"):
+            program_ends()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert {signal.getsignal(n) for n in ASKING} == {signal.SIG_IGN}, "until the process is gone"
+    finally:
+        for number, handler in zip(ASKING, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_signal_whose_exception_was_lost_is_heard_by_the_block_inside() -> None:
+    """As where Python calls a destructor: what is raised there goes nowhere."""
+    reached = []
+
+    def program() -> None:
+        with Signals():
+            with suppress(EndNow):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            with Signals():
+                reached.append("the run")
+
+    with pytest.raises(StoppedError, match="SIGUSR1: stopped before the first step"):
+        program()
+    assert not reached
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_signals_until_the_process_is_gone_change_nothing(tmp_path: Path, ranks: int) -> None:
+    argv = words("max_steps=5000", f"output_dir={tmp_path / 'run'}")
+    process = started([*argv, "parallel=ddp", f"parallel.num_processes={ranks}"], tmp_path / "run" / "metrics.jsonl")
+    for number in itertools.cycle(ASKING):
+        if process.poll() is not None:
+            break
+        process.send_signal(number)
+        time.sleep(0.005)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, said
+    assert "SIGTERM: stopped after step" in said
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 2.0])
+def test_a_signal_while_the_program_starts(tmp_path: Path, seconds: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *words(f"output_dir={tmp_path / 'run'}")], cwd=ROOT, stderr=subprocess.PIPE
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGUSR2)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.decode()) == (
+        EXIT_STOPPED, "sftx: SIGUSR2: stopped before the first step; there was nothing to save.\n",
+    )  # fmt: skip
+    assert not (tmp_path / "run").exists()
 
 
 def started(argv: list[str], metrics: Path, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:

@@ -102,7 +102,7 @@ def main() -> None:
     control, *ends = (Connection(int(word)) for word in sys.argv[1:])
     try:
         packed = control.recv_bytes()
-    except EOFError:
+    except (EOFError, OSError):  # whoever started this one has ended, perhaps amidst a message
         return
     try:
         job: Job = pickle.loads(packed)
@@ -115,7 +115,10 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - raised again where the job came from
         control.send(_portable(error))
         return
-    control.send(None)
+    try:
+        control.send(None)
+    except OSError:
+        return
     del packed
     gc.collect()
     gc.freeze()  # the collector would touch, and so copy, every page that is shared

@@ -22,7 +22,7 @@ from typing import Any
 from sftx.errors import EXIT_FAULT, RankError, SftxError, StoppedError
 from sftx.parallel.board import Board
 from sftx.parallel.hang import Hang, HangWatch
-from sftx.parallel.signals import ASKING, put_off
+from sftx.parallel.signals import give_back, put_off, take
 from sftx.parallel.started import Started, first_frame
 
 POLL_SECONDS = 0.1
@@ -116,16 +116,14 @@ class Supervisor:
                 rank.reap(self._selector)
                 time.sleep(POLL_SECONDS)
             rank.close()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        give_back(self._handlers, None if self._asked is None else signal.Signals(self._asked).name)
         self._selector.close()
         os.close(self._board)
 
     def _take_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():  # no other thread may set handlers
             return
-        for number in ASKING:
-            self._handlers[number] = signal.signal(number, self._ask)
+        self._handlers = take(self._ask)
         if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             self._handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
 
