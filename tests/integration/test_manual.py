@@ -218,7 +218,7 @@ def test_lora_dropout(make_config, captured) -> None:
     layer = lora_layers(captured.session.model.module)[0]
     dropped = layer.lora_dropout["default"](torch.ones(100, 100))
     assert (dropped == 0).float().mean().item() == pytest.approx(0.4, abs=0.03)
-    assert dropped.max().item() == pytest.approx(1 / 0.6)
+    assert dropped.max().item() == pytest.approx(1 / 0.6, rel=1e-4)
 
 
 @pytest.mark.parametrize(("asked", "again"), [("true", 4), ("false", 0), ("selective", 2), ("offload", 4)])
