@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import tempfile
 import time
 from collections import Counter
@@ -84,6 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         data = [f"train_file_path={rows.parent}", f"train_file_name={rows.name}", f"output_dir={out}/run"]
         watched.run([f"mode={asked.mode}", f"model_name_or_path={folder}", *data, *SETTINGS, *asked.words])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     first, *steps = watched.steps
     lengths = [length for step in steps for length in step.lengths]
     supervised, tokens = sum(step.supervised for step in steps), sum(lengths)
@@ -102,6 +104,7 @@ def main() -> None:
         "tokens": tokens, "supervised_tokens": supervised, "mflop_per_token": round(flops / tokens / 1e6, 1),
         "gflop_per_second": {"x".join(map(str, shape)): round(rate / 1e9, 1) for shape, rate in rates.items()},
     }  # fmt: skip
+    facts["peak_memory_mb"] = round(peak)
     result = {"limit_tokens_per_second": round(limit, 1), "tokens_per_second": round(reached, 1)}
     print(json.dumps({**facts, **result, "share": round(reached / limit, 3)}))
 
