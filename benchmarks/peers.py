@@ -21,22 +21,21 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import get_args
 
 from peer_parts import launch
-from peer_parts.cases import CANNOT, CASES, PEERS, Case
+from peer_parts.cases import CANNOT, CASES, PEERS
 from peer_parts.records import KEY, Key, Kind, Records
-from work import MODELS, ROOT, WORK, model_folder
+from work import ROOT, WORK, model_folder
 
 FILE = ROOT / "benchmarks" / "peers.jsonl"
 MEASURED = ("src", "conf", "train.py")
 """What a commit must change to be measured again."""
 
 
-def main() -> int:
-    asked = _arguments()
+def main(words: Sequence[str] | None = None) -> int:
+    asked = _arguments(words)
     if asked.list:
         for case in CASES.values():
             print(json.dumps(case.facts()))
@@ -51,24 +50,14 @@ def main() -> int:
         row = dict(zip(KEY, key, strict=True)) | _made(key, asked)
         records.add(row)
         print(json.dumps(row), flush=True)
-    everything = argparse.Namespace(**vars(asked) | {"cases": list(CASES), "peers": list(PEERS)})
-    records.put_off(_planned(everything, commit), "no time was given to it")
+    records.put_off(_planned(asked, commit), f"the {asked.minutes:g} minutes were over")
     return 0
 
 
-def _arguments() -> argparse.Namespace:
-    def names(known: list[str]) -> type:
-        def split(text: str) -> list[str]:
-            words = known if text == "all" else text.split(",")
-            if unknown := set(words) - set(known):
-                raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-            return words
-
-        return split  # type: ignore[return-value]
-
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=names(list(CASES)), default=["base"], help="names, or all; default: base")
-    parser.add_argument("--peers", type=names(list(PEERS)), default=list(PEERS), help="names, or all (default)")
+    parser.add_argument("--cases", type=_names(list(CASES)), default=["base"], help="names, or all; default: base")
+    parser.add_argument("--peers", type=_names(list(PEERS)), default=list(PEERS), help="names, or all (default)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=15, help="after these no more runs start")
     parser.add_argument("--run-minutes", type=float, default=30, help="after these a run is stopped")
@@ -78,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="also make the runs that are there")
     parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--list", action="store_true", help="print the cases")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     asked.venvs = {peer: WORK / "venvs" / peer for peer in PEERS}
     for word in asked.venv:
         peer, _, folder = word.partition("=")
@@ -88,8 +77,20 @@ def _arguments() -> argparse.Namespace:
     return asked
 
 
+def _names(known: list[str]) -> Callable[[str], list[str]]:
+    """Return what reads a list of names from the command line."""
+
+    def split(text: str) -> list[str]:
+        words = known if text == "all" else text.split(",")
+        if unknown := set(words) - set(known):
+            raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        return words
+
+    return split
+
+
 def _planned(asked: argparse.Namespace, commit: str) -> Iterator[Key]:
-    """Yield the runs in their order: of each case the rounds, in which trainers alternate, the check after the first."""
+    """Yield the runs in their order: of each case the rounds, in which trainers alternate, and the check."""
     for case in asked.cases:
         kinds: list[tuple[Kind, int]] = [("timed", number) for number in range(1, asked.rounds + 1)]
         if not CASES[case].prepares:
@@ -122,9 +123,6 @@ def _commit() -> str:
         return subprocess.run(["git", *words, "--", *MEASURED], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
-
-
-assert set(get_args(Kind)) == {"timed", "check"} and {case.model for case in CASES.values()} <= set(MODELS)
 
 
 if __name__ == "__main__":

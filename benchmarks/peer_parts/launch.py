@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peer_parts.cases import ALPHA, CLIP, FASTEST, LENGTH, RANK, SEED, TARGETS, Case
 from work import ROOT, WORK, rows_file, rows_of
+
+from peer_parts.cases import ALPHA, CLIP, FASTEST, LENGTH, RANK, SEED, TARGETS, Case
 
 PARTS = Path(__file__).resolve().parent
 OFFLINE = {
@@ -25,6 +28,15 @@ OFFLINE = {
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PATH = re.compile(r"/[\w./-]+/(?=[\w.-]+)")
 """The folders of a path: an error is told without this machine's."""
+
+
+@functools.cache
+def machine() -> str:
+    """Return what a figure was measured on."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    named = cpu[1] if cpu else platform.machine()
+    return f"{named}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, Python {platform.python_version()}"
 
 
 def data_folder(count: int) -> Path:
@@ -98,6 +110,7 @@ def run(spec: Mapping[str, Any], python: str, *, seconds: float) -> dict[str, An
         process = subprocess.Popen(words, env=settings, cwd=scratch, stdout=log, stderr=subprocess.STDOUT)
         code, cpu = _wait(process, seconds)
     found = {"wall_s": round(time.time() - started, 2), "cpu_s": round(cpu, 2), "load": round(loaded, 1)}
+    found["machine"] = machine()
     measured = scratch / "out.json"
     if measured.is_file():
         found |= json.loads(measured.read_text(encoding="utf-8"))
