@@ -42,8 +42,10 @@ def convert(spec: dict[str, Any]) -> None:
     weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(theirs / name, folder / name)
+    shutil.copy(theirs / "tokenizer.json", folder)
+    words = json.loads((theirs / "tokenizer_config.json").read_text(encoding="utf-8"))
+    words.pop("bos_token", None)  # a text that begins with it, as a turn of SmolLM2 does, would lose it
+    (folder / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": facts["eos_token_id"]}))
     torch.save(weights, folder / "lit_model.pth")
 
