@@ -30,7 +30,7 @@ from peer_parts.records import KEY, Key, Kind, Records
 from work import ROOT, WORK, model_folder
 
 FILE = ROOT / "benchmarks" / "peers.jsonl"
-MEASURED = ("src", "conf", "train.py")
+MEASURED = ("src", "conf", "train.py", "benchmarks/work.py", "benchmarks/peer_parts")
 """What a commit must change to be measured again."""
 
 
@@ -111,7 +111,7 @@ def _made(key: Key, asked: argparse.Namespace) -> dict[str, object]:
         return {"status": "failed", "error": f"no environment: make bench-peers makes venvs/{peer}"}
     launch.make_work(case)
     spec = launch.spec_of(case, peer, model_folder(case.model))
-    if case.warm:
+    if case.warm and not launch.made_before(spec):
         launch.run(spec | {"warm": False}, python, seconds=60 * asked.run_minutes)
     return {"batching": spec["batching"]} | launch.run(spec, python, seconds=60 * asked.run_minutes)
 

@@ -25,6 +25,8 @@ OFFLINE = {
     "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "DISABLE_VERSION_CHECK": "1",
     "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
+MADE = "made"
+"""The file that says that a run in this folder came to its end."""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PATH = re.compile(r"/[\w./-]+/(?=[\w.-]+)")
 """The folders of a path: an error is told without this machine's."""
@@ -70,7 +72,7 @@ def spec_of(case: Case, peer: str, model: Path) -> dict[str, Any]:
     return case.facts() | {
         "peer": peer, "model_folder": str(model), "family": family, "data_folder": str(folder),
         "messages": str(folder / "messages.jsonl"), "csv": str(rows_file(case.rows)),
-        "litgpt_folder": str(WORK / f"litgpt-{case.model}"), "length": LENGTH, "rank": RANK, "alpha": ALPHA,
+        "litgpt_folder": str(WORK / f"litgpt-{model.name}"), "length": LENGTH, "rank": RANK, "alpha": ALPHA,
         "clip": CLIP, "seed": SEED, "targets": TARGETS,
         "batching": FASTEST[peer] if case.batching == "fastest" else case.batching,
     }  # fmt: skip
@@ -115,15 +117,25 @@ def run(spec: Mapping[str, Any], python: str, *, seconds: float) -> dict[str, An
     if measured.is_file():
         found |= json.loads(measured.read_text(encoding="utf-8"))
     if code == 0 and found.get("steps"):
+        (scratch / MADE).touch()
         return found | {"status": "done"}
     late = f"stopped after {seconds:.0f} s" if found["wall_s"] >= seconds else _last_line(scratch / "log.txt")
     return found | {"status": "failed", "error": late}
 
 
+def made_before(spec: Mapping[str, Any]) -> bool:
+    """Whether the same work has been done and its caches are there."""
+    return (_folder(spec) / MADE).is_file()
+
+
+def _folder(spec: Mapping[str, Any]) -> Path:
+    name = spec["name"].removesuffix("-warm") if spec["steps"] > 0 else "run"
+    return WORK / "peer-runs" / spec["peer"] / name
+
+
 def _scratch(spec: Mapping[str, Any]) -> Path:
     """Return the folder of a run: empty but for the caches of the same work, when these are to be warm."""
-    name = spec["name"].removesuffix("-warm") if spec["steps"] > 0 else "run"
-    scratch = WORK / "peer-runs" / spec["peer"] / name
+    scratch = _folder(spec)
     if not spec["warm"]:
         shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True, exist_ok=True)
