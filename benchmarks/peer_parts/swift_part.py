@@ -25,7 +25,7 @@ def main() -> None:
         "seed": spec["seed"], "output_dir": "out", "use_cpu": True, "use_hf": True, "logging_steps": 1,
         "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "dataloader_num_workers": 0,
         "tuner_type": "full",
-        "train_sampling_strategy": "group_by_length" if spec["batching"] == "length_bucketed" else "random",
+        "group_by_length": spec["batching"] == "length_bucketed",
     }  # fmt: skip
     if spec["mode"] != "full":
         settings |= {
