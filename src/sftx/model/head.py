@@ -6,6 +6,7 @@ piece while a piece's logits are there: they are needed once and not computed ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,7 +102,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_W = torch.zeros_like(W_VD, dtype=torch.float32) if wants_W else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         factor = FP16_FACTOR if dtype == torch.float16 else 1.0
-        rows = piece_rows(len(W), hidden_ND.device)
+        pieces = math.ceil(len(targets_N) / piece_rows(len(W), hidden_ND.device))
+        rows = math.ceil(len(targets_N) / max(pieces, 1)) or 1  # equal ones: a last, small one would cost more
         held_PV = torch.empty(min(rows, len(targets_N)), len(W), dtype=dtype, device=W.device)
         for piece in (slice(i, i + rows) for i in range(0, len(targets_N), rows)):
             hidden = hidden_ND[piece].to(dtype)
