@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sftx.errors import CheckpointError, RunFolderError, SftxError
 from sftx.run import run
 from sftx.runs.folder import RunFolder
 from sftx.runs.metrics import read_metrics
-from sftx.training import checkpoint
+from sftx.training import checkpoint, loop
 
 MODES = ("lora", "full")
 
@@ -262,12 +263,19 @@ def test_a_checkpoint_of_another_run_is_refused(copy: Path, tmp_path: Path, mode
     assert len(str(caught.value)) < 600
 
 
-def test_the_best_state_is_verified_before_it_becomes_final(tmp_path: Path) -> None:
-    best = ["keep_best=true", "save_total_limit=1", "save_steps=1", "eval_steps=1", "learning_rate=0.3", "max_steps=3"]
+def test_the_best_state_is_verified_before_it_becomes_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = ["keep_best=true", "save_total_limit=1", "save_steps=1", "eval_steps=1", "max_steps=3"]
     config = composed(tmp_path, *best)
+    evaluate, worse = loop.evaluate, count()
+
+    def worse_each_time(*args: Any, **kwargs: Any) -> Any:
+        found = evaluate(*args, **kwargs)
+        return found and replace(found, loss=found.loss + next(worse))
+
+    monkeypatch.setattr(loop, "evaluate", worse_each_time)
     run([config])
     chosen = json.loads((tmp_path / "manifest.json").read_text())["result"]["final_step"]
-    assert chosen < 3, "the rate was to be too large for later steps to be better"
+    assert chosen == 1
     shutil.rmtree(tmp_path / "final")
     DAMAGE["a bit in the middle"](tmp_path / "checkpoints" / f"step-{chosen:06d}" / "adapter_model.safetensors")
     with pytest.raises(
