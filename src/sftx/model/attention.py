@@ -167,7 +167,7 @@ def _one_by_one(
     scale: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Do what `varlen` does, a call a document and without a window."""
+    """Do what `varlen` does, a call a document."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query_THD, key_TKD, value_TKD))
     return attention(_sdpa, None, q, k, v, None, lengths, window, scaling=scale)[0][0]
 
