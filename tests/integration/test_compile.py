@@ -9,7 +9,7 @@ import pytest
 
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
-from sftx.training import loop
+from sftx.training import loop, tried
 
 STEPS = 6
 
@@ -30,6 +30,8 @@ def test_compiled_training_is_the_same(make_config, captured, monkeypatch, case:
         return made
 
     monkeypatch.setattr(loop, "_step", count)
+    # Left out when compiled; where it is not, the last block's dropout draws masks of another shape.
+    monkeypatch.setattr(tried, "shorten", lambda block: None)
     found = {}
     for compiled in (False, True):
         config = make_config(*case, f"compile={compiled}", f"max_steps={STEPS}", "eval_ratio=0", output=str(compiled))
@@ -37,7 +39,7 @@ def test_compiled_training_is_the_same(make_config, captured, monkeypatch, case:
         records = read_metrics(Path(config.output_dir) / "metrics.jsonl")
         found[compiled] = [[r[k] for r in records if k in r] for k in ("train/loss", "train/grad_norm")]
     for plain, compiled in zip(found[False], found[True], strict=True):
-        assert compiled == pytest.approx(plain, rel=1e-3)
+        assert compiled == pytest.approx(plain, rel=1e-5)
     assert captured.trial.effective.facts()["settings"]["compile"] is True
     assert graphs == [0] * STEPS + [graphs[-1]] * STEPS
     assert graphs[-1] > 0
