@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PIP_INDEX ?=
 ARGS ?=
+# Tests run side by side, one thread each.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -37,7 +39,7 @@ install-dev: $(VENV)/.installed-dev ## ... and what the tests need
 
 test: install-dev ## install, then lint, check types and run the default tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-slow ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)

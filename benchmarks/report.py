@@ -108,7 +108,7 @@ class Report:
 
     def _required(self) -> str:
         rows = [
-            self._faster("TRL, packed", 2.4, [("base", "trl"), ("packed", "trl")]),
+            self._faster("TRL, packed", 2.4, [("base", "trl")]),
             self._faster("TRL, padded", 5.5, [("padded", "trl")]),
             self._faster("the best of the others, in any batching", 1.9, _pairs(("base", "padded", "packed"))),
             self._faster("the same, micro-batches of 2 (steps of 8) for them", None, _pairs(("accumulation-4",))),

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["COLUMNS"] = "160"  # a message is not broken where a temporary path happens to end
 
 _CACHE = tempfile.TemporaryDirectory(prefix="sftx-tests-", ignore_cleanup_errors=True)
 os.environ["SFTX_CACHE"] = _CACHE.name  # a cache of before would hide that the code has broken since
