@@ -38,6 +38,7 @@ from sftx.runs.end import finish_trial, note_failure
 from sftx.runs.folder import ONLY, RunFolder, RunLog
 from sftx.runs.metrics import SilentRecorder
 from sftx.runs.result import Result
+from sftx.training.allocator import keep_freed_memory
 from sftx.training.flops import work_of
 from sftx.training.loop import train
 from sftx.training.memory import memory_explained
@@ -134,6 +135,8 @@ def _prepare(
     """Read the data and load the base: what all trials share."""
     config = configs[0]
     _seed(config.seed)
+    if engine.device.type == "cpu":
+        keep_freed_memory()
     rows_for = open_data(config)
     source = find_model(config.model_name_or_path)
     family, remark = family_of(config.model, source.model_type, downloaded=source.downloaded)

@@ -253,10 +253,10 @@ def test_kill_at_200_random_moments(zygote: Zygote, straight: Make, tmp_path: Pa
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_kill_at_every_stage(zygote: Zygote, straight: Make, tmp_path: Path, kind: str, tally: Counter[str]) -> None:
-    """Before each write of the first save and of the last with its rotation, and to final/; and amidst each."""
+    """Before each write of the last save with its rotation, some of the first, and those to final/; and amidst each."""
     one = straight(kind)
     saves = one.saves()
-    moments = [(SAVE, n) for n in ((*saves[0], *saves[-1]) if kind == "lora" else saves[-1])]
+    moments = [(SAVE, n) for n in ((*saves[0][::4], *saves[-1]) if kind == "lora" else saves[-1])]
     if kind == "lora":
         moments += [(where, n) for where in (FINAL, RUN) for n in range(1, one.writes(where) + 1)]
     failures = []
