@@ -470,6 +470,7 @@ def test_an_interrupt_ends_all(template: ChatTemplate) -> None:
     before = descendants()
     Path(os.environ["SFTX_CACHE"]).mkdir(parents=True)
     hangs = Path(os.environ["SFTX_CACHE"], "hangs")
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     signal.signal(signal.SIGALRM, lambda *_: hangs.exists() and signal.raise_signal(signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
     try:
@@ -478,6 +479,7 @@ def test_an_interrupt_ends_all(template: ChatTemplate) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, interrupted)
     assert descendants() <= before
     assert not list((cache.cache_root() / "tokens").glob("*/"))
 
