@@ -84,7 +84,9 @@ def main() -> None:
     watched = Watched()
     with tempfile.TemporaryDirectory() as out:
         data = [f"train_file_path={rows.parent}", f"train_file_name={rows.name}", f"output_dir={out}/run"]
-        watched.run([f"mode={asked.mode}", f"model_name_or_path={folder}", *data, *SETTINGS, *asked.words])
+        typed = {word.split("=", 1)[0] for word in asked.words}
+        usual = [word for word in SETTINGS if word.split("=", 1)[0] not in typed]
+        watched.run([f"mode={asked.mode}", f"model_name_or_path={folder}", *data, *usual, *asked.words])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     first, *steps = watched.steps
     lengths = [length for step in steps for length in step.lengths]
