@@ -7,9 +7,54 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
-import torch
+EXPORTS = "transformers.utils.import_utils"
+"""The module by which transformers reads what the 1,600 files of its models export."""
+
+
+def read_exports_once() -> None:
+    """Let transformers, when it is imported, read each of its models' files once, not twice, and not line by line.
+
+    Its own memory of what it has read holds 128 folders, and there are over 500.
+    """
+    if "transformers" not in sys.modules:
+        sys.meta_path.insert(0, _Exports())
+
+
+class _Exports(MetaPathFinder):
+    """Finds the one module as it is found anyway, and changes two of its functions before they are used."""
+
+    def find_spec(self, name: str, path: Any, target: object = None) -> ModuleSpec | None:
+        if name != EXPORTS:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        if spec and spec.loader:
+            execute = spec.loader.exec_module
+
+            def execute_and_change(module: Any) -> None:
+                execute(module)
+                _read_quickly(module)
+
+            spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
+        return spec
+
+
+def _read_quickly(module: Any) -> None:
+    read_folder = getattr(getattr(module, "create_import_structure_from_path", None), "__wrapped__", None)
+    read_names = getattr(module, "fetch__all__", None)
+    if read_folder is None or read_names is None:  # another transformers
+        return
+
+    def names(text: str) -> Any:
+        start = text.rfind("\n__all__") + 1
+        return read_names(text[start:] if start or text.startswith("__all__") else "")
+
+    module.create_import_structure_from_path = functools.cache(read_folder)
+    module.fetch__all__ = names
 
 
 def import_peft() -> None:
@@ -25,6 +70,8 @@ def import_peft() -> None:
 @contextmanager
 def _compiling_later() -> Iterator[None]:
     """Let `torch.compile` do nothing until what it returned is called."""
+    import torch
+
     compile_now = torch.compile
 
     def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
