@@ -22,6 +22,8 @@ DYNAMO = "torch._dynamo"
 SHAPES = "torch.fx.experimental.symbolic_shapes"
 ALL = None
 MODULES: dict[str, Collection[str] | None] = {
+    "bitsandbytes": {"nn"},
+    "bitsandbytes.nn": ALL,
     "scipy.optimize": ALL,
     "sympy": {"Basic"},
     "torch._dynamo._trace_wrapped_higher_order_op": ALL,

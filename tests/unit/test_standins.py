@@ -121,7 +121,8 @@ import train
 train.main.__globals__["__name__"] = "__main__"  # Hydra asks whose function it runs
 train.main()
 from sftx.standins import MODULES, StandIn
-heavy = [*MODULES, "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"]
+used = {"bitsandbytes", "bitsandbytes.nn"} if "mode=qlora" in sys.argv else set()
+heavy = [*MODULES.keys() - used, "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"]
 found = [name for name in heavy if name in sys.modules and not isinstance(sys.modules[name], StandIn)]
 found += [name for name in ("datasets", "pandas", "transformers.trainer", "tensorboard", "wandb") if name in sys.modules]
 assert not found, found

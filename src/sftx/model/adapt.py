@@ -17,6 +17,7 @@ from torch import nn
 from sftx.errors import ModelError
 from sftx.model.dropout import Clock, KeyedDropout, key_of
 from sftx.model.head import LossHead
+from sftx.model.lean import bitsandbytes
 from sftx.model.lora import speed_up
 
 
@@ -80,6 +81,7 @@ class QLora(Lora):
         """Return transformers' quantization of the base: 4 bits, computing in `compute_dtype`."""
         from transformers import BitsAndBytesConfig
 
+        bitsandbytes()
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
+
+from sftx.standins import StandIn, real
 
 EXPORTS = "transformers.utils.import_utils"
 """The module by which transformers reads what the 1,600 files of its models export."""
@@ -58,13 +59,23 @@ def _read_quickly(module: Any) -> None:
 
 
 def import_peft() -> None:
-    """Import PEFT, and bitsandbytes with it, without TorchInductor: a third of the start of a run.
+    """Import PEFT, without TorchInductor."""
+    _import("peft")
 
-    bitsandbytes decorates functions with `torch.compile`, which imports the compiler when it decorates.
+
+def bitsandbytes() -> Any:
+    """Import bitsandbytes, without TorchInductor: a third of the start of a run.
+
+    It decorates functions with `torch.compile`, which imports the compiler when it decorates.
     """
-    if "peft" not in sys.modules:
-        with _compiling_later():
-            importlib.import_module("peft")
+    return _import("bitsandbytes")
+
+
+def _import(name: str) -> Any:
+    if name in sys.modules and not isinstance(sys.modules[name], StandIn):
+        return sys.modules[name]
+    with _compiling_later():
+        return real(name)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from sftx.model.lean import bitsandbytes
 from sftx.runs.effective import Effective
 
 Parameters = Mapping[str, Parameter]
@@ -55,10 +56,9 @@ class AdamW:
         if self.bits == 32 and not paged:
             effective.settings["optimizer"] = "torch.optim.AdamW(fused=True)"
             return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=self.eps, fused=True)
-        import bitsandbytes
-
         effective.settings["optimizer"] = f"bitsandbytes AdamW, {self.bits} bits, {'paged' if paged else 'not paged'}"
-        kind = bitsandbytes.optim.AdamW8bit if self.bits == 8 else bitsandbytes.optim.AdamW32bit
+        optim = bitsandbytes().optim
+        kind = optim.AdamW8bit if self.bits == 8 else optim.AdamW32bit
         return kind(groups, lr=learning_rate, betas=betas, eps=self.eps, is_paged=paged)
 
 
@@ -73,11 +73,10 @@ class Lion:
 
     def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
         """Return the optimizer of these parameters."""
-        import bitsandbytes
-
         paged = _paged(self.paged, "paged_lion", effective)
         effective.settings["optimizer"] = f"bitsandbytes Lion, {self.bits} bits"
-        kind = bitsandbytes.optim.Lion8bit if self.bits == 8 else bitsandbytes.optim.Lion32bit
+        optim = bitsandbytes().optim
+        kind = optim.Lion8bit if self.bits == 8 else optim.Lion32bit
         groups = groups_of(parameters, self.weight_decay)
         return kind(groups, lr=learning_rate, betas=(self.betas[0], self.betas[1]), is_paged=paged)
 
