@@ -65,6 +65,7 @@ CASES = {
         _vary("accumulation-4", "accumulation", batch=2, accumulation=4),
         _vary("tiny", "model", model="tiny", rows=128),
         _vary("smollm2", "model", model="smollm2", rows=8),
+        _vary("start-warm", "data", steps=1, warm=True),
         _vary("data-2000", "data", rows=2000, steps=1),
         _vary("data-2000-warm", "data", rows=2000, steps=1, warm=True),
         _vary("data-100000", "data", rows=100_000, steps=1),
