@@ -73,9 +73,10 @@ def real(name: str) -> ModuleType:
     left: list[StandIn] = []
     if isinstance(sys.modules.get(name), StandIn):
         package = name.partition(".")[0]
-        left = [m for n, m in sys.modules.items() if isinstance(m, StandIn) and n.partition(".")[0] == package]
+        there = list(sys.modules.items())  # other threads import, too
+        left = [m for n, m in there if isinstance(m, StandIn) and n.partition(".")[0] == package]
     for gone in left:
-        del sys.modules[gone.__name__]
+        sys.modules.pop(gone.__name__, None)
     module = importlib.import_module(name)
     _put_into_package(module)
     for dynamo in (m for m in left if isinstance(m, Dynamo)):
