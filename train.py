@@ -16,7 +16,8 @@ from sftx.parallel.signals import Signals
 
 def main() -> None:
     """Run what the command line asks for."""
-    from sftx.config.compose import CONFIG_NAME, prepare
+    from sftx.config import by_hydra
+    from sftx.config.compose import prepare
     from sftx.config.help import asks_for_help, help_text
 
     if asks_for_help(sys.argv[1:]):
@@ -27,14 +28,12 @@ def main() -> None:
         print(request.shown, end="", flush=True)
         return
 
-    import hydra
     from omegaconf import DictConfig
 
     from sftx.runs import trials
 
     failures: list[Exception] = []
 
-    @hydra.main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)
     def job(composed: DictConfig) -> float | None:
         try:
             return trials.run_job(composed, request)
@@ -48,9 +47,9 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to `reported`, not to Hydra's printer
     if request.multirun:
         with suppress(trials.TrialFailed):
-            job()
+            by_hydra.run(job)
         sys.exit(trials.end_of_sweep())
-    job()
+    by_hydra.run(job, request.composed)
     if failures:
         raise failures[0]
 

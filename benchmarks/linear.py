@@ -3,8 +3,8 @@
     python benchmarks/linear.py [--model tiny] [--rows 32] [--lengths 256,1024,4096] [--factors 1,2,4,8]
 
 Prints a JSON line a case, tokens a second of CPU time (the first step left out), then one that sums up: the largest
-change against the first case, over the numbers of rows, and over the lengths once attention's own part, which grows
-with the length, is taken out (its share of the operations, counted as if they cost as much as the others). Goal: 0.1.
+change against the first case, over the numbers of rows, and over the lengths once attention's own time, which grows
+with the length, is taken out: that of its forward and backward pass by itself, on rows as long, right after. Goal: 0.1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,42 @@ def _measured(words: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         watched.run([*words, f"output_dir={out}/run"])
     first, *steps = watched.steps
-    lengths = [length for step in steps for length in step.lengths]
-    tokens, supervised = sum(lengths), sum(step.supervised for step in steps)
-    flops = watched.work.flops(lengths, supervised)
+    tokens = sum(sum(step.lengths) for step in steps)
+    seconds = steps[-1].ended - first.ended
+    attention = sum(_attention_seconds(_config(words), step.lengths) for step in steps)
     return {
         "tokens": tokens,
-        "tokens_per_second": round(tokens / (steps[-1].ended - first.ended), 1),
-        "attention": round(1 - watched.work.flops([1] * tokens, supervised) / flops, 4),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "attention": round(attention / seconds, 4),
     }
+
+
+def _config(words: list[str]) -> dict[str, int]:
+    folder = next(word.removeprefix("model_name_or_path=") for word in words if word.startswith("model_name_or_path="))
+    found: dict[str, int] = json.loads((Path(folder) / "config.json").read_text())
+    return found
+
+
+def _attention_seconds(config: dict[str, int], lengths: list[int]) -> float:
+    """Return how long all blocks' attention takes by itself, forward and backward."""
+    import torch
+    from transformers import AttentionInterface
+
+    from sftx.model.attention import register
+
+    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    attend = AttentionInterface()[register("sdpa")]
+    inputs = [torch.randn(1, sum(lengths), n, width).transpose(1, 2).requires_grad_() for n in (heads, keys, keys)]
+
+    def once() -> float:
+        start = time.process_time()
+        out, _ = attend(None, *inputs, None, document_lengths=lengths)
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+        return time.process_time() - start
+
+    once()
+    return config["num_hidden_layers"] * min(once() for _ in range(3))
 
 
 def _change(rates: list[float]) -> float:

@@ -1,11 +1,17 @@
 """Values on the command line: whatever a person types arrives as it was meant, or is refused with a word."""
 
+import os
+
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from sftx.config import compose
+from sftx.config import by_hydra
 from sftx.config.compose import compose_checked, prepare
 from sftx.config.grammar import Sweep, grammar, quote, read_override, split_commas
 from sftx.config.overrides import override_text, read_command_line
@@ -234,4 +240,25 @@ def test_a_key_given_twice():
 )
 def test_hydra_composes_what_was_checked(argv):
     """`prepare` composes leniently; Hydra, given its overrides, comes to the same configuration strictly."""
-    assert compose._load(prepare(argv).overrides)[0] == compose_checked(argv)
+    request = prepare(argv)
+    cfg, hydra = by_hydra.load(request.overrides)
+    assert cfg == compose_checked(argv)
+    assert request.composed is not None
+    assert OmegaConf.to_container(request.composed.hydra) == OmegaConf.to_container(hydra)
+    assert OmegaConf.masked_copy(request.composed, [str(key) for key in cfg]) == cfg
+
+
+def test_what_was_checked_is_what_runs(monkeypatch):
+    """Hydra composes nothing again: a file that changes after the check changes nothing."""
+    request = prepare(["lora_rank=5", "+hydra.job.env_set.SFTX_TRIED=yes"])
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", None)
+    seen = []
+    by_hydra.run(lambda cfg: seen.append((cfg, HydraConfig.get().mode, os.environ["SFTX_TRIED"])), request.composed)
+    [(cfg, mode, tried)] = seen
+    assert (cfg.lora_rank, mode, tried) == (5, RunMode.RUN, "yes")
+    assert "hydra" not in cfg
+
+
+@pytest.mark.parametrize("argv", [["lora_rank=1,2", "-m"], ["--info"], ["lora_rank=1", "hydra.mode=MULTIRUN"]])
+def test_hydra_composes_what_is_not_a_single_run(argv):
+    assert prepare(argv).composed is None

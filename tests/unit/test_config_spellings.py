@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from omegaconf import OmegaConf
 
-from sftx.config import compose
+from sftx.config import by_hydra
 from sftx.config.compose import compose_checked, prepare
 from sftx.config.options import options
 from sftx.config.overrides import read_command_line
@@ -216,7 +216,7 @@ def test_an_own_component_by_target(tmp_path, monkeypatch):
     cfg = compose_checked([*argv, "scheduler.floor=0.1"])
     assert OmegaConf.to_container(cfg.scheduler) == {"_target_": "own_schedule.Mine", "slope": 0.5, "floor": 0.1}
     assert cfg.lr_scheduler_type == "mine"
-    strictly, _ = compose._load(prepare([*argv, "scheduler.floor=0.1"]).overrides)
+    strictly, _ = by_hydra.load(prepare([*argv, "scheduler.floor=0.1"]).overrides)
     assert strictly == cfg, "Hydra must be told to add a key that only the class knows"
     with pytest.raises(ConfigError, match=r"unknown key `scheduler.flor` \(value 1\). Did you mean `floor`\?"):
         prepare([*argv, "scheduler.flor=1"])

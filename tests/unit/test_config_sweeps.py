@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sftx.config import compose
+from sftx.config import by_hydra
 from sftx.config.compose import prepare
 from sftx.errors import ConfigError
 
@@ -99,7 +99,7 @@ def test_hydra_sees_the_same_space(tmp_path):
         "scheduler.floor: 0,0.5",
     ]
     argv = [*sweep_file(tmp_path, params), "scheduler=cosine"]
-    _, hydra = compose._load(prepare(argv).overrides)
+    _, hydra = by_hydra.load(prepare(argv).overrides)
     assert dict(hydra.sweeper.params) == {
         "mode": "qlora,lora",
         "optimizer": "adamw",

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra import compose, initialize
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import IntervalSweep
-from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from sftx.config import source
+from sftx.config.by_hydra import COMPOSITION_ERRORS, CONFIG_NAME, first_sentence, load, register_sources, whole
 from sftx.config.grammar import Deleted, Sweep, read_override
 from sftx.config.guard import bad_callbacks, guard
 from sftx.config.hydra_keys import check_key
@@ -36,11 +31,8 @@ from sftx.secrets import scrub_text
 
 __all__ = ["CONFIG_NAME", "Request", "compose_checked", "family_of_type", "options", "prepare"]
 
-CONFIG_NAME = "train"
 COMPONENT_KNOBS = ("lora_rank", "lora_alpha", "lora_dropout", "warmup_steps", "weight_decay")
 """Knobs that act only where a component's YAML names them."""
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
-"""What Hydra raises over a configuration that does not compose."""
 
 
 @dataclass
@@ -57,17 +49,12 @@ class Request:
     """What only a person may set, as it was typed: `allow_targets`, `trust_remote_code`."""
     shown: str | None = None
     """What `--cfg job` prints: it is composed already, and Hydra would take as long again."""
+    composed: DictConfig | None = None
+    """What a single run runs, with Hydra's own node: it is composed and checked already."""
 
     def command(self) -> str:
         """Return the command, ready to be typed again."""
         return shlex.join(["python", "train.py", *self.typed])
-
-
-def register_sources() -> None:
-    """Teach Hydra to read `conf/` and `sweeps/` through `SftxConfigSource`."""
-    plugins = Plugins.instance()
-    plugins.register(source.SftxConfigSource)
-    plugins.register(source.SftxSearchPath)
 
 
 def prepare(argv: list[str]) -> Request:
@@ -100,20 +87,6 @@ def _prepared(argv: list[str]) -> tuple[Request, DictConfig]:
     finally:
         if collects:
             gc.enable()
-
-
-def _load(overrides: list[str]) -> tuple[DictConfig, DictConfig]:
-    """Compose, and return the job's configuration and Hydra's own."""
-    GlobalHydra.instance().clear()
-    try:
-        with initialize(version_base="1.3", config_path=None):
-            cfg = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
-    finally:
-        GlobalHydra.instance().clear()
-    hydra = cfg.hydra
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg, hydra
 
 
 def _idle_knobs(cfg: DictConfig, typed: Iterable[str]) -> list[str]:
@@ -160,7 +133,8 @@ class _Preparation:
         overrides = [override_text(self._key_for_hydra(k, v), v) for k, v in values.items()]
         shown = _as_yaml(base, resolve="--resolve" in flags) if _shows_job(flags) else None
         multirun = self.multirun and not line.shows
-        request = Request(flags + overrides, notes, multirun, overrides, list(argv), self.privileges, shown)
+        composed = None if flags or multirun else whole(base, self.hydra, overrides)
+        request = Request(flags + overrides, notes, multirun, overrides, list(argv), self.privileges, shown, composed)
         return request, base
 
     def origin(self, key: str) -> str:
@@ -232,13 +206,13 @@ class _Preparation:
             self.reading.loaded.clear()
             texts = {k: override_text(_lenient_key(k, v), v) for k, v in values.items()}
             try:
-                cfg, self.hydra = _load(list(texts.values()))
+                cfg, self.hydra = load(list(texts.values()))
                 self.problems += guard(cfg, self.hydra, self.privileges, self.origin)
                 return cfg
             except COMPOSITION_ERRORS as error:
                 culprit = self._culprit(error, texts)
                 where = self.line.origin(culprit) if culprit else "config"
-                self.problems.append(f"{where}: {_first_sentence(error)}")
+                self.problems.append(f"{where}: {first_sentence(error)}")
                 if culprit is None:
                     return None
                 values.pop(culprit)
@@ -252,16 +226,16 @@ class _Preparation:
         texts = [override_text(_lenient_key(k, v), v) for k, v in self.line.values.items() if k not in self.axes]
         loaded = list(self.reading.loaded)
         with suppress(*COMPOSITION_ERRORS):  # Hydra will fail as well, and run nothing
-            self.problems += guard(*_load(texts), self.privileges, self.origin)
+            self.problems += guard(*load(texts), self.privileges, self.origin)
         self.reading.loaded[:] = loaded
 
     def _culprit(self, error: Exception, texts: dict[str, str]) -> str | None:
         """Return the setting without which the configuration composes, or fails otherwise."""
         for key in reversed(texts):
             try:
-                _load([t for k, t in texts.items() if k != key])
+                load([t for k, t in texts.items() if k != key])
             except COMPOSITION_ERRORS as other:
-                if _first_sentence(other) == _first_sentence(error):
+                if first_sentence(other) == first_sentence(error):
                     continue
             return key
         return None
@@ -386,11 +360,3 @@ def _family_of(name: str) -> str | None:
     except (ValueError, KeyError, OSError):
         return None  # said with its reason when the model is loaded
     return family_of_type(model_type) or "generic"
-
-
-def _first_sentence(error: BaseException) -> str:
-    """Keep the first sentence of what Hydra or OmegaConf says."""
-    message = str(error).strip() or str(error.__cause__ or type(error).__name__)
-    cause = str(error.__cause__ or "").split("\n")[0]
-    first = re.sub(r"\s+", " ", message.split("\n")[0]).rstrip(".:")
-    return f"{first}: {cause.rstrip('.')}." if cause and cause not in first else f"{first}."

@@ -52,12 +52,10 @@ def known_sha256(path: Path) -> str:
     before, now = stamp(path), time.time_ns()
     if before[2] < SMALL:
         return sha256_file(path)
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # without a note: hashed
         kept = json.loads(_note(path).read_text(encoding="utf-8"))
         if tuple(kept["stamp"]) == before:
             return str(kept["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     digest = sha256_file(path)
     if max(before[3:]) < now - YOUNG_NS and stamp(path) == before:
         _keep(path, before, digest)

@@ -77,7 +77,7 @@ def _candidates(base: Path, name: str) -> list[Path]:
 def _matching(base: Path, pattern: str, key: str) -> list[Source]:
     try:
         found = [sorted(p for p in d.glob(pattern) if p.is_file()) for d in (base, base / "csv") if d.is_dir()]
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # `Path.glob` raises the latter for a whole path
         raise DataError(f"{_given(key, pattern)}: is not a pattern of names inside {base}: {error}.") from error
     names = [{p.name for p in paths} for paths in found]
     both = set.intersection(*names) if len(names) == 2 and "/" not in pattern else set()

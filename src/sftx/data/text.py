@@ -179,8 +179,8 @@ def _known(blob: Blob, encoding: str) -> str:
     try:
         b"a".decode(encoding, "ignore")
         codecs.getincrementaldecoder(encoding)
-    except UnicodeError:
-        pass
+    except UnicodeError:  # a byte is less than a character of UTF-16: Python knows it
+        return encoding
     except (LookupError, ValueError):
         import encodings.aliases
 

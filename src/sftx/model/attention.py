@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sftx.errors import ModelError
+from sftx.model import blocks
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Those that train on a CPU; torch's flex attention has no backward there."""
@@ -85,15 +86,19 @@ def attention(
         q, k, v = (x[0].transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
         return varlen(q, k, v, tuple(document_lengths), kwargs.get("scaling"), sliding_window)[None], None
     lengths = list(document_lengths)
+    plain = not kwargs.get("dropout") and not _beyond(max(lengths), sliding_window)
+    if attend is _sdpa and plain and blocks.usable(query_BHTD):
+        out_THD = blocks.attend(query_BHTD[0], key_BHTD[0], value_BHTD[0], lengths, kwargs.get("scaling"))
+        return out_THD[None], None
     documents = zip(*(x.split(lengths, dim=2) for x in (query_BHTD, key_BHTD, value_BHTD)), strict=True)
     needs_mask = attend is _eager
-    out = [
+    results = [
         attend(
-            module, q, k, v, _causal(q, sliding_window) if needs_mask or _beyond(q, sliding_window) else None, **kwargs
+            module, q, k, v, _causal(q, sliding_window) if needs_mask or _beyond(n, sliding_window) else None, **kwargs
         )
-        for q, k, v in documents
+        for (q, k, v), n in zip(documents, lengths, strict=True)
     ]
-    return torch.cat([o for o, _ in out], dim=1), None
+    return torch.cat([o for o, _ in results], dim=1), None
 
 
 def varlen(
@@ -195,9 +200,9 @@ def _eager(module: Any, *tensors: Any, **kwargs: Any) -> tuple[torch.Tensor, Any
     return forward(module, *tensors, **kwargs)
 
 
-def _beyond(query_BHTD: torch.Tensor, window: int | None) -> bool:
+def _beyond(length: int, window: int | None) -> bool:
     """Tell whether a document is longer than the model's attention window."""
-    return window is not None and query_BHTD.shape[2] > window
+    return window is not None and length > window
 
 
 def _causal(query_BHTD: torch.Tensor, window: int | None) -> torch.Tensor:

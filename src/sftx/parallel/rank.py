@@ -19,13 +19,14 @@ from sftx.model.lean import read_exports_once
 from sftx.parallel import watch
 from sftx.parallel.board import TOGETHER, Board
 from sftx.parallel.proc import die_with_parent
-from sftx.parallel.signals import Signals, heard
+from sftx.parallel.signals import Signals, end_unmoved, heard
 from sftx.parallel.started import WHERE
 
 
 def main() -> None:
     """Train as one rank; what it comes to is told to the supervisor."""
     die_with_parent()
+    end_unmoved()
     told: dict[str, Any] = marshal.loads(sys.stdin.buffer.read())
     if os.getppid() != told["parent"]:
         os._exit(1)  # it ended before the kernel was asked to watch it

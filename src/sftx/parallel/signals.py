@@ -107,6 +107,16 @@ def heard() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_unmoved() -> None:
+    """Let signals change nothing outside of `Signals`' blocks, in a process that was started in `put_off`.
+
+    Those that wait already are not lost, as they would be if they were ignored. A signal that comes after the block
+    ends a process that handles none, by any of its threads that does not put it off.
+    """
+    for number in ASKING:
+        signal.signal(number, lambda *_: None)
+
+
 def ignore(_worker: int = 0) -> None:
     """Let a loader process outlive a signal that goes to all processes, but not the trainer, which ends it."""
     die_with_parent()

@@ -20,7 +20,7 @@ DATA = "sftx: next batches"
 PRODUCTS = "matrix products of the layers"
 PARTS = {"data": DATA, "head and loss": HEAD, "clipping": CLIP, "optimizer": "Optimizer.step"}
 """What surrounds a part's operations, by the part's name; the nearest one counts."""
-ATTENTION = ("scaled_dot_product", "flash", "varlen_attn", "efficient_attention", "cudnn_attention")
+ATTENTION = ("_Attention", "scaled_dot_product", "flash", "varlen_attn", "efficient_attention", "cudnn_attention")
 MATRIX = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::_int_mm")
 DEQUANTIZE = ("dequantize", "bitsandbytes")
 REST = "norms, activations, sums, copies"
