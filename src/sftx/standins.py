@@ -20,6 +20,7 @@ from typing import Any, Union
 
 DYNAMO = "torch._dynamo"
 SHAPES = "torch.fx.experimental.symbolic_shapes"
+EXPORT = "torch.export"
 ALL = None
 MODULES: dict[str, Collection[str] | None] = {
     "bitsandbytes": {"nn"},
@@ -57,8 +58,13 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 
 def stand_in() -> None:
     """Let stand-ins take the places of modules that are not imported yet, in a process that computes alone."""
+    export = StandIn(EXPORT, ALL)
+    if "torch" not in sys.modules:
+        sys.modules[EXPORT] = export  # torch imports it itself
     import torch  # noqa: F401 - imports the packages that the modules are in
 
+    if sys.modules.get(EXPORT) is export:
+        _put_into_package(export)
     modules = [Dynamo(DYNAMO), SymbolicShapes(SHAPES), *(StandIn(name, names) for name, names in MODULES.items())]
     for module in modules:
         if module.__name__ not in sys.modules:

@@ -324,3 +324,29 @@ def test_ranks_agree_although_one_alone_is_asked(tmp_path: Path, rank: str) -> N
     step = int(saved.name.partition("-")[2])
     run([composed(f"max_steps={step + 1}", "parallel=single", out)])
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "completed"
+
+
+RANK = """
+import os, signal, threading, time
+from sftx.errors import StoppedError
+from sftx.parallel.signals import Signals, end_unmoved, heard, put_off
+
+with put_off():  # as a rank is started
+    end_unmoved()
+    try:
+        with Signals(), heard():
+            threading.Thread(target=threading.Event().wait, daemon=True).start()  # a run leaves some: they put off none
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(10)
+    except StoppedError as error:
+        print(error)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(0.1)
+    print("it reports")
+"""
+
+
+def test_a_second_signal_does_not_cut_off_what_a_rank_has_to_say() -> None:
+    done = subprocess.run([sys.executable, "-c", RANK], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.splitlines()[1:]) == (0, ["it reports"]), done
+    assert done.stdout.startswith("SIGUSR1: stopped before the first step")

@@ -14,9 +14,9 @@ from tests.conftest import ROOT
 
 HEAD = """
 import sys
-import torch
 from sftx.standins import StandIn, stand_in
 stand_in()
+import torch
 
 def there(name):
     return name in sys.modules and not isinstance(sys.modules[name], StandIn)
@@ -89,6 +89,12 @@ CASES = {
         else:
             raise AssertionError("sizes that do not fit were let through")
         """,
+    "a model is exported": """
+        assert not there("torch.export") and isinstance(sys.modules["torch.export"], StandIn)
+        exported = torch.export.export(torch.nn.Linear(2, 3), (torch.ones(1, 2),))
+        assert there("torch.export") and isinstance(exported, torch.export.ExportedProgram)
+        assert exported.module()(torch.ones(1, 2)).shape == (1, 3)
+        """,
     "optimizer and recomputation": """
         from torch.utils.checkpoint import checkpoint
         weight = torch.nn.Parameter(torch.ones(3))
@@ -118,11 +124,10 @@ def test_a_plain_run_imports_nothing_that_it_does_not_use(mode: str, tmp_path) -
 import sys
 sys.argv = ["train.py", *{words!r}]
 import train
-train.main.__globals__["__name__"] = "__main__"  # Hydra asks whose function it runs
 train.main()
 from sftx.standins import MODULES, StandIn
 used = {"bitsandbytes", "bitsandbytes.nn"} if "mode=qlora" in sys.argv else set()
-heavy = [*MODULES.keys() - used, "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"]
+heavy = [*MODULES.keys() - used, "torch._dynamo", "torch._inductor", "torch.export", "torch.fx.experimental.symbolic_shapes"]
 found = [name for name in heavy if name in sys.modules and not isinstance(sys.modules[name], StandIn)]
 found += [name for name in ("datasets", "pandas", "transformers.trainer", "tensorboard", "wandb") if name in sys.modules]
 assert not found, found
