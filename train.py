@@ -6,6 +6,7 @@ configuration is right.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -55,5 +56,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # until training begins: importing and composing make many objects and little garbage
     with reported(), Signals(whole_program=True):
         main()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -46,7 +47,7 @@ from sftx.training.preflight import check_room
 from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
-from sftx.training.tried import documents_leak, last_block_shortened, loss_head
+from sftx.training.tried import Tried, documents_leak, last_block_shortened
 
 PER_TRIAL = {
     "output_dir", "learning_rate", "lora_rank", "lora_alpha", "lora_dropout", "seed", "weight_decay", "max_grad_norm",
@@ -85,10 +86,7 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         session, data, source = _prepare(configs, engine, effective, saver, signals)
         count = len(configs)
         trials = [_trial(c, f, session, data, effective.copy(), count) for c, f in zip(configs, folders, strict=True)]
-        session.flat = _laid_end_to_end(configs[0], session, trials)
-        session.model.loss_head = loss_head(session.model, session.numerics, engine.device)
-        if not configs[0].compile:  # what it leaves out would be compiled anew for every batch
-            session.model.keeps_early = last_block_shortened(session.model, session.numerics, engine.device)
+        _try_out(configs[0], session, trials)
         session.work = work_of(session.model)
         _compile(configs[0], session, trials)
         check_room(trials, session)
@@ -99,6 +97,7 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
                 open_trial(trial, session, setting)
         watch.tell(folders=[str(folder.path) for folder in folders])
         engine.barrier()  # the main rank has made folders and started trackers
+        gc.enable()  # whoever started this may have put it off
         train(session, trials)
         results = [finish_trial(trial, session) for trial in trials]
         finished = True
@@ -233,7 +232,16 @@ def _planned(config: TrainConfig, session: Session, world_size: int) -> PlannedF
     return PlannedFeed(session.rows, plan, config.dataloader_num_workers)
 
 
-def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> bool:
+def _try_out(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
+    """Find out what the model can do without, and take the short ways."""
+    tried = Tried(session.model, session.numerics, session.engine.device)
+    session.flat = _laid_end_to_end(config, session, trials, tried)
+    session.model.loss_head = tried.loss_head()
+    if not config.compile:  # what it leaves out would be compiled anew for every batch
+        session.model.keeps_early = last_block_shortened(tried)
+
+
+def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Trial], tried: Tried) -> bool:
     """Tell whether rows are laid end to end, which the model must prove to keep apart.
 
     Errors:
@@ -247,7 +255,7 @@ def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Tri
             trial.effective.settings["attn_implementation"] = "sdpa" if reason else VARLEN
             if reason:
                 trial.effective.fall_back("attn_implementation", VARLEN, "sdpa, a call a row", reason)
-    reason = documents_leak(session.model, session.numerics, session.engine.device)
+    reason = documents_leak(tried)
     if reason is None:
         return True
     if config.batching == "packed":

@@ -31,6 +31,7 @@ MODULES: dict[str, Collection[str] | None] = {
     "torch._dynamo.config": {"error_on_nested_fx_trace"},
     "torch._dynamo.eval_frame": {"OptimizedModule"},
     "torch.distributed._composable.fsdp": ALL,
+    "torch.distributed._functional_collectives": ALL,
     "torch.distributed.checkpoint.hf_storage": ALL,
     "torch.distributed.fsdp": ALL,
     "torch.distributed.fsdp.fully_sharded_data_parallel": ALL,

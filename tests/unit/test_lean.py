@@ -25,3 +25,27 @@ for text in ("", "x = 1", '__all__ = ["a", "b"]', 'x\\n__all__ = [\\n    "a",\\n
              'x__all__ = ["a"]', ' __all__ = ["a"]'):
     assert ours.fetch__all__(text) == plain.fetch__all__(text), text
 """)
+
+
+def test_transformers_renames_weights_by_the_same_patterns() -> None:
+    run_alone("""
+import copy
+import re
+from sftx.model.lean import compile_patterns_later
+from transformers import conversion_mapping, core_model_loading
+read = conversion_mapping._build_checkpoint_conversion_mapping
+plain = read()
+compile_patterns_later()
+compile_patterns_later()
+ours = read()
+assert ours.keys() == plain.keys() and len(ours) > 50
+count = 0
+for name in plain:
+    for one, other in zip(ours[name], plain[name], strict=True):
+        mine, theirs = copy.deepcopy(one).compiled_sources, other.compiled_sources
+        assert isinstance(theirs, re.Pattern) and not isinstance(mine, re.Pattern)
+        assert (mine.pattern, mine.flags, mine.groupindex) == (theirs.pattern, theirs.flags, theirs.groupindex)
+        count += 1
+assert count > 100
+assert core_model_loading.re.sub("a", "b", "a") == "b"
+""")

@@ -15,7 +15,7 @@ from sftx.model.attention import register
 from sftx.model.shortcuts import LeanNorm, lean_norms
 from sftx.training.loss import token_losses
 from sftx.training.precision import Numerics
-from sftx.training.tried import last_block_shortened, loss_head
+from sftx.training.tried import Tried, last_block_shortened
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -45,7 +45,7 @@ def test_losses_are_made_by_the_head_where_its_output_is_the_logits(capped: bool
         module = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
     model = adapted(module)
     plain = token_losses(model, batch(), CPU)
-    model.loss_head = loss_head(model, Numerics(torch.float32, CPU), CPU)
+    model.loss_head = Tried(model, Numerics(torch.float32, CPU), CPU).loss_head()
     assert (model.loss_head is None) == capped
     assert module.training
     found = token_losses(model, batch(), CPU)
@@ -74,7 +74,7 @@ def test_the_last_block_leaves_out_what_is_not_wanted(checkpointing: bool, layou
     module.model.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
     for keeps_early in (False, True):
         if keeps_early:
-            model.keeps_early = last_block_shortened(model, Numerics(torch.float32, CPU), CPU)
+            model.keeps_early = last_block_shortened(Tried(model, Numerics(torch.float32, CPU), CPU))
             assert model.keeps_early
         module.zero_grad()
         rows.clear()
@@ -93,7 +93,7 @@ def test_the_last_block_leaves_out_what_is_not_wanted(checkpointing: bool, layou
 def test_a_block_of_another_form_stays_whole() -> None:
     model = adapted(Gemma2ForCausalLM(Gemma2Config(**SHAPE, attn_implementation="eager")))
     before = type(model.module.model.layers[-1])
-    assert not last_block_shortened(model, Numerics(torch.float32, CPU), CPU)
+    assert not last_block_shortened(Tried(model, Numerics(torch.float32, CPU), CPU))
     assert type(model.module.model.layers[-1]) is before
 
 

@@ -22,7 +22,7 @@ HEAD = "sftx: head and loss"
 PIECE_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Logits held at a time, fp32."""
 CACHED = 2**17
-"""Logits that are worked on at a time on a CPU: four rows of a vocabulary of 32,000."""
+"""Logits that a thread works on at a time on a CPU: four rows of a vocabulary of 32,000."""
 FP16_FACTOR = 2.0**10
 """Keeps probabilities of 1e-7 from vanishing in fp16, where the loss scaler comes too late."""
 
@@ -159,5 +159,5 @@ def _losses(
 def _nearby(first_PV: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Split tensors alike, a few rows at a time: what is passed over again is in a core's own cache, not in memory."""
     on_cpu = first_PV.device.type == "cpu"  # on a GPU a call costs more than it saves
-    rows = max(1, CACHED // first_PV.shape[1]) if on_cpu else max(1, len(first_PV))
-    return zip(*(x.split(rows) for x in (first_PV, *others)), strict=True)
+    rows = CACHED * torch.get_num_threads() // first_PV.shape[1] if on_cpu else len(first_PV)
+    return zip(*(x.split(max(1, rows)) for x in (first_PV, *others)), strict=True)

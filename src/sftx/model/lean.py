@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,40 @@ def _read_quickly(module: Any) -> None:
 
     module.create_import_structure_from_path = functools.cache(read_folder)
     module.fetch__all__ = names
+
+
+def compile_patterns_later() -> None:
+    """Let transformers compile, of a thousand patterns that rename the weights of all architectures, those it uses."""
+    from transformers import core_model_loading as loading
+
+    if getattr(loading, "re", None) is re:
+        loading.re = _Patterns()
+
+
+class _Patterns:
+    """The module `re`, but for when it compiles."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(re, name)
+
+    def compile(self, pattern: str, flags: int = 0) -> _Pattern:
+        """Return what compiles itself."""
+        return _Pattern(pattern, flags)
+
+
+class _Pattern:
+    """A regular expression that is compiled when it is looked at."""
+
+    def __init__(self, pattern: str, flags: int) -> None:
+        self._source = pattern, flags
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(re.compile(*self._source), name)
+
+    def __deepcopy__(self, memo: object) -> _Pattern:
+        return self
 
 
 def import_peft() -> None:

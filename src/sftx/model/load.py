@@ -16,6 +16,7 @@ from sftx.model import builtin
 from sftx.model.attention import register
 from sftx.model.family import Family
 from sftx.model.find import local_folder, missing_files, weight_files
+from sftx.model.lean import compile_patterns_later
 
 if TYPE_CHECKING:
     import torch
@@ -218,6 +219,7 @@ def load_base(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    compile_patterns_later()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": register(attention)}
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": device}}

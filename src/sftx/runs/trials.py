@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from sftx.secrets import scrub, scrub_text
 log = logging.getLogger("sftx")
 TRIAL = "trial.json"
 SELDOM = (50_000, 20, 100)
-"""Objects made before Python looks for garbage: importing torch and transformers makes many and leaves little."""
+"""Objects made before Python looks for garbage."""
 _sweep_dirs: list[Path] = []
 
 
@@ -80,7 +81,9 @@ def _run(config: TrainConfig, request: Request, command: str) -> Result:
     if config.output_dir is not None:
         RunFolder(Path(config.output_dir)).check(config.resume)
     find_sources(config.train_file_path, config.train_file_name, key="train_file_name")
-    gc.collect()  # the model of the trial before
+    if "torch" in sys.modules:
+        gc.collect()  # the model of the trial before
+    gc.disable()  # until training begins, as in train.py
     gc.set_threshold(*SELDOM)
     return launch(config, request.notes, command)
 

@@ -3,8 +3,10 @@ need not compute what is not wanted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,85 +17,98 @@ from sftx.model.head import LossHead
 from sftx.model.shortcuts import KEPT, shorten
 from sftx.training.precision import Numerics
 
-FIRST, SECOND = [7, 3, 11, 5, 9], [2, 8, 4, 10, 6, 12]
+BEFORE, DOCUMENT = [7, 3, 11, 5, 9], [2, 8, 4, 10, 6, 12]
 """Two short documents of token ids that every vocabulary has."""
+OTHER_ARGUMENTS = (TypeError, ValueError, RuntimeError, AttributeError)
+"""What an architecture raises that is called in another way."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Of the largest logit: what two orders of summation may differ by."""
 
 
-@contextmanager
-def _as_in_evaluation(model: AdaptedModel, numerics: Numerics) -> Iterator[None]:
-    was_training = model.module.training
-    model.module.eval()
-    try:
-        with torch.no_grad(), numerics.autocast():
-            yield
-    finally:
-        model.module.train(was_training)
+class Tried:
+    """What a model does with a short document, which is asked once for all that is to be found out."""
 
+    def __init__(self, model: AdaptedModel, numerics: Numerics, device: torch.device) -> None:
+        self.model = model
+        self._numerics, self._device = numerics, device
+        layer = model.module.get_output_embeddings()
+        self._head = LossHead(layer) if type(layer) is nn.Linear else None
+        self._of_head: list[torch.Tensor] = []
 
-def documents_leak(model: AdaptedModel, numerics: Numerics, device: torch.device) -> str | None:
-    """Return why a second document's logits are not those that it has alone, or None when they are."""
-    try:
-        with _as_in_evaluation(model, numerics):
-            alone = model(input_ids=torch.tensor([SECOND], device=device), use_cache=False).logits[0]
-            lengths = (len(FIRST), len(SECOND))
-            positions = torch.tensor([[*range(lengths[0]), *range(lengths[1])]], device=device)
-            with laid_end_to_end():
-                both = model(
-                    input_ids=torch.tensor([FIRST + SECOND], device=device),
-                    position_ids=positions,
-                    document_lengths=lengths,
-                    use_cache=False,
-                ).logits[0, lengths[0] :]
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # an architecture with other arguments
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    difference = (both.float() - alone.float()).abs().max().item()
-    if difference <= TOLERANCE[numerics.dtype] * max(1.0, alone.float().abs().max().item()):
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """The document's logits `[1, T, V]`, the head's own output beside them."""
+        with self._head.asked(self._note) if self._head else nullcontext():
+            return self.forward(DOCUMENT)
+
+    def forward(self, ids: Sequence[int], **arguments: Any) -> torch.Tensor:
+        """Return the logits as in evaluation, `[1, T, V]`."""
+        was_training = self.model.module.training
+        self.model.module.eval()
+        try:
+            with torch.no_grad(), self._numerics.autocast():
+                ids_1T = torch.tensor([ids], device=self._device)
+                logits: torch.Tensor = self.model(input_ids=ids_1T, use_cache=False, **arguments).logits
+                return logits
+        finally:
+            self.model.module.train(was_training)
+
+    def tensor(self, values: Sequence[int]) -> torch.Tensor:
+        """Return whole numbers where the model is."""
+        return torch.tensor(values, device=self._device)
+
+    def differ(self, found: torch.Tensor, wanted: torch.Tensor) -> float | None:
+        """Return by how much logits differ, if it is more than another order of summation explains."""
+        difference = (found.float() - wanted.float()).abs().max().item()
+        allowed = TOLERANCE[self._numerics.dtype] * max(1.0, wanted.float().abs().max().item())
+        return None if difference <= allowed else difference
+
+    def loss_head(self) -> LossHead | None:
+        """Return the model's head that can answer with losses; None where its output is not the model's logits.
+
+        Some architectures cap or scale what the head returns (Gemma 2, Cohere, Granite); they keep the plain way.
+        """
+        if self._head is None:
+            return None
+        logits = self.logits
+        if len(self._of_head) == 1 and torch.equal(self._of_head[0].float(), logits.float()):
+            return self._head
+        self._head.remove()
         return None
-    return f"a row's logits change by {difference:.2g} beside another row"
 
-
-def loss_head(model: AdaptedModel, numerics: Numerics, device: torch.device) -> LossHead | None:
-    """Return the model's head that can answer with losses; None where its output is not the model's logits.
-
-    Some architectures cap or scale what the head returns (Gemma 2, Cohere, Granite); they keep the plain way.
-    """
-    layer = model.module.get_output_embeddings()
-    if type(layer) is not nn.Linear:
-        return None
-    head = LossHead(layer)
-    seen: list[torch.Tensor] = []
-
-    def note(logits: torch.Tensor) -> torch.Tensor:
-        seen.append(logits)
+    def _note(self, logits: torch.Tensor) -> torch.Tensor:
+        self._of_head.append(logits)
         return logits
 
-    with _as_in_evaluation(model, numerics), head.asked(note):
-        logits = model(input_ids=torch.tensor([SECOND], device=device), use_cache=False).logits
-    if len(seen) == 1 and torch.equal(seen[0].float(), logits.float()):
-        return head
-    head.remove()
-    return None
+
+def documents_leak(tried: Tried) -> str | None:
+    """Return why a second document's logits are not those that it has alone, or None when they are."""
+    lengths = (len(BEFORE), len(DOCUMENT))
+    positions = tried.tensor([*range(lengths[0]), *range(lengths[1])])[None]
+    try:
+        alone = tried.logits
+        with laid_end_to_end():
+            both = tried.forward([*BEFORE, *DOCUMENT], position_ids=positions, document_lengths=lengths)
+    except OTHER_ARGUMENTS as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    difference = tried.differ(both[:, lengths[0] :], alone)
+    return None if difference is None else f"a row's logits change by {difference:.2g} beside another row"
 
 
-def last_block_shortened(model: AdaptedModel, numerics: Numerics, device: torch.device) -> bool:
+def last_block_shortened(tried: Tried) -> bool:
     """Let the model's last block leave out positions without a target, if its logits stay the same; tell whether."""
-    blocks = blocks_of(model.module)
+    blocks = blocks_of(tried.model.module)
     undo = shorten(blocks[-1]) if blocks else None
     if undo is None:
         return False
-    ids, kept = torch.tensor([FIRST + SECOND], device=device), torch.tensor([1, 4, 9], device=device)
+    kept = tried.tensor([1, 4])
     try:
-        with _as_in_evaluation(model, numerics):
-            whole = model(input_ids=ids, use_cache=False).logits[:, kept]
-            short = model(input_ids=ids, use_cache=False, **{KEPT: kept}).logits
-    except (TypeError, ValueError, RuntimeError, AttributeError):  # an architecture with other arguments
+        whole = tried.logits[:, kept]
+        short = tried.forward(DOCUMENT, **{KEPT: kept})
+    except OTHER_ARGUMENTS:
         undo()
         return False
-    if whole.shape == short.shape:
-        difference = (whole.float() - short.float()).abs().max().item()
-        if difference <= TOLERANCE[numerics.dtype] * max(1.0, whole.float().abs().max().item()):
-            return True
+    if whole.shape == short.shape and tried.differ(short, whole) is None:
+        return True
     undo()
     return False
