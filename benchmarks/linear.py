@@ -1,6 +1,6 @@
 """Does cost grow as the work does? More rows, and longer ones.
 
-    python benchmarks/linear.py [--model tiny] [--rows 32] [--lengths 256,1024,4096] [--factors 1,2,4,8]
+    python benchmarks/linear.py [--model tiny] [--rows 256] [--lengths 256,1024,4096] [--factors 1,2,4,8]
 
 Prints a JSON line a case, tokens a second of CPU time (the first step left out), then one that sums up: the largest
 change against the first case, over the numbers of rows, and over the lengths once attention's own time, which grows
@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--factors", type=numbers, default=[1, 2, 4, 8])
     parser.add_argument("--lengths", type=numbers, default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--child", help=argparse.SUPPRESS)
