@@ -269,11 +269,9 @@ def _orphans(group: int) -> float:
     """Return how many seconds the processes that a run had started outlived it; -1 when they still do."""
     started = time.monotonic()
     while time.monotonic() < started + 15:
-        try:
+        with suppress(ChildProcessError):  # none of them is this process's own, or none is left
             while os.waitpid(-group, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            pass
+                continue
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
