@@ -40,6 +40,7 @@ KINDS: dict[str, Callable[[], object]] = {
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "works": lambda: _work(12),
     "waits": lambda: time.sleep(12),
+    "is_late": lambda: time.sleep(4),
     "stops": lambda: os.kill(os.getpid(), signal.SIGTERM),
 }
 

@@ -213,11 +213,18 @@ def test_a_signal_to_the_command_ends_all_ranks_in_order(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("seconds", [0.2, 2.0, 5.0])
-def test_a_signal_while_the_ranks_start_is_not_lost(tmp_path: Path, number: signal.Signals, seconds: float) -> None:
-    command = Command(words(2, tmp_path))
-    command.wait_for(lambda: len([p for p in command.processes() if "sftx.parallel.rank" in p.cmdline()]) == 2)
-    time.sleep(seconds)
+@pytest.mark.parametrize("seconds", [0.2, 2.0, None])
+def test_a_signal_while_the_ranks_start_is_not_lost(
+    tmp_path: Path, number: signal.Signals, seconds: float | None
+) -> None:
+    """So many seconds after the ranks are there; or while one of them waits for the other, that is late to join."""
+    late = fault("is_late", 1, tmp_path, "group") if seconds is None else []
+    command = Command(words(2, tmp_path, *late))
+    if seconds is None:
+        command.wait_for((tmp_path / "mark").exists)
+    else:
+        command.wait_for(lambda: len([p for p in command.processes() if "sftx.parallel.rank" in p.cmdline()]) == 2)
+        time.sleep(seconds)
     asked = time.monotonic()
     command.process.send_signal(number)
     ended = command.end(lambda: asked)
