@@ -76,10 +76,10 @@ def test_a_pack_is_learned_from_as_its_rows_alone(make_config, captured) -> None
 
 def logits_of(model, rows: list[Row]) -> torch.Tensor:
     batch = collate(rows, tuple(range(len(rows))), flat=True, pad_id=0)
-    with torch.no_grad(), attention.laid_end_to_end():
-        return model(
-            input_ids=batch.ids_BT, position_ids=batch.positions_BT, document_lengths=batch.lengths, use_cache=False
-        ).logits[0]
+    assert batch.positions_BT is not None
+    with torch.no_grad():
+        laid = attention.end_to_end(batch.positions_BT, batch.lengths)
+        return model(input_ids=batch.ids_BT, use_cache=False, **laid).logits[0]
 
 
 def row_of(*ids: int) -> Row:

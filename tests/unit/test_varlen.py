@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends_k: torch.Tensor, max_q: int,
-    max_k: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+    max_k: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Stand in for torch's, which needs a GPU."""
     assert ends_q.dtype == torch.int32
@@ -67,7 +68,13 @@ def test_one_call_gives_what_a_call_a_document_gives(
     q, k, v = (torch.randn(1, heads, 23, 8) for heads in (4, 2, 2))
     lengths, module = (6, 12, 5), SimpleNamespace(num_key_value_groups=2, training=True, is_causal=True)
     called = []
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *a, **k: (called.append(1), kernel(*a, **k))[1])
+
+    @wraps(kernel)
+    def counted(*arguments: Any, **named: Any) -> torch.Tensor:
+        called.append(1)
+        return kernel(*arguments, **named)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counted)
     found, _ = attention.attention(attention._sdpa, module, q, k, v, None, lengths, window, scaling=0.3)
     assert called == [1]
     monkeypatch.setattr(attention, "_together", False)
@@ -78,6 +85,7 @@ def test_one_call_gives_what_a_call_a_document_gives(
 
 
 def test_a_kernel_that_is_wrong_or_missing_is_not_used(on_a_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    @wraps(kernel)
     def leaky(q: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         return kernel(q, *rest, **named).roll(1, 0)
 
@@ -94,3 +102,13 @@ def test_a_kernel_that_is_wrong_or_missing_is_not_used(on_a_gpu: torch.device, m
 
 def test_a_cpu_has_none() -> None:
     assert use_varlen(CONFIG, torch.device("cpu"), torch.bfloat16) == "it needs an NVIDIA GPU"
+
+
+def test_a_kernel_before_torch_2_12_is_not_told_that_heads_share_keys(
+    on_a_gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(*arguments: Any, scale: float | None, window_size: tuple[int, int]) -> torch.Tensor:
+        return kernel(*arguments, scale=scale, window_size=window_size, enable_gqa=True)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", older)
+    assert use_varlen(CONFIG, on_a_gpu, torch.bfloat16) is None

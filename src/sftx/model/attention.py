@@ -8,10 +8,9 @@ implementation that it is named after.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 from sftx.errors import ModelError
 from sftx.model import blocks
+from sftx.parallel.engine import to_device
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Those that train on a CPU; torch's flex attention has no backward there."""
@@ -26,7 +26,6 @@ VARLEN = "varlen"
 """Name of the kernel that takes all documents in one call."""
 _together = False
 """Whether that kernel is used; not a context variable, for a block's second forward pass is made by another thread."""
-_laid_end_to_end: ContextVar[bool] = ContextVar("laid_end_to_end", default=False)
 
 
 def name_of(implementation: str) -> str:
@@ -40,9 +39,9 @@ def register(implementation: str) -> str:
     from transformers.masking_utils import eager_mask, sdpa_mask
 
     name = name_of(implementation)
-    masks = {"sdpa": sdpa_mask, "eager": eager_mask}
-    AttentionInterface.register(name, partial(attention, {"sdpa": _sdpa, "eager": _eager}[implementation]))
-    AttentionMaskInterface.register(name, partial(_mask, masks[implementation]))
+    attend, mask = {"sdpa": (_sdpa, sdpa_mask), "eager": (_eager, eager_mask)}[implementation]
+    AttentionInterface.register(name, partial(attention, attend))
+    AttentionMaskInterface.register(name, mask)
     return name
 
 
@@ -54,18 +53,14 @@ def leave_uncompiled(implementation: str) -> None:
     AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
 
 
-@contextmanager
-def laid_end_to_end() -> Iterator[None]:
-    """Let the forward passes inside the block build no mask."""
-    token = _laid_end_to_end.set(True)
-    try:
-        yield
-    finally:
-        _laid_end_to_end.reset(token)
+def end_to_end(positions_1T: torch.Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    """Return what a forward pass is given for documents laid end to end.
 
-
-def _mask(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return None if _laid_end_to_end.get() else build(*args, **kwargs)
+    A mask of four dimensions is taken as it is by transformers: it builds none, and does not read the positions back
+    from the device to find out where documents begin. Nobody looks at this one.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=positions_1T.device)
+    return {"position_ids": positions_1T, "document_lengths": lengths, "attention_mask": mask}
 
 
 def attention(
@@ -112,21 +107,27 @@ def varlen(
     """Attend within each document by torch's kernel for them (FlashAttention or cuDNN); `[tokens, heads, dim]`."""
     from torch.nn.attention.varlen import varlen_attn
 
+    shared = key_TKD.shape[1] != query_THD.shape[1] and _is_told_of_sharing(varlen_attn)
+    told: dict[str, Any] = {"enable_gqa": True} if shared else {}
     ends = _ends(lengths, query_THD.device)
     out = varlen_attn(
         query_THD, key_TKD, value_TKD, ends, ends, max(lengths), max(lengths),
-        scale=scale, window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=key_TKD.shape[1] != query_THD.shape[1],
+        scale=scale, window_size=(-1 if window is None else window - 1, 0), **told,
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out
 
 
+@cache
+def _is_told_of_sharing(kernel: Callable[..., Any]) -> bool:
+    """Tell whether a kernel wants to know that heads share keys: before torch 2.12 it takes them without a word."""
+    return "enable_gqa" in signature(kernel).parameters
+
+
 @lru_cache(maxsize=8)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return where each document ends, 0 first; one tensor for all layers of a batch."""
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return ends.to(device, non_blocking=True)
+    return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 def use_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:

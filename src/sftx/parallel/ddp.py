@@ -107,6 +107,7 @@ class DdpEngine:
     """One rank of several."""
 
     sharded = False
+    reads_late = False  # ranks agree on what a step came to before they go on
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

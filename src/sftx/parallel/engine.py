@@ -33,8 +33,12 @@ class Stepper(Protocol):
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; `last` tells that a step follows."""
 
-    def step(self, learning_rate: float, *, apply: bool = True) -> float:
-        """Sum gradients over ranks, clip them, step; return their norm before clipping.
+    @property
+    def masks(self) -> bool:
+        """True when `apply` may be a flag on the device, which the host does not wait for."""
+
+    def step(self, learning_rate: float, *, apply: bool | torch.Tensor = True) -> torch.Tensor:
+        """Sum gradients over ranks, clip them, step; return their norm before clipping, a scalar.
 
         A gradient that is not finite changes nothing, and its norm is returned as it is; without `apply`
         none does.
@@ -69,6 +73,10 @@ class Engine(Protocol):
     @property
     def is_main(self) -> bool:
         """True on the rank that writes files."""
+
+    @property
+    def reads_late(self) -> bool:
+        """True where the host may prepare a step while the device makes the one before."""
 
     def loading(self, dtype: torch.dtype) -> AbstractContextManager[object]:
         """Return the context in which a base is loaded that computes in `dtype`."""
@@ -126,3 +134,8 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
             f"needs its own: parallel.num_processes={gpus}, or device=cpu."
         )
     return torch.device("cuda", local_rank)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device, without waiting for what the device has to do before."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

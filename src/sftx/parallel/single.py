@@ -36,6 +36,11 @@ class SingleEngine:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    @property
+    def reads_late(self) -> bool:
+        """True on a GPU: a CPU does one thing after the other anyway."""
+        return self.device.type == "cuda"
+
     def loading(self, dtype: torch.dtype) -> AbstractContextManager[object]:
         """Return a context that changes nothing."""
         return nullcontext()

@@ -7,6 +7,7 @@ files as any other run's, so a checkpoint may be gone on with on another number 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -161,6 +162,8 @@ class Zero3Stepper:
     ) -> None:
         self.engine, self.trained, self.parameters, self.optimizer = engine, trained, dict(parameters), optimizer
 
+    masks = False
+
     @property
     def loss_scale(self) -> float | None:
         """The factor of DeepSpeed's fp16."""
@@ -172,7 +175,7 @@ class Zero3Stepper:
         with watch.meeting():
             self.trained.backward(loss * self.engine.world_size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float, *, apply: bool = True) -> float:
+    def step(self, learning_rate: float, *, apply: bool | torch.Tensor = True) -> torch.Tensor:
         """Clip and step; DeepSpeed skips a step whose gradient is not finite, as that of such a loss is."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -180,8 +183,8 @@ class Zero3Stepper:
         with watch.meeting():
             self.trained.step()
         if self.trained.skipped_steps > skipped:
-            return float("nan")
-        return float(self.trained.get_global_grad_norm())
+            return torch.tensor(math.nan)
+        return torch.as_tensor(self.trained.get_global_grad_norm())
 
     def discard(self) -> None:
         """Forget the gradients."""

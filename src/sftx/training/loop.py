@@ -30,7 +30,8 @@ from sftx.training.memory import is_out_of_memory, shrink
 from sftx.training.perf import Window
 from sftx.training.profile import DATA
 from sftx.training.progress import Progress
-from sftx.training.recovery import Made, recover
+from sftx.training.reading import Launched, Reading
+from sftx.training.recovery import Fault, Made, recover
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
@@ -88,21 +89,28 @@ def _advance(session: Session, trial: Trial) -> None:
     waited = time.perf_counter() - started
     for callback in trial.callbacks.values():
         callback.on_batches(session, trial, step.batches)
-    made = _step(session, trial, step)
-    if made is not None:
-        trial.window.waited += waited
-        trial.window.add(step, _flops(session, step), time.perf_counter() - started)
-        trial.tokens_seen += step.tokens
-    if made is None or (made.fault and recover(session, trial, step, made)):
+    launched = _launch(session, trial, step)
+    if launched is None:
+        return
+    trial.window.waited += waited
+    trial.window.add(step, _flops(session, step), time.perf_counter() - started)
+    trial.tokens_seen += step.tokens
+    if not _read(session, trial):
+        return
+    trial.unread = launched
+    if not trial.reads_late(session.engine) and not _read(session, trial):
         return
     trial.step += 1
     trial.epoch, trial.cursor = step.epoch, step.cursor
     _tell(session, trial, step)
     for callback in trial.callbacks.values():
         callback.on_step(session, trial)
-    if trial.step == 1 or trial.due(config.logging_steps):
-        _record(session, trial, made)
     trial.evaluation_due = trial.evaluates_now
+    record_due = trial.step == 1 or trial.due(config.logging_steps)
+    if (record_due or trial.evaluation_due or trial.saves_now or session.stopping) and not _read(session, trial):
+        return
+    if record_due:
+        _record(session, trial)
     _close_step(session, trial)
 
 
@@ -118,6 +126,8 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
     """Save every trial that is not at its end, and say where each stands."""
     said = []
     for trial in running:
+        with trial.active(session):
+            _read(session, trial)
         if trial.step == 0:
             said.append("before the first step; there was nothing to save")
             continue
@@ -132,10 +142,18 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
     raise StoppedError(f"{asked}: stopped " + "\n  ".join(said) + ".")
 
 
-def _step(session: Session, trial: Trial, step: Step) -> Made | None:
+def _launch(session: Session, trial: Trial, step: Step) -> Launched | None:
     """Make one optimizer step, unless its loss or gradient forbids it; return None when memory did not suffice."""
-    engine, config, weight = session.engine, trial.config, step.weight
+    engine, config = session.engine, trial.config
     loss_sum, failed = _gradients(session, trial, step)
+    rate = config.learning_rate * trial.faults.rate_factor * trial.schedule.at(trial.step, trial.steps.total)
+    number = trial.step + 1
+    if trial.reads_late(engine):
+        if failed:
+            shrink(session, trial, failed, [max(failed.lengths)])
+            return None
+        session.stopping, trial.pace.due = session.signals.received is not None, trial.pace.over
+        return Launched(step, number, rate, Reading(loss_sum, trial.stepper.step(rate, apply=torch.isfinite(loss_sum))))
     own = torch.zeros(2 + engine.world_size, dtype=torch.float64, device=engine.device)
     own[0], own[1] = session.signals.received is not None, engine.is_main and trial.pace.over
     own[2 + engine.rank] = max(failed.lengths) if failed else 0
@@ -144,23 +162,35 @@ def _step(session: Session, trial: Trial, step: Step) -> Made | None:
     if any(too_long):
         shrink(session, trial, failed, [int(tokens) for tokens in too_long])
         return None
-    loss_mean = loss_total / weight
-    rate = config.learning_rate * trial.faults.rate_factor * trial.schedule.at(trial.step, trial.steps.total)
-    spike = trial.trend.is_spike(loss_mean)
-    learned_from = math.isfinite(loss_mean) and not (spike and config.on_loss_spike != "warn")
-    norm = trial.stepper.step(rate, apply=learned_from)
+    apply = _is_learned_from(trial, loss_total / step.weight)
+    return Launched(step, number, rate, (loss_total, trial.stepper.step(rate, apply=apply).item()))
+
+
+def _is_learned_from(trial: Trial, loss: float) -> bool:
+    """Tell whether a step's loss lets it be made."""
+    return math.isfinite(loss) and not (trial.config.on_loss_spike != "warn" and trial.trend.is_spike(loss))
+
+
+def _read(session: Session, trial: Trial) -> bool:
+    """Take note of what the newest step came to, if that was not done; return False when the trial has gone back."""
+    launched, trial.unread = trial.unread, None
+    if launched is None:
+        return True
+    started = time.perf_counter()
+    loss_total, norm = launched.loss_and_norm()
+    window, weight = trial.window, launched.step.weight
+    window.seconds += time.perf_counter() - started
+    loss = loss_total / weight
     # A loss scaler skips a step whose gradient is too large for it, and tries a smaller factor: that is no fault.
-    if not math.isfinite(loss_mean) or not (math.isfinite(norm) or trial.stepper.loss_scale is not None):
-        made = Made(loss_mean, norm, rate, "nonfinite")
-    else:
-        made = Made(loss_mean, norm, rate, "spike" if spike else None)
-    window = trial.window
-    if learned_from and made.fault != "nonfinite":
+    finite = math.isfinite(loss) and (math.isfinite(norm) or trial.stepper.loss_scale is not None)
+    fault: Fault | None = "nonfinite" if not finite else "spike" if trial.trend.is_spike(loss) else None
+    if finite and _is_learned_from(trial, loss):
         trial.faults = replace(trial.faults, in_a_row=0)
-        trial.trend = trial.trend.after(loss_mean)
+        trial.trend = trial.trend.after(loss)
         window.loss += loss_total
         window.weight += weight
-    return made
+    trial.made = made = Made(launched.number, loss, norm, launched.learning_rate, fault)
+    return not (fault and recover(session, trial, launched.step, made))
 
 
 def _flops(session: Session, step: Step) -> int:
@@ -214,9 +244,10 @@ def _tell(session: Session, trial: Trial, step: Step) -> None:
             append_line(trial.folder.streamed_rows, json.dumps(record, ensure_ascii=False))
 
 
-def _record(session: Session, trial: Trial, made: Made) -> None:
+def _record(session: Session, trial: Trial) -> None:
     """Write the mean loss since the last record, and what goes with it."""
-    window = trial.window
+    window, made = trial.window, trial.made
+    assert made is not None, "the newest step is read before it is recorded"
     metrics = {
         "epoch": trial.epoch,
         "train/loss": window.loss / window.weight if window.weight else math.nan,

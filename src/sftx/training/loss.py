@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,10 @@ import torch.nn.functional as F
 
 from sftx.data.loader import IGNORE, Batch
 from sftx.model.adapt import AdaptedModel
-from sftx.model.attention import laid_end_to_end
+from sftx.model.attention import end_to_end
 from sftx.model.head import Asked
 from sftx.model.shortcuts import KEPT
+from sftx.parallel.engine import to_device
 
 
 class TokenLosses(NamedTuple):
@@ -38,29 +38,24 @@ def token_losses(model: AdaptedModel, batch: Batch, device: torch.device) -> Tok
     positions_P = learned_BT.any(dim=0).nonzero().flatten()
     selected_N = None  # with rows end to end every position that is kept has a target
     if batch.positions_BT is None:
-        selected_N = learned_BT[:, positions_P].flatten().nonzero().flatten().to(device, non_blocking=True)
+        selected_N = to_device(learned_BT[:, positions_P].flatten().nonzero().flatten(), device)
     targets_N, weights_N, places_N = (
-        tensor[learned_BT].to(device, non_blocking=True)
-        for tensor in (batch.targets_BT, batch.weights_BT, batch.place_BT)
+        to_device(tensor[learned_BT], device) for tensor in (batch.targets_BT, batch.weights_BT, batch.place_BT)
     )
     inputs: dict[str, Any] = {
-        "input_ids": batch.ids_BT.to(device, non_blocking=True),
-        KEPT if model.keeps_early else "logits_to_keep": positions_P.to(device, non_blocking=True),
+        "input_ids": to_device(batch.ids_BT, device),
+        KEPT if model.keeps_early else "logits_to_keep": to_device(positions_P, device),
         "use_cache": False,
     }
     if batch.positions_BT is not None:
-        inputs |= {
-            "position_ids": batch.positions_BT.to(device, non_blocking=True),
-            "document_lengths": batch.lengths,
-        }
-    with laid_end_to_end() if batch.positions_BT is not None else nullcontext():
-        if model.loss_head is not None:
-            asked = Asked(targets_N, weights_N, selected_N)
-            with model.loss_head.asked(asked):
-                weighted_sum = model(**inputs).logits
-            assert asked.losses_N is not None, "the head was tried before training"
-            return TokenLosses(weighted_sum, asked.losses_N, weights_N, places_N)
-        logits_NV = model(**inputs).logits.flatten(0, 1)
+        inputs |= end_to_end(to_device(batch.positions_BT, device), batch.lengths)
+    if model.loss_head is not None:
+        asked = Asked(targets_N, weights_N, selected_N)
+        with model.loss_head.asked(asked):
+            weighted_sum = model(**inputs).logits
+        assert asked.losses_N is not None, "the head was tried before training"
+        return TokenLosses(weighted_sum, asked.losses_N, weights_N, places_N)
+    logits_NV = model(**inputs).logits.flatten(0, 1)
     if selected_N is not None:
         logits_NV = logits_NV[selected_N]
     losses_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")

@@ -64,14 +64,18 @@ class Trend:
         return Trend(self.steps + 1, self.mean + NEWEST * off, (1 - NEWEST) * (self.variance + NEWEST * off * off))
 
 
+Fault = Literal["nonfinite", "spike"]
+
+
 @dataclass(frozen=True)
 class Made:
     """What a step came to; the gradient norm is that before clipping."""
 
+    number: int
     loss: float
     grad_norm: float
     learning_rate: float
-    fault: Literal["nonfinite", "spike"] | None = None
+    fault: Fault | None = None
 
 
 def recover(session: Session, trial: Trial, step: Step, made: Made) -> bool:
@@ -85,7 +89,7 @@ def recover(session: Session, trial: Trial, step: Step, made: Made) -> bool:
     usual = f", after {trial.trend.mean:.4g} on average" if made.fault == "spike" else ""
     weights = "The step was made" if policy == "warn" else "The weights are as before it"
     what = (
-        f"step {trial.step + 1}: the loss is {made.loss:.4g}{usual}, and the gradient norm {made.grad_norm:.4g}. "
+        f"step {made.number}: the loss is {made.loss:.4g}{usual}, and the gradient norm {made.grad_norm:.4g}. "
         f"{weights}. Rows of the step: {_some(step.origins)}."
     )
     match policy:

@@ -28,7 +28,8 @@ from sftx.training.evaluate import Evaluation
 from sftx.training.flops import Work
 from sftx.training.perf import Window
 from sftx.training.precision import Numerics
-from sftx.training.recovery import Faults, Trend
+from sftx.training.reading import Launched
+from sftx.training.recovery import Faults, Made, Trend
 from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import Schedule
 
@@ -105,6 +106,10 @@ class Trial:
     saved_step: int = -1
     faults: Faults = field(default_factory=Faults)
     trend: Trend = field(default_factory=Trend)
+    unread: Launched | None = None
+    """The newest step, while its loss was not asked for."""
+    made: Made | None = None
+    """What the newest step that was asked for came to."""
     stop_reason: str | None = None
     upcoming: Generator[Step] | None = None
     """The steps that are still to be made."""
@@ -128,6 +133,10 @@ class Trial:
             self.upcoming.close()
         self.recorder.finish()
         self.folder.unlock()
+
+    def reads_late(self, engine: Engine) -> bool:
+        """Tell whether a step's loss may be asked for after the next step was begun: nothing is decided by it."""
+        return engine.reads_late and self.stepper.masks and self.config.on_loss_spike == "warn"
 
     @property
     def finished(self) -> bool:

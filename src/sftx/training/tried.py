@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sftx.model.adapt import AdaptedModel, blocks_of
-from sftx.model.attention import laid_end_to_end
+from sftx.model.attention import end_to_end
 from sftx.model.head import LossHead
 from sftx.model.shortcuts import KEPT, shorten
 from sftx.training.precision import Numerics
@@ -87,8 +87,7 @@ def documents_leak(tried: Tried) -> str | None:
     positions = tried.tensor([*range(lengths[0]), *range(lengths[1])])[None]
     try:
         alone = tried.logits
-        with laid_end_to_end():
-            both = tried.forward([*BEFORE, *DOCUMENT], position_ids=positions, document_lengths=lengths)
+        both = tried.forward([*BEFORE, *DOCUMENT], **end_to_end(positions, lengths))
     except OTHER_ARGUMENTS as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     difference = tried.differ(both[:, lengths[0] :], alone)
