@@ -5,8 +5,9 @@
 
 Models have the shapes of Qwen2.5 and random weights; rows are all as long as `--length`, which leaves packing and
 padding out. sftx runs through `train.py` and its own metrics are read. Prints a JSON line a run: tokens a second
-(median of the steps after the first two), MFU (operations counted alike for all, src/sftx/training/flops.py) and peak
-memory; then one line with sftx's ratio to each other. What did not fit or was not run is a line that says so.
+(over the steps after the first four, without a stop between them), MFU (operations counted alike for all,
+src/sftx/training/flops.py; recomputed ones do not count) and peak memory; then one line with sftx's ratio to each
+other. What did not fit or was not run is a line that says so. `--set compile=true` and the like go to sftx alone.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 BATCH = {"toy": 2, "0.5b": 8, "7b": 2}
 """Rows of a micro-batch, which is a step."""
 RANK, ALPHA = 16, 32
-WARM = 2
-"""Steps that are not counted."""
+WARM = 4
+"""Steps that are not counted, and those between two records of sftx."""
+FULL_BYTES = 16
+"""A parameter's in full mode: weight, gradient and AdamW's two moments, fp32."""
 
 
 def main() -> int:
@@ -59,10 +62,11 @@ def main() -> int:
             asked.folder = Path(scratch) / shape
             _make_model(asked.folder, SHAPES[shape])
             rows = _make_rows(asked.folder, asked.length, asked.steps * BATCH[shape])
-            for mode, peer in ((m, p) for m in asked.modes.split(",") for p in ("sftx", *PARTS)):
+            for mode, peer in ((m, p) for m in asked.modes.split(",") for p in asked.trainers.split(",")):
                 case = {"benchmark": "gpu", "shape": shape, "mode": mode, "trainer": peer, "length": asked.length}
                 left = end - time.monotonic()
-                found = _measured(asked, case, rows, left) if left > 0 else {"not_run": "the time was over"}
+                reason = "the time was over" if left <= 0 else _too_large(asked.folder, mode)
+                found = _measured(asked, case, rows, left) if reason is None else {"not_run": reason}
                 results.append(case | found)
                 print(json.dumps(results[-1]), flush=True)
     print(json.dumps({"benchmark": "gpu", "device": _device(), "ratios": _ratios(results)}))
@@ -75,14 +79,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--modes", default="lora,qlora,full")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--checkpointing", default="true", help="gradient_checkpointing of all")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--checkpointing", default="false", help="gradient_checkpointing of all")
+    parser.add_argument("--trainers", default="sftx,plain,trl")
+    parser.add_argument("--set", nargs="*", default=[], help="more settings of sftx")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.steps <= WARM:
+        parser.error(f"--steps: more than {WARM}, which are not counted")
+    return asked
 
 
 def _make_model(folder: Path, shape: dict[str, Any]) -> None:
@@ -115,6 +124,18 @@ def _make_rows(folder: Path, length: int, count: int) -> Path:
     return file
 
 
+def _too_large(folder: Path, mode: str) -> str | None:
+    """Return why a mode cannot fit into the GPU's memory, or None."""
+    import torch
+
+    if mode != "full" or not torch.cuda.is_available():
+        return None
+    parameters = sum(f.stat().st_size for f in folder.glob("*.safetensors")) // 2  # held in bf16
+    memory = torch.cuda.get_device_properties(0).total_memory
+    needed = FULL_BYTES * parameters
+    return None if needed < memory else f"it needs {needed / 1e9:.0f} GB, and the GPU has {memory / 1e9:.0f}"
+
+
 def _measured(asked: argparse.Namespace, case: dict[str, Any], rows: Path, seconds: float) -> dict[str, Any]:
     """Run one trainer in a process of its own."""
     batch = BATCH[case["shape"]]
@@ -124,6 +145,7 @@ def _measured(asked: argparse.Namespace, case: dict[str, Any], rows: Path, secon
                 sys.executable,
                 "train.py",
                 *_settings(asked, case["mode"], rows, batch),
+                *asked.set,
                 f"output_dir={out}/run",
             ]
         else:
@@ -147,13 +169,13 @@ def _settings(asked: argparse.Namespace, mode: str, rows: Path, batch: int) -> l
         f"train_file_name={rows.name}", f"max_seq_length={asked.length}", f"per_device_train_batch_size={batch}",
         "gradient_accumulation_steps=1", f"lora_rank={RANK}", f"lora_alpha={ALPHA}", "lora_dropout=0", "optim=adamw",
         f"gradient_checkpointing={asked.checkpointing}", "eval_ratio=0", "save_strategy=no", "tracker=none",
-        "logging_steps=1", "warmup_steps=0", "disable_tqdm=true", "max_grad_norm=1.0", "learning_rate=1e-5",
+        f"logging_steps={WARM}", "warmup_steps=0", "disable_tqdm=true", "max_grad_norm=1.0", "learning_rate=1e-5",
     ]  # fmt: skip
 
 
 def _of_metrics(file: Path) -> dict[str, Any]:
     records = [r for r in map(json.loads, file.read_text().splitlines()) if "train/loss" in r]
-    counted = records[WARM:] or records
+    counted = [r for r in records if r["step"] > WARM]
 
     def median(key: str) -> float | None:
         values = [r[key] for r in counted if key in r]
@@ -217,8 +239,9 @@ def plain_part(asked: argparse.Namespace) -> dict[str, Any]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
     times, losses, tokens = [], [], []
-    for batch in _batches(asked):
-        _wait()
+    for number, batch in enumerate(_batches(asked)):
+        if number == WARM:
+            _wait()
         start = time.perf_counter()
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
@@ -227,11 +250,15 @@ def plain_part(asked: argparse.Namespace) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        _wait()
+        losses.append(loss.detach())
+        if number < WARM:
+            _wait()
         times.append(time.perf_counter() - start)
         tokens.append((batch["input_ids"].shape, int((batch["labels"][:, 1:] != -100).sum())))
-    return _of_steps(model, times, tokens, losses[0])
+    start = time.perf_counter()
+    _wait()
+    times[-1] += time.perf_counter() - start
+    return _of_steps(model, times, tokens, losses[0].item())
 
 
 def trl_part(asked: argparse.Namespace) -> dict[str, Any]:
@@ -249,18 +276,20 @@ def trl_part(asked: argparse.Namespace) -> dict[str, Any]:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            _wait()
+            if len(times) == WARM:
+                _wait()
             times.append(-time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            _wait()
+            if len(times) in (WARM, len(batches)):
+                _wait()
             times[-1] += time.perf_counter()
 
     out = tempfile.mkdtemp()
     model = _model(asked)
     config = SFTConfig(
         out, per_device_train_batch_size=asked.batch, bf16=True, max_length=asked.length, report_to="none",
-        gradient_checkpointing=False, learning_rate=1e-5, logging_steps=1, save_strategy="no", max_grad_norm=1.0,
+        gradient_checkpointing=False, learning_rate=1e-5, logging_steps=WARM, save_strategy="no", max_grad_norm=1.0,
         use_cpu=not torch.cuda.is_available(), dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(asked.folder)
@@ -290,17 +319,13 @@ def _of_steps(model: Any, times: list[float], tokens: list[tuple[Any, int]], fir
 
     work = work_of(AdaptedModel(model, trained_dtype=torch.float32, gradient_checkpointing=False))
     assert work is not None
-    rates, mfus, peak = (
-        [],
-        [],
-        peak_flops(model.device, torch.bfloat16 if model.device.type == "cuda" else torch.float32),
-    )
-    for seconds, ((rows, length), supervised) in list(zip(times, tokens, strict=False))[WARM:]:
-        rates.append(rows * length / seconds)
-        mfus.append(work.flops([length] * rows, supervised) / seconds / peak if peak else 0.0)
+    peak = peak_flops(model.device, torch.bfloat16 if model.device.type == "cuda" else torch.float32)
+    seconds = sum(times[WARM:])
+    count = sum(rows * length for (rows, length), _ in tokens[WARM:])
+    flops = sum(work.flops([length] * rows, supervised) for (rows, length), supervised in tokens[WARM:])
     return {
-        "tokens_per_second": round(statistics.median(rates), 1),
-        "mfu": round(statistics.median(mfus), 4),
+        "tokens_per_second": round(count / seconds, 1),
+        "mfu": round(flops / seconds / peak, 4) if peak else None,
         "peak_memory_gb": round(peak_memory(model.device) / 1e9, 3),
         "first_loss": round(first_loss, 4),
     }

@@ -25,7 +25,9 @@ from sftx.errors import ConfigError, StoppedError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.attention import VARLEN, use_varlen
 from sftx.model.compiled import compile_blocks, missing_for_compiling
+from sftx.model.cross_entropy import use_kernel
 from sftx.model.family import family_named, family_of
+from sftx.model.fused import use_liger
 from sftx.model.lean import import_peft
 from sftx.model.load import Source, find_model, load_base, load_template
 from sftx.model.shortcuts import lean_norms
@@ -234,11 +236,26 @@ def _planned(config: TrainConfig, session: Session, world_size: int) -> PlannedF
 
 def _try_out(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
     """Find out what the model can do without, and take the short ways."""
+    if session.engine.device.type == "cuda":
+        _use_kernels(config, session, trials)
     tried = Tried(session.model, session.numerics, session.engine.device)
     session.flat = _laid_end_to_end(config, session, trials, tried)
     session.model.loss_head = tried.loss_head()
     if not config.compile:  # what it leaves out would be compiled anew for every batch
         session.model.keeps_early = last_block_shortened(tried)
+
+
+def _use_kernels(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
+    """Let one kernel do what several operations do, where that gives the same."""
+    device, dtype = session.engine.device, session.numerics.dtype
+    reasons = {"cross entropy": use_kernel(device, dtype)}
+    if not (config.compile or session.engine.sharded):
+        reasons |= use_liger(session.model.module, device, dtype)
+    for trial in trials:
+        trial.effective.settings["kernels"] = [name for name, reason in reasons.items() if reason is None]
+        for name, reason in reasons.items():
+            if reason is not None:
+                trial.effective.remark(f"{name}: no kernel of its own, {reason}.")
 
 
 def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Trial], tried: Tried) -> bool:

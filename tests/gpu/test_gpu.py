@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from sftx.model import cross_entropy
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
+from sftx.training import loop
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,3 +72,48 @@ def test_dropout_masks_survive_checkpointing(make_config) -> None:
     for config in runs:
         run([config])
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-6)
+
+
+def settings_of(config) -> dict:
+    return json.loads((Path(config.output_dir) / "manifest.json").read_text())["effective"]["settings"]
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_fast_ways_are_taken_and_give_the_same(make_config, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """One attention call for all rows, one kernel for cross entropy; Liger's where it is installed."""
+    shared = [f"mode={mode}", "precision=bf16", "max_steps=5", "lora_dropout=0"]
+    fast = make_config(*shared, output="fast")
+    run([fast])
+    found = settings_of(fast)
+    assert found["attn_implementation"] == "varlen"
+    liger = ["SwiGLU", "rotation"] if importlib.util.find_spec("liger_kernel") else []
+    assert found["kernels"] == ["cross entropy", *liger]
+    monkeypatch.setattr("sftx.run._use_kernels", lambda *_: cross_entropy.__dict__.update(_uses_kernel=False))
+    monkeypatch.setattr("sftx.run.use_varlen", lambda *_: "not asked for")
+    plain = make_config(*shared, output="plain")
+    run([plain])
+    assert settings_of(plain)["attn_implementation"] == "sdpa"
+    assert losses(fast) == pytest.approx(losses(plain), rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [("mode=lora", "precision=bf16"), ("mode=lora", "precision=fp16"), ("mode=qlora", "gradient_checkpointing=true")],
+)
+def test_the_host_never_waits_between_records(make_config, monkeypatch: pytest.MonkeyPatch, typed) -> None:
+    """Anything that makes the host wait for the GPU raises in these steps."""
+    advance, watched = loop._advance, []
+
+    def watching(session, trial) -> None:
+        if trial.step not in (3, 4, 5):
+            return advance(session, trial)
+        watched.append(trial.step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            advance(session, trial)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop, "_advance", watching)
+    run([make_config("optim=adamw", *typed, "max_steps=8", "logging_steps=8", "eval_ratio=0")])
+    assert watched == [3, 4, 5]

@@ -22,7 +22,7 @@ def printed(*words: str) -> list[dict[str, Any]]:
 
 def test_gpu_at_toy_size() -> None:
     *runs, last = printed(
-        "benchmarks/gpu/bench.py", "--shapes", "toy", "--length", "64", "--steps", "4", "--modes", "lora"
+        "benchmarks/gpu/bench.py", "--shapes", "toy", "--length", "64", "--steps", "6", "--modes", "lora"
     )
     by_trainer = {run["trainer"]: run for run in runs}
     assert by_trainer.keys() == {"sftx", "plain", "trl"}

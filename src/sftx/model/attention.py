@@ -110,6 +110,9 @@ def varlen(
     shared = key_TKD.shape[1] != query_THD.shape[1] and _is_told_of_sharing(varlen_attn)
     told: dict[str, Any] = {"enable_gqa": True} if shared else {}
     ends = _ends(lengths, query_THD.device)
+    if torch.is_autocast_enabled(query_THD.device.type):  # full mode rotates in fp32, which the kernel does not take
+        dtype = torch.get_autocast_dtype(query_THD.device.type)
+        query_THD, key_TKD, value_TKD = (x.to(dtype) for x in (query_THD, key_TKD, value_TKD))
     out = varlen_attn(
         query_THD, key_TKD, value_TKD, ends, ends, max(lengths), max(lengths),
         scale=scale, window_size=(-1 if window is None else window - 1, 0), **told,

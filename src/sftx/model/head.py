@@ -17,12 +17,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
+from sftx.model.cross_entropy import losses
+
 HEAD = "sftx: head and loss"
 """Name of this part of a step in a profile."""
 PIECE_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Logits held at a time, fp32."""
-CACHED = 2**17
-"""Logits that a thread works on at a time on a CPU: four rows of a vocabulary of 32,000."""
 FP16_FACTOR = 2.0**10
 """Keeps probabilities of 1e-7 from vanishing in fp16, where the loss scaler comes too late."""
 
@@ -113,11 +113,11 @@ class _HeadLoss(torch.autograd.Function):
             if bias_V is not None:
                 logits_PV.add_(bias_V)
             weights_P = weights_N[piece] * factor if any(ctx.needs_input_grad[:3]) else None
-            slope_PV = _losses(logits_PV.float(), targets_N[piece], weights_P, losses_N[piece])
+            slope_PV = losses(logits_PV, targets_N[piece], weights_P, losses_N[piece])
             if weights_P is None:
                 continue
             if grad_bias is not None:
-                grad_bias += slope_PV.sum(0) / factor
+                grad_bias += slope_PV.sum(0, dtype=torch.float32) / factor
             slope_PV = slope_PV.to(dtype)
             if grad_ND is not None:
                 grad_ND[piece] = (slope_PV @ W).float().div_(factor) if factor != 1.0 else slope_PV @ W
@@ -137,27 +137,3 @@ class _HeadLoss(torch.autograd.Function):
         grads = [g.mul_(grad).to(dtype) if g is not None else None for g, dtype in pairs]
         ctx.grads = None
         return (*grads, None, None, None)
-
-
-def _losses(
-    logits_PV: torch.Tensor, targets_P: torch.Tensor, weights_P: torch.Tensor | None, losses_P: torch.Tensor
-) -> torch.Tensor:
-    """Write the cross entropies; with weights, turn the logits into the derivatives of the weighted ones, in place."""
-    targets_P1 = targets_P[:, None]
-    of_target_P1 = logits_PV.gather(1, targets_P1)
-    largest_P1, sums_P1 = torch.empty_like(of_target_P1), torch.empty_like(of_target_P1)
-    weights_P1 = torch.zeros_like(of_target_P1) if weights_P is None else weights_P[:, None]
-    for logits, largest, total, weights in _nearby(logits_PV, largest_P1, sums_P1, weights_P1):
-        torch.amax(logits, 1, keepdim=True, out=largest)
-        torch.sum(logits.sub_(largest).exp_(), 1, keepdim=True, out=total)
-        if weights_P is not None:
-            logits.mul_(weights / total)
-    losses_P.copy_((sums_P1.log() + largest_P1 - of_target_P1)[:, 0])
-    return logits_PV if weights_P is None else logits_PV.scatter_add_(1, targets_P1, -weights_P1)
-
-
-def _nearby(first_PV: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Split tensors alike, a few rows at a time: what is passed over again is in a core's own cache, not in memory."""
-    on_cpu = first_PV.device.type == "cpu"  # on a GPU a call costs more than it saves
-    rows = CACHED * torch.get_num_threads() // first_PV.shape[1] if on_cpu else len(first_PV)
-    return zip(*(x.split(max(1, rows)) for x in (first_PV, *others)), strict=True)

@@ -42,12 +42,13 @@ def shorten(block: Any) -> Callable[[], None] | None:
     if {name for name, _ in block.named_children()} != PARTS or not hasattr(block.self_attn, "o_proj"):
         return None
     kind: Any = type(block)
-    block.__class__ = _before(LastBlock, kind)
+    block.__class__ = before(LastBlock, kind)
     return lambda: setattr(block, "__class__", kind)
 
 
 @cache
-def _before(first: Any, kind: Any) -> Any:
+def before(first: Any, kind: Any) -> Any:
+    """Return a class that is `first`, and for the rest `kind`; all of a kind share one."""
     return type(kind.__name__, (first, kind), {"__module__": kind.__module__})
 
 
@@ -92,7 +93,7 @@ def lean_norms(model: nn.Module) -> int:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _is_plain_norm(module):
             kind: Any = type(module)
-            module.__class__ = _before(LeanNorm, kind)
+            module.__class__ = before(LeanNorm, kind)
             count += 1
     return count
 
