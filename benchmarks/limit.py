@@ -62,16 +62,16 @@ class Watched:
         from sftx.training import loop
         from sftx.training.flops import work_of
 
-        make_step = loop._step
+        launch = loop._launch
 
         def noted(session: Any, trial: Any, step: Any) -> Any:
             self.work = self.work or work_of(session.model)
-            made = make_step(session, trial, step)
+            launched = launch(session, trial, step)
             lengths = [length for batch in step.batches for length in batch.lengths]
             self.steps.append(Step(lengths, step.supervised_tokens, time.process_time()))
-            return made
+            return launched
 
-        loop._step = noted
+        loop._launch = noted
         run.run([freeze(compose_checked(words))])
 
 

@@ -1,0 +1,90 @@
+"""A kernel takes the place of several operations only where it gives what they give."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2 import modeling_qwen2
+
+from sftx.model import cross_entropy, fused
+
+CPU = torch.device("cpu")
+IDS = torch.arange(12)[None]
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return what stands for liger_kernel's rotation: on a CPU sftx calls the architecture's own."""
+    rope = ModuleType("liger_kernel.transformers.rope")
+    rope.liger_rotary_pos_emb = modeling_qwen2.apply_rotary_pos_emb  # type: ignore[attr-defined]
+    for name in ("liger_kernel", "liger_kernel.ops", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.rope", rope)
+    monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", modeling_qwen2.apply_rotary_pos_emb)  # put back after
+    return rope
+
+
+def test_without_liger_nothing_changes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert fused.use_liger(model, CPU, torch.float32) == dict.fromkeys(("SwiGLU", "rotation"), fused.MISSING)
+    assert not isinstance(model.model.layers[0].mlp, fused.FusedMLP)
+
+
+def test_the_model_stays_the_same(model: Any, liger: ModuleType) -> None:
+    before = model(IDS).logits
+    assert fused.use_liger(model, CPU, torch.float32) == {"SwiGLU": None, "rotation": None}
+    assert all(isinstance(layer.mlp, fused.FusedMLP) for layer in model.model.layers)
+    assert modeling_qwen2.apply_rotary_pos_emb.by_liger
+    torch.testing.assert_close(model(IDS).logits, before)
+    another = Qwen2ForCausalLM(model.config)  # of the next run in this process
+    assert fused.use_liger(another, CPU, torch.float32) == {"SwiGLU": None, "rotation": None}
+
+
+def test_what_differs_is_not_used(model: Any, liger: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_silu_times", lambda gate, up: torch.relu(gate) * up)
+    monkeypatch.setattr(fused, "differ", lambda *_: "its result differs by 1")
+    assert fused.use_liger(model, CPU, torch.float32) == dict.fromkeys(
+        ("SwiGLU", "rotation"), "its result differs by 1"
+    )
+    monkeypatch.undo()
+    assert "differs" in str(fused._use_swiglu(gelu(model), CPU, torch.float32))
+    assert not isinstance(model.model.layers[0].mlp, fused.FusedMLP)
+
+
+def gelu(model: Any) -> Any:
+    """Return the model with another activation behind the name of the one that the kernel knows."""
+
+    class SiLU(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.gelu(x)
+
+    for layer in model.model.layers:
+        layer.mlp.act_fn = SiLU()
+    return model
+
+
+def test_no_kernel_without_a_gpu() -> None:
+    """Triton is missing, or finds no driver: torch does it, and says why."""
+    try:
+        assert cross_entropy.use_kernel(CPU, torch.float32)
+        logits, targets, found = torch.randn(3, 50), torch.tensor([1, 2, 3]), torch.empty(3)
+        wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        cross_entropy.losses(logits, targets, None, found)
+        torch.testing.assert_close(found, wanted)
+    finally:
+        cross_entropy._uses_kernel = False
