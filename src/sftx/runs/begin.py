@@ -195,6 +195,8 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
     ranks, dtype = session.engine.world_size, str(session.numerics.dtype).removeprefix("torch.")
     attention = trial.effective.settings["attn_implementation"]
     compute = f"{session.numerics.device}, {dtype}, {attention}, {torch.get_num_threads()} threads"
+    if kernels := trial.effective.settings.get("kernels"):
+        compute += f", a kernel each for {', '.join(kernels)}"
     return [
         ("model", f"{source.name} ({source.model_type}, {count(model['parameters'])} parameters)"),
         ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%}), {config.train_mode}"),
