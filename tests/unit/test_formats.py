@@ -240,7 +240,7 @@ def test_text_under_the_name_of_a_table(tmp_path: Path, name: str, word: str) ->
     [
         (table(PLAIN), "this is Parquet; name it *.parquet or set data.format=parquet"),
         (table(PLAIN, "file"), "this is Arrow"),
-        (gzip.compress(b"x"), "this is compressed by gzip; name it *.gz"),
+        (gzip.compress(b"x", mtime=0), "this is compressed by gzip; name it *.gz"),
         (zstd(b"x"), "this is compressed by zstd; name it *.zst"),
     ],
 )

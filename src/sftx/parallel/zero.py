@@ -157,12 +157,12 @@ class Zero3Engine(DdpEngine):
 class Zero3Stepper:
     """Steps what DeepSpeed has split; see `Stepper`."""
 
+    masks = False
+
     def __init__(
         self, engine: Zero3Engine, trained: Any, parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
     ) -> None:
         self.engine, self.trained, self.parameters, self.optimizer = engine, trained, dict(parameters), optimizer
-
-    masks = False
 
     @property
     def loss_scale(self) -> float | None:
