@@ -88,8 +88,8 @@ def test_a_save_that_fails_beside_another_fault_is_said_too(make_config, monkeyp
     monkeypatch.setattr(saving.Saver, "check", lambda self, trial: None)
     calls = itertools.count(1)
     monkeypatch.setattr(loop, "recover", _raise)
-    original = loop._step
-    monkeypatch.setattr(loop, "_step", lambda *a: original(*a) if next(calls) < 3 else _raise())
+    original = loop._launch
+    monkeypatch.setattr(loop, "_launch", lambda *a: original(*a) if next(calls) < 3 else _raise())
     with pytest.raises(TrainingError, match="another fault"):
         run([config])
     assert "a checkpoint could not be published" in (Path(config.output_dir) / "train.log").read_text()

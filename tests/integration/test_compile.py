@@ -22,14 +22,14 @@ def test_compiled_training_is_the_same(make_config, captured, monkeypatch, case:
 
     counters.clear()
     graphs: list[int] = []
-    make_step = loop._step
+    launch = loop._launch
 
     def count(session, trial, step):  # type: ignore[no-untyped-def]
-        made = make_step(session, trial, step)
+        launched = launch(session, trial, step)
         graphs.append(counters["stats"]["unique_graphs"])
-        return made
+        return launched
 
-    monkeypatch.setattr(loop, "_step", count)
+    monkeypatch.setattr(loop, "_launch", count)
     # Left out when compiled; where it is not, the last block's dropout draws masks of another shape.
     monkeypatch.setattr(tried, "shorten", lambda block: None)
     found = {}

@@ -169,8 +169,8 @@ def test_a_stopped_repetition_is_gone_on_with(
 
     recorded = loop._record
 
-    def stop_after_one(session: Any, trial: Any, made: Any) -> None:
-        recorded(session, trial, made)
+    def stop_after_one(session: Any, trial: Any) -> None:
+        recorded(session, trial)
         if trial.step == 1:
             session.signals.received = "SIGTERM"
 

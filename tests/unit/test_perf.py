@@ -25,21 +25,21 @@ def test_products_are_counted_as_torch_counts_them(
 ) -> None:
     counted: list[int] = []
     made_of: list[list[Batch]] = []
-    make_step = loop._step
+    launch = loop._launch
 
     def count(session, trial, step):  # type: ignore[no-untyped-def]
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-            made = make_step(session, trial, step)
+            launched = launch(session, trial, step)
         made_of.append(step.batches)
         found = counter.get_flop_counts()["Global"]
         counted.append(sum(n for op, n in found.items() if str(op).startswith(PRODUCTS)))
-        return made
+        return launched
 
     monkeypatch.setattr("sftx.run.last_block_shortened", lambda *_: False)  # it makes fewer than are counted
     windows: list[Window] = []
     record = loop._record
-    monkeypatch.setattr(loop, "_step", count)
-    monkeypatch.setattr(loop, "_record", lambda s, t, made: (windows.append(t.window), record(s, t, made)))
+    monkeypatch.setattr(loop, "_launch", count)
+    monkeypatch.setattr(loop, "_record", lambda s, t: (windows.append(t.window), record(s, t)))
     config = make_config(f"mode={mode}", f"batching={batching}", "per_device_train_batch_size=4", "lora_dropout=0")
     run([config])
     work = captured.session.work
