@@ -126,6 +126,8 @@ def rotation(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
     """Time the rotation of queries and keys."""
     from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
+    from sftx.model.rotation import rotate_lean
+
     heads, keys = shape["num_attention_heads"], shape["num_key_value_heads"]
     width = shape["hidden_size"] // heads
     q, k = (_random(1, asked.tokens, n * width, grad=True) for n in (heads, keys))
@@ -142,7 +144,11 @@ def rotation(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
 
         return ways(liger_rotary_pos_emb)
 
-    return {"transformers": lambda: ways(apply_rotary_pos_emb), "liger": liger}
+    return {
+        "transformers": lambda: ways(apply_rotary_pos_emb),
+        "sftx, of torch's operations": lambda: ways(rotate_lean),
+        "liger": liger,
+    }
 
 
 def head(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
@@ -245,7 +251,7 @@ def linear(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
     return {
         "frozen, without LoRA": lambda: _passes(base, x),
         "PEFT's way": lambda: _passes(peft, x, A, B),
-        "sftx": lambda: _passes(lambda x, A, B: _Lora.apply(x, A, B, None, base, 2.0, DTYPE), x, A, B),
+        "sftx": lambda: _passes(lambda x, *AB: _Lora.apply(x, [base], [2.0], [], DTYPE, *AB)[0], x, A, B),
     }
 
 
@@ -269,7 +275,7 @@ def four_bits(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]
 
     def own() -> Way:
         layer = base()
-        return _passes(lambda x, A, B: _Lora.apply(x, A, B, None, layer, 2.0, DTYPE), x, A, B)
+        return _passes(lambda x, *AB: _Lora.apply(x, [layer], [2.0], [], DTYPE, *AB)[0], x, A, B)
 
     def unfold() -> Way:
         layer = base()

@@ -30,6 +30,7 @@ from sftx.model.family import family_named, family_of
 from sftx.model.fused import use_liger
 from sftx.model.lean import import_peft
 from sftx.model.load import Source, find_model, load_base, load_template
+from sftx.model.rotation import rotate_lean, use_rotation
 from sftx.model.shortcuts import lean_norms
 from sftx.parallel import watch
 from sftx.parallel.engine import Engine
@@ -236,6 +237,8 @@ def _planned(config: TrainConfig, session: Session, world_size: int) -> PlannedF
 
 def _try_out(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
     """Find out what the model can do without, and take the short ways."""
+    lean = None if config.compile or session.engine.sharded else rotate_lean
+    use_rotation(session.model.module, session.engine.device, session.numerics.dtype, lean)
     if session.engine.device.type == "cuda":
         _use_kernels(config, session, trials)
     tried = Tried(session.model, session.numerics, session.engine.device)

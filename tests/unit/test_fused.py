@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
-from sftx.model import cross_entropy, fused
+from sftx.model import cross_entropy, fused, rotation
 
 CPU = torch.device("cpu")
 IDS = torch.arange(12)[None]
@@ -31,11 +31,12 @@ def model() -> Any:
 def liger(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return what stands for liger_kernel's rotation: on a CPU sftx calls the architecture's own."""
     rope = ModuleType("liger_kernel.transformers.rope")
-    rope.liger_rotary_pos_emb = modeling_qwen2.apply_rotary_pos_emb  # type: ignore[attr-defined]
     for name in ("liger_kernel", "liger_kernel.ops", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.rope", rope)
-    monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", modeling_qwen2.apply_rotary_pos_emb)  # put back after
+    own = modeling_qwen2.apply_rotary_pos_emb
+    rope.liger_rotary_pos_emb = lambda *tensors: own(*tensors)  # type: ignore[attr-defined]
+    monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", own)  # put back after
     return rope
 
 
@@ -49,7 +50,7 @@ def test_the_model_stays_the_same(model: Any, liger: ModuleType) -> None:
     before = model(IDS).logits
     assert fused.use_liger(model, CPU, torch.float32) == {"SwiGLU": None, "rotation": None}
     assert all(isinstance(layer.mlp, fused.FusedMLP) for layer in model.model.layers)
-    assert modeling_qwen2.apply_rotary_pos_emb.by_liger
+    assert modeling_qwen2.apply_rotary_pos_emb.by is liger.liger_rotary_pos_emb
     torch.testing.assert_close(model(IDS).logits, before)
     another = Qwen2ForCausalLM(model.config)  # of the next run in this process
     assert fused.use_liger(another, CPU, torch.float32) == {"SwiGLU": None, "rotation": None}
@@ -57,7 +58,8 @@ def test_the_model_stays_the_same(model: Any, liger: ModuleType) -> None:
 
 def test_what_differs_is_not_used(model: Any, liger: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_silu_times", lambda gate, up: torch.relu(gate) * up)
-    monkeypatch.setattr(fused, "differ", lambda *_: "its result differs by 1")
+    for module in (fused, rotation):
+        monkeypatch.setattr(module, "differ", lambda *_: "its result differs by 1")
     assert fused.use_liger(model, CPU, torch.float32) == dict.fromkeys(
         ("SwiGLU", "rotation"), "its result differs by 1"
     )

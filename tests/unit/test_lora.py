@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from sftx.model import lora
 from sftx.model.adapt import lora_layers
 from sftx.model.dropout import Clock, KeyedDropout
 from sftx.model.lora import Lean, speed_up
@@ -50,7 +53,7 @@ def test_same_as_peft(case: dict[str, object]) -> None:
     layer = layer_of(**case)  # type: ignore[arg-type]
     x = torch.randn(2, ROWS, layer.in_features)
     expected = results(layer, x)
-    speed_up(layer)
+    speed_up(nn.Sequential(layer))
     assert isinstance(layer, Lean)
     for found, wanted in zip(results(layer, x), expected, strict=True):
         assert found.dtype == wanted.dtype
@@ -61,7 +64,7 @@ def test_same_as_peft_in_half_precision() -> None:
     layer = layer_of(dropout=0.2)
     x = torch.randn(ROWS, INNER)
     expected = results(layer, x, half=True)
-    speed_up(layer)
+    speed_up(nn.Sequential(layer))
     for found, wanted in zip(results(layer, x, half=True), expected, strict=True):
         assert found.dtype == wanted.dtype
         assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
@@ -69,7 +72,7 @@ def test_same_as_peft_in_half_precision() -> None:
 
 def test_an_adapter_that_is_off_or_beside_another_goes_peft_s_way() -> None:
     layer = layer_of()
-    speed_up(layer)
+    speed_up(nn.Sequential(layer))
     x = torch.randn(ROWS, INNER)
     with_it = layer(x)
     layer.enable_adapters(False)
@@ -100,9 +103,76 @@ def test_little_is_held_for_the_backward_pass() -> None:
     layer = layer_of(dropout=0.3)
     x = torch.randn(ROWS, INNER, requires_grad=True)
     of_peft = held(layer, x)
-    speed_up(layer)
+    speed_up(nn.Sequential(layer))
     low_rank, mask = ROWS * 8 * 4, ROWS * INNER
     assert held(layer, x) == low_rank + mask < of_peft / 2
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of one input, not equally wide."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(INNER, OUTER), nn.Linear(INNER, 8), nn.Linear(INNER, 8)
+        self.requires_grad_(False)
+        names = ["q_proj", "k_proj", "v_proj"]
+        get_peft_model(self, LoraConfig(r=8, lora_alpha=16, target_modules=names, rank_pattern={"v_proj": 4}))
+        for number, layer in enumerate(lora_layers(self)):
+            nn.init.normal_(layer.lora_B["default"].weight)
+            layer.lora_dropout["default"] = KeyedDropout(dropout, Clock(3, step=5), number)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return something that depends on all three."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return q.square().sum(-1) + (k * v).sum(-1)
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return output and gradients of a model."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    out = model(x)
+    out.sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_that_share_their_input_are_computed_together(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Projections(dropout), torch.randn(2, ROWS, INNER)
+    expected = gradients(model, x)
+    speed_up(model)
+    calls: list[int] = []
+    outputs = lora._outputs
+    monkeypatch.setattr(lora, "_outputs", lambda layers, x: [calls.append(len(layers)), *outputs(layers, x)][1:])
+    found = gradients(model, x)
+    assert calls == [3]
+    assert len(found) == len(expected) == 8
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-6 * other.abs().max()
+
+
+def test_of_shared_inputs_each_layer_answers_for_what_it_was_given() -> None:
+    model = Projections(0.0)
+    speed_up(model)
+    x, other = torch.randn(2, ROWS, INNER)
+    wanted = [layer(i.clone()) for layer, i in ((model.k_proj, x), (model.k_proj, other), (model.v_proj, x))]
+    model.q_proj(x)  # computes for all three
+    assert torch.equal(model.k_proj(other), wanted[1])
+    assert torch.equal(model.k_proj(x), wanted[0])
+    assert torch.equal(model.v_proj(x), wanted[2])
+    model.k_proj.set_scale("default", 0.0)
+    torch.testing.assert_close(model.k_proj(x), model.k_proj.base_layer(x))
+
+
+def test_nothing_is_held_when_all_have_their_output() -> None:
+    model = Projections(0.0)
+    speed_up(model)
+    x = torch.randn(ROWS, INNER)
+    alive = weakref.ref(x)
+    model(x)
+    del x
+    assert alive() is None
 
 
 def test_dropout_keeps_the_share_that_it_says_and_scales_by_it() -> None:

@@ -185,8 +185,8 @@ class AdaptedModel:
             weight.data.copy_(drawn)
             nn.init.zeros_(layer.lora_B[adapter.name].weight)
             layer.lora_dropout[adapter.name] = KeyedDropout(dropout, adapter.clock, number)
-            if not self.sharded:
-                speed_up(layer)
+        if not self.sharded:
+            speed_up(self.module)
 
     @contextmanager
     def using(self, name: str) -> Iterator[Adapter]:

@@ -78,12 +78,13 @@ def attention(
     if document_lengths is None:
         return attend(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, **kwargs)
     if _together and attend is _sdpa:
-        q, k, v = (x[0].transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
         return varlen(q, k, v, tuple(document_lengths), kwargs.get("scaling"), sliding_window)[None], None
     lengths = list(document_lengths)
     plain = not kwargs.get("dropout") and not _beyond(max(lengths), sliding_window)
     if attend is _sdpa and plain and blocks.usable(query_BHTD):
-        out_THD = blocks.attend(query_BHTD[0], key_BHTD[0], value_BHTD[0], lengths, kwargs.get("scaling"))
+        q, k, v = (x.squeeze(0) for x in (query_BHTD, key_BHTD, value_BHTD))  # not x[0]: its gradient is a copy
+        out_THD = blocks.attend(q, k, v, lengths, kwargs.get("scaling"))
         return out_THD[None], None
     documents = zip(*(x.split(lengths, dim=2) for x in (query_BHTD, key_BHTD, value_BHTD)), strict=True)
     needs_mask = attend is _eager

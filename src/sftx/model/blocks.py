@@ -34,10 +34,6 @@ class Block(NamedTuple):
         """The keys that its queries see, those of the last one."""
         return slice(self.first, self.end)
 
-    def rows(self, group: int) -> slice:
-        """Its queries, of so many heads."""
-        return slice(self.start * group, self.end * group)
-
 
 def usable(query: torch.Tensor) -> bool:
     """Tell whether this is what torch's kernel is slow at."""
@@ -76,13 +72,12 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q_HTD: torch.Tensor, k_KTD: torch.Tensor, v_KTD: torch.Tensor, blocks: Sequence[Block], scale: float
     ) -> torch.Tensor:
         group = len(q_HTD) // len(k_KTD)
-        q_KRD = _grouped(q_HTD, group).mul_(scale)  # R: T * G
+        q_KRD = _grouped(q_HTD, group, scale)  # R: T * G
         out_KRD = torch.empty_like(q_KRD)
         kept: list[torch.Tensor | None] = []
-        for block in blocks:
-            rows, seen = block.rows(group), block.seen
-            weights = _probabilities(q_KRD[:, rows], k_KTD[:, seen], block)
-            torch.bmm(weights, v_KTD[:, seen], out=out_KRD[:, rows])
+        for block, queries, out in zip(blocks, *_by_block((q_KRD, out_KRD), blocks, group), strict=True):
+            weights = _probabilities(queries, k_KTD[:, block.seen], block)
+            torch.bmm(weights, v_KTD[:, block.seen], out=out)
             kept.append(weights if block.kept else None)
         ctx.save_for_backward(q_KRD, k_KTD, v_KTD, *kept)
         ctx.blocks, ctx.scale = blocks, scale
@@ -95,31 +90,43 @@ class _Attention(torch.autograd.Function):
         group = q_KRD.shape[1] // k_KTD.shape[1]
         grad_KRD = _grouped(grad_THD.transpose(0, 1), group)
         of_q_KRD = torch.empty_like(q_KRD)
-        of_k_KTD, of_v_KTD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_KTD, v_KTD))
-        for block, weights in zip(reversed(ctx.blocks), reversed(kept), strict=True):
-            rows, seen = block.rows(group), block.seen
-            queries, grad, keys = q_KRD[:, rows], grad_KRD[:, rows], k_KTD[:, seen]
+        of_k_KTD, of_v_KTD = torch.empty_like(k_KTD), torch.empty_like(v_KTD)
+        parts = _by_block((q_KRD, grad_KRD, of_q_KRD), ctx.blocks, group)
+        for block, weights, queries, grad, of_queries in reversed(list(zip(ctx.blocks, kept, *parts, strict=True))):
+            seen, keys = block.seen, k_KTD[:, block.seen]
             if weights is None:
                 weights = _probabilities(queries, keys, block)
             slope = torch.bmm(grad, v_KTD[:, seen].transpose(1, 2))
             slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype)
-            torch.bmm(slope, keys, out=of_q_KRD[:, rows])
+            torch.bmm(slope, keys, out=of_queries)
             beta = 0 if block.ends else 1  # the first to be looked at is the one that sees all keys
             of_k_KTD[:, seen].baddbmm_(slope.transpose(1, 2), queries, beta=beta)
             of_v_KTD[:, seen].baddbmm_(weights.transpose(1, 2), grad, beta=beta)
-        return _ungrouped(of_q_KRD.mul_(ctx.scale), group), of_k_KTD, of_v_KTD, None, None
+        return _ungrouped(of_q_KRD, group, ctx.scale), of_k_KTD, of_v_KTD, None, None
 
 
-def _grouped(x_HTD: torch.Tensor, group: int) -> torch.Tensor:
-    """Return a copy in which the heads that share keys are one after the other for each token: `[K, T * G, D]`."""
+def _by_block(
+    tensors_KRD: Sequence[torch.Tensor], blocks: Sequence[Block], group: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Return of each tensor the rows of each block: of its queries, so many heads each."""
+    sizes = [(block.end - block.start) * group for block in blocks]
+    return (x.split(sizes, 1) for x in tensors_KRD)
+
+
+def _grouped(x_HTD: torch.Tensor, group: int, scale: float = 1.0) -> torch.Tensor:
+    """Return a scaled copy in which the heads that share keys are one after the other for each token: `[K, T * G, D]`.
+
+    One pass: scaling after copying would be another.
+    """
     out = x_HTD.new_empty(len(x_HTD) // group, x_HTD.shape[1], group, x_HTD.shape[2])
-    return out.copy_(x_HTD.unflatten(0, (-1, group)).transpose(1, 2)).flatten(1, 2)
+    return torch.mul(x_HTD.unflatten(0, (-1, group)).transpose(1, 2), scale, out=out).flatten(1, 2)
 
 
-def _ungrouped(x_KRD: torch.Tensor, group: int) -> torch.Tensor:
-    """Return `[H, T, D]`, as a model has it: tokens first in memory."""
+def _ungrouped(x_KRD: torch.Tensor, group: int, scale: float = 1.0) -> torch.Tensor:
+    """Return a scaled copy `[H, T, D]`, as a model has it: tokens first in memory."""
     x_TKGD = x_KRD.unflatten(1, (-1, group)).transpose(0, 1)
-    return x_TKGD.flatten(1, 2).transpose(0, 1)
+    out = torch.mul(x_TKGD, scale, out=x_KRD.new_empty(x_TKGD.shape))
+    return out.flatten(1, 2).transpose(0, 1)
 
 
 def _probabilities(queries_KRD: torch.Tensor, keys_KTD: torch.Tensor, block: Block) -> torch.Tensor:

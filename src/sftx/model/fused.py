@@ -6,7 +6,6 @@ what they stand for.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sftx.model.compare import differ, reason_of
+from sftx.model.rotation import use_rotation
 from sftx.model.shortcuts import before
 
 MISSING = "the package liger-kernel is not installed: pip install 'sftx[gpu]'"
@@ -78,39 +78,6 @@ def _is_silu(module: Any) -> bool:
 
 
 def _use_rotation(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Replace the function of the architecture's file that rotates queries and keys, for tensors on a GPU."""
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    attention: Any = next((m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
-    file = sys.modules.get(type(attention).__module__)
-    original = getattr(file, "apply_rotary_pos_emb", None)
-    if original is None:
-        return "the model has no rotation of this form"
-    if getattr(original, "by_liger", False):
-        return None
-
-    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *a: Any, **named: Any) -> Any:
-        """Rotate queries and keys by their positions (arXiv:2104.09864)."""
-        if a or named or not q.is_cuda:
-            return original(q, k, cos, sin, *a, **named)
-        return liger_rotary_pos_emb(q, k, cos, sin)
-
-    generator = torch.Generator(device).manual_seed(0)
-    config: Any = model.config
-    config = config.get_text_config()
-    heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
-    angles = torch.rand(1, 5, width // 2, device=device, generator=generator).repeat(1, 1, 2)
-    tensors = [torch.randn(1, 5, n, width, device=device, dtype=dtype, generator=generator) for n in heads]
-    results = []
-    for function in (rotate, original):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        q, k = (t.view(1, 5, -1, width).transpose(1, 2) for t in (t * 1 for t in leaves))
-        out = function(q, k, angles.cos().to(dtype), angles.sin().to(dtype))
-        loss = sum((o.float() * (i + 1)).sum() for i, o in enumerate(out))
-        results.append((*(o.detach().clone() for o in out), *torch.autograd.grad(loss, leaves)))
-    if reason := differ(results[0], results[1], dtype):
-        return reason
-    rotate.by_liger = True  # type: ignore[attr-defined]
-    file.apply_rotary_pos_emb = rotate  # type: ignore[union-attr]
-    return None
+    return use_rotation(model, device, dtype, liger_rotary_pos_emb)

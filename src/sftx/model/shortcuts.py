@@ -73,7 +73,8 @@ class _RMSNorm(torch.autograd.Function):
         mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, scale)
-        return (wide * scale).to(x.dtype) * weight_D
+        normed = (wide * scale).to(x.dtype)
+        return normed.mul_(weight_D) if weight_D.dtype == x.dtype else normed * weight_D
 
     @staticmethod
     @once_differentiable
