@@ -163,7 +163,7 @@ def head(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
 
     def own(kernel: bool) -> Way:
         if kernel:
-            reason = cross_entropy.use_kernel(DEVICE, DTYPE)
+            reason = cross_entropy.use_kernel(DEVICE, DTYPE, shape["vocab_size"])
             if reason:
                 raise RuntimeError(reason)
 

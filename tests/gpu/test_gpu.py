@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from sftx.model import cross_entropy
+from sftx.model import compare, cross_entropy
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
 from sftx.training import loop
@@ -82,6 +83,7 @@ def settings_of(config) -> dict:
 def test_the_fast_ways_are_taken_and_give_the_same(make_config, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """One attention call for all rows, one kernel for cross entropy; Liger's where it is installed."""
     shared = [f"mode={mode}", "precision=bf16", "max_steps=5", "lora_dropout=0"]
+    monkeypatch.setattr(compare, "CLEARLY", math.inf)  # for so small a model a kernel may be slower
     fast = make_config(*shared, output="fast")
     run([fast])
     found = settings_of(fast)
@@ -94,6 +96,13 @@ def test_the_fast_ways_are_taken_and_give_the_same(make_config, monkeypatch: pyt
     run([plain])
     assert settings_of(plain)["attn_implementation"] == "sdpa"
     assert losses(fast) == pytest.approx(losses(plain), rel=5e-3)
+
+
+def test_a_kernel_is_timed_beside_what_it_stands_for() -> None:
+    device = torch.device("cuda")
+    small, large = (torch.randn(n, n, device=device) for n in (256, 4096))
+    assert compare.slower((lambda: small @ small, lambda: large @ large), device) is None
+    assert "ms here" in str(compare.slower((lambda: large @ large, lambda: small @ small), device))
 
 
 @pytest.mark.parametrize(

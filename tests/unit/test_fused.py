@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
-from sftx.model import cross_entropy, fused, rotation
+from sftx.model import compare, cross_entropy, fused, rotation
 
 CPU = torch.device("cpu")
 IDS = torch.arange(12)[None]
@@ -80,10 +80,25 @@ def gelu(model: Any) -> Any:
     return model
 
 
+def test_a_kernel_that_is_slower_is_not_used(model: Any, liger: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    took: list[float] = []
+    monkeypatch.setattr(compare, "milliseconds", lambda function: (function(), took.pop(0))[1])
+    for module in (fused, rotation):
+        monkeypatch.setattr(module, "slower", lambda ways, _: compare.slower(ways, torch.device("cuda")))
+    took += [3.0, 2.0, 1.2, 1.0]
+    assert fused.use_liger(model, CPU, torch.float32) == {
+        "SwiGLU": "it takes 3 ms here, without it 2",
+        "rotation": "it takes 1.2 ms here, without it 1",
+    }
+    assert not isinstance(model.model.layers[0].mlp, fused.FusedMLP)
+    took += [2.0, 3.0, 1.05, 1.0]  # about as fast: no reason, as it could be the other way round the next time
+    assert fused.use_liger(model, CPU, torch.float32) == {"SwiGLU": None, "rotation": None}
+
+
 def test_no_kernel_without_a_gpu() -> None:
     """Triton is missing, or finds no driver: torch does it, and says why."""
     try:
-        assert cross_entropy.use_kernel(CPU, torch.float32)
+        assert cross_entropy.use_kernel(CPU, torch.float32, 50)
         logits, targets, found = torch.randn(3, 50), torch.tensor([1, 2, 3]), torch.empty(3)
         wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         cross_entropy.losses(logits, targets, None, found)

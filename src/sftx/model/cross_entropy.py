@@ -1,8 +1,8 @@
 """Cross entropies of rows of logits, and what they change by, in place of the logits.
 
-On a GPU one Triton kernel goes over a row once for its sum and once for its slope, where it is tried and found right:
-every pass over the logits of a large vocabulary costs there. (Liger's kernel reads a count back to the host, and
-knows no weights.) Elsewhere torch does it.
+On a GPU one Triton kernel goes over a row once for its sum and once for its slope, where it is tried and found right
+and no slower: every pass over the logits of a large vocabulary costs there. (Liger's kernel reads a count back to the
+host, and knows no weights.) Elsewhere torch does it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 
-from sftx.model.compare import differ, reason_of
+from sftx.model.compare import TIMED_ROWS, differ, reason_of, slower
 
 CACHED = 2**17
 """Logits that a thread works on at a time on a CPU: four rows of a vocabulary of 32,000."""
+TIMED_LOGITS = 2**25
+"""At most, for the kernel beside torch."""
 _uses_kernel = False
 
 
-def use_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Use the kernel from now on, if it gives the right thing; else say why not."""
+def use_kernel(device: torch.device, dtype: torch.dtype, vocabulary: int) -> str | None:
+    """Use the kernel from now on, if it gives the right thing and is no slower here; else say why not."""
     global _uses_kernel
-    reason = reason_of(lambda: _compare(device, dtype))
+    reason = reason_of(lambda: _compare(device, dtype) or _slower(device, dtype, vocabulary))
     _uses_kernel = reason is None
     return reason
 
@@ -124,3 +126,15 @@ def _compare(device: torch.device, dtype: torch.dtype) -> str | None:
     _by_kernel(logits.clone(), targets, None, found[1])
     wanted = _by_torch(logits.float(), targets, weights, found[2])
     return differ((slope, *found[:2]), (wanted, found[2], found[2]), dtype)
+
+
+def _slower(device: torch.device, dtype: torch.dtype, vocabulary: int) -> str | None:
+    rows = min(TIMED_ROWS, TIMED_LOGITS // vocabulary)
+    logits = torch.randn(rows, vocabulary, device=device, dtype=dtype)
+    targets, weights = torch.zeros(rows, dtype=torch.int64, device=device), torch.ones(rows, device=device)
+    found = torch.empty(rows, device=device)
+
+    def by_torch() -> None:
+        _by_torch(logits.float(), targets, weights, found).to(dtype)
+
+    return slower((lambda: _by_kernel(logits, targets, weights, found), by_torch), device)

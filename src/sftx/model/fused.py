@@ -1,18 +1,20 @@
 """On a GPU, chains of small operations that one kernel does: SwiGLU and rotation, Liger's where it is installed.
 
-Each pass over a tensor there costs more than its arithmetic. Both are tried on random values first, and compared with
-what they stand for.
+Each pass over a tensor there costs more than its arithmetic. Both are tried on random values first: compared with what
+they stand for, and timed beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sftx.model.compare import differ, reason_of
+from sftx.model.compare import TIMED_ROWS, both_passes, differ, reason_of, slower
 from sftx.model.rotation import use_rotation
 from sftx.model.shortcuts import before
 
@@ -54,13 +56,13 @@ def _use_swiglu(model: nn.Module, device: torch.device, dtype: torch.dtype) -> s
         return "the model has no MLP of this form"
     generator = torch.Generator(device).manual_seed(0)
     width = found[0].up_proj.out_features
-    gate, up, grad = (torch.randn(3, width, device=device, dtype=dtype, generator=generator) for _ in range(3))
-    results = []
-    for function in (_silu_times, lambda g, u: F.silu(g) * u):
-        leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
-        out = function(leaves[0] * 1, leaves[1] * 1)
-        results.append((out.detach().clone(), *torch.autograd.grad(out, leaves, grad)))
-    if reason := differ(results[0], results[1], dtype):
+
+    def tried(rows: int) -> list[Callable[[], tuple[torch.Tensor, ...]]]:
+        gate, up = (torch.randn(rows, width, device=device, dtype=dtype, generator=generator) for _ in range(2))
+        return [partial(both_passes, way, gate, up) for way in (_silu_times, lambda g, u: F.silu(g) * u)]
+
+    short, long = tried(3)
+    if reason := differ(short(), long(), dtype) or slower(tried(TIMED_ROWS), device):
         return reason
     x = torch.randn(1, 3, found[0].gate_proj.in_features, device=device, dtype=dtype, generator=generator)
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

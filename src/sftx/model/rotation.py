@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from sftx.model.compare import differ, reason_of
+from sftx.model.compare import TIMED_ROWS, both_passes, differ, reason_of, slower
 
 NAME = "apply_rotary_pos_emb"
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -35,7 +35,7 @@ def use_rotation(model: nn.Module, device: torch.device, dtype: torch.dtype, rot
     if rotate is None:
         setattr(file, NAME, own)
         return None
-    if reason := reason_of(lambda: _differ(model, device, dtype, rotate, own)):
+    if reason := reason_of(lambda: _trouble(model, device, dtype, rotate, own, found)):
         return reason
 
     def chosen(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *a: Any, **named: Any) -> Any:
@@ -50,22 +50,27 @@ def use_rotation(model: nn.Module, device: torch.device, dtype: torch.dtype, rot
     return None
 
 
-def _differ(model: Any, device: torch.device, dtype: torch.dtype, rotate: Rotate, own: Rotate) -> str | None:
-    """Compare two functions and their gradients."""
+def _trouble(
+    model: Any, device: torch.device, dtype: torch.dtype, rotate: Rotate, own: Rotate, found: Rotate
+) -> str | None:
+    """Compare a function with the architecture's own, and on a GPU time it beside the one that is there."""
     generator = torch.Generator(device).manual_seed(0)
     config = model.config.get_text_config()
     heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
-    angles = torch.rand(1, 5, width // 2, device=device, generator=generator).repeat(1, 1, 2)
-    tensors = [torch.randn(1, 5, n, width, device=device, dtype=dtype, generator=generator) for n in heads]
-    results = []
-    for function in (rotate, own):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        q, k = ((t * 1).transpose(1, 2) for t in leaves)
-        out = function(q, k, angles.cos().to(dtype), angles.sin().to(dtype))
-        slopes = [2 * o.detach() for o in out]
-        results.append((*(o.detach().clone() for o in out), *torch.autograd.grad(out, leaves, slopes)))
-    return differ(results[0], results[1], dtype)
+
+    def tried(rows: int, *functions: Rotate) -> list[Callable[[], tuple[torch.Tensor, ...]]]:
+        q, k = (torch.randn(1, rows, n, width, device=device, dtype=dtype, generator=generator) for n in heads)
+        angles = torch.rand(1, rows, width // 2, device=device, generator=generator).repeat(1, 1, 2)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+        def of(function: Rotate) -> Callable[[], tuple[torch.Tensor, ...]]:
+            return lambda: both_passes(lambda q, k: function(q.transpose(1, 2), k.transpose(1, 2), cos, sin), q, k)
+
+        return list(map(of, functions))
+
+    result, wanted = (function() for function in tried(5, rotate, own))
+    return differ(result, wanted, dtype) or slower(tried(TIMED_ROWS, rotate, found), device)
 
 
 def rotate_lean(
