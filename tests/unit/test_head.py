@@ -18,7 +18,9 @@ ROWS, WIDTH, WORDS = 70, 12, 50
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pieces of rows, and several blocks of the vocabulary, the last ones smaller."""
     monkeypatch.setitem(module.PIECE_BYTES, "cpu", 4 * WORDS * 20)
+    monkeypatch.setattr(module, "CPU_COLUMNS", 16)
 
 
 def answer(linear: nn.Linear, hidden: torch.Tensor, asked: Asked) -> torch.Tensor:
