@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sftx.model import lora
-from sftx.model.adapt import lora_layers
+from sftx.model.adapt import AdaptedModel, Lora, lora_layers
 from sftx.model.dropout import Clock, KeyedDropout
 from sftx.model.lora import Lean, speed_up
 
@@ -163,6 +165,20 @@ def test_of_shared_inputs_each_layer_answers_for_what_it_was_given() -> None:
     assert torch.equal(model.v_proj(x), wanted[2])
     model.k_proj.set_scale("default", 0.0)
     torch.testing.assert_close(model.k_proj(x), model.k_proj.base_layer(x))
+
+
+def test_a_model_s_blocks_share_two_inputs() -> None:
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = AdaptedModel(Qwen2ForCausalLM(config), trained_dtype=torch.float32, gradient_checkpointing=False)
+    model.add("default", Lora(rank=4, alpha=8, dropout=0.0), seed=1)
+    layers = lora_layers(model.module)
+    assert len(layers) == 14
+    assert all(isinstance(layer, Lean) for layer in layers)
+    shared = Counter(id(layer.shared) for layer in layers if layer.shared is not None)
+    assert sorted(shared.values()) == [2, 2, 3, 3]
 
 
 def test_nothing_is_held_when_all_have_their_output() -> None:
