@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from sftx.errors import TrainingError
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
 from sftx.training import loop
+from sftx.training.evaluate import Evaluation
 from sftx.training.loss import TokenLosses, token_losses
+from sftx.training.schedulers import ReduceOnPlateau
 
 SHARED = ["mode=lora", "lora_dropout=0", "eval_ratio=0", "max_steps=6", "save_strategy=steps", "save_steps=2"]
 
@@ -173,3 +176,27 @@ def test_an_ordinary_run_has_no_spikes(make_config, captured) -> None:
     run([make_config(*over(SPIKED, "max_steps=60"))])
     assert captured.trial.faults.spikes == 0
     assert captured.trial.trend.steps == 60
+
+
+@pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])
+def test_an_evaluation_that_is_not_finite_is_never_the_best(make_config, monkeypatch, captured, spoiled) -> None:
+    """The first of five is: the fifth, the lowest, becomes final/; schedule and early stopping do not hear of it."""
+    losses, observed = iter([9.0, spoiled, 5.0, 6.0, 7.0, 4.0]), []
+
+    def evaluate(*arguments: object, **named: object) -> Evaluation:
+        return Evaluation(next(losses), {}, 1, 0.0)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(ReduceOnPlateau, "observe", lambda self, loss: observed.append(loss))
+    words = over(SHARED, "eval_ratio=0.15", "eval_steps=1", "save_steps=1", "max_steps=5", "keep_best=true")
+    config = make_config(
+        *words, "scheduler=reduce_lr_on_plateau", "callback=early_stopping", "callback.early_stopping.patience=3"
+    )
+    (result,) = run([config])
+    assert (result.steps, result.eval_loss) == (5, 4.0)
+    assert observed == [5.0, 6.0, 7.0, 4.0]
+    assert captured.trial.callbacks["early_stopping"].state() == {"best": 4.0, "waited": 0}
+    assert json.loads((Path(config.output_dir) / "manifest.json").read_text())["result"]["final_step"] == 5
+    said = (Path(config.output_dir) / "train.log").read_text()
+    assert said.count("WARNING step 1: the eval loss is not finite") == 1
+    assert "nan%" not in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -64,7 +65,8 @@ def _closing(trial: Trial, result: Result, chosen: int) -> str:
     lines = ["", f"Done: {result.steps} steps."]
     if result.eval_loss is not None and result.eval_loss_before is not None:
         change = result.eval_loss / result.eval_loss_before - 1
-        lines[-1] += f" Eval loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f} ({change:+.1%})."
+        share = f" ({change:+.1%})" if math.isfinite(change) else ""
+        lines[-1] += f" Eval loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f}{share}."
     faults = trial.faults
     if faults.skipped or faults.rollbacks:
         lines.append(f"Not finite: {faults.skipped} steps skipped, {faults.rollbacks} rollbacks (see train.log).")

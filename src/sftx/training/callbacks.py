@@ -57,7 +57,9 @@ class EarlyStopping(Callback):
     waited: int = field(init=False, default=0)
 
     def on_evaluate(self, session: Session, trial: Trial, result: Evaluation) -> None:
-        """Count evaluations without progress."""
+        """Count evaluations without progress; one that is not finite tells nothing."""
+        if not math.isfinite(result.loss):
+            return
         if result.loss < self.best - self.min_delta:
             self.best, self.waited = result.loss, 0
             return

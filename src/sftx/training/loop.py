@@ -296,14 +296,21 @@ def _evaluate(session: Session, trial: Trial) -> bool:
     trial.recorder.log(trial.step, result.metrics())
     trial.first_eval = trial.first_eval or result
     trial.last_eval, trial.eval_step = result, trial.step
-    improved = trial.best_loss is None or result.loss < trial.best_loss
-    change = f" ({result.loss / trial.first_eval.loss - 1:+.1%} since the start)" if trial.step else ""
+    finite = math.isfinite(result.loss)
+    improved = finite and (trial.best_loss is None or result.loss < trial.best_loss)
+    known = trial.step and finite and math.isfinite(trial.first_eval.loss)
+    change = f" ({result.loss / trial.first_eval.loss - 1:+.1%} since the start)" if known else ""
     log.info("step %d/%d  eval loss %.4f%s", trial.step, trial.steps.total, result.loss, change)
+    if not finite:
+        log.warning(
+            "step %d: the eval loss is not finite; it is never the best, and the schedule does not see it", trial.step
+        )
     if trial.step == 0:
         return False
     if improved:
         trial.best_loss, trial.best_step = result.loss, trial.step
-    trial.schedule.observe(result.loss)
+    if finite:
+        trial.schedule.observe(result.loss)
     for callback in trial.callbacks.values():
         callback.on_evaluate(session, trial, result)
     return improved
