@@ -46,6 +46,7 @@ from sftx.training.allocator import keep_freed_memory
 from sftx.training.flops import work_of
 from sftx.training.loop import train
 from sftx.training.memory import memory_explained
+from sftx.training.perf import reset_peak_memory
 from sftx.training.preflight import check_room
 from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import warmup_length
@@ -76,6 +77,7 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
 def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, signals: Signals) -> list[Result]:
     first = configs[0]
     engine: Engine = build(first.parallel).start(first.device)
+    reset_peak_memory(engine.device)
     run_log = RunLog(is_main=engine.is_main)
     saver = Saver(asynchronous=first.async_save)
     trials: list[Trial] = []

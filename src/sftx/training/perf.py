@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from sftx.data.feed import Step
 
 DENSE_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
-    "B200": 2250e12, "GB200": 2500e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12, "A10": 125e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12,
+    "H20": 148e12, "B200": 2250e12, "GB200": 2500e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12,
+    "A10": 125e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "V100S": 130e12,
+    "T4": 65e12,
     "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 """Half-precision operations a second without sparsity, from NVIDIA's data sheets; the first name that fits counts."""
+OTHER_GPU = r"\w| (?:D|Ti|SUPER|Laptop)\b"
+"""What must not follow a name: it would be another GPU's."""
 TF32_PART, FP32_PART = 1 / 2, 1 / 16
 """Of the half-precision rate, on GPUs that have TF32."""
 PROBE, PROBE_SECONDS = 768, 0.2
@@ -77,6 +83,15 @@ def peak_memory(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from here; a system that cannot do so for a process keeps the higher peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set
+
+
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the operations a second that MFU is a share of: a GPU's data sheet, or measured on a CPU."""
@@ -91,7 +106,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def _of_gpu(name: str, dtype: torch.dtype) -> float | None:
-    half = next((rate for known, rate in DENSE_FLOPS.items() if known in name), None)
+    half = next((rate for known, rate in DENSE_FLOPS.items() if _is_named(name, known)), None)
     if half is None or dtype != torch.float32:
         return half
     return half * (TF32_PART if torch.get_float32_matmul_precision() != "highest" else FP32_PART)
+
+
+def _is_named(name: str, known: str) -> bool:
+    """Return True if a GPU's full name holds a name of the table as whole words."""
+    return re.search(rf"(?<!\w){known}(?!{OTHER_GPU})", name) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch.autograd import DeviceType
 
 from sftx.model.head import HEAD
 from sftx.parallel.whole import CLIP
@@ -27,11 +27,18 @@ REST = "norms, activations, sums, copies"
 
 
 def parts_of(events: Iterable[Any]) -> dict[str, float]:
-    """Return each part's share of the time, the GPU's where there is one; the shares sum to 1."""
+    """Return each part's share of the time, the GPU's where one was used; the shares sum to 1.
+
+    A kernel appears three times in a profile: with the operation that launched it, as an event of the GPU, and in
+    the time of each annotation around it. It is counted with its operation.
+    """
     seconds: dict[str, float] = {}
-    on_gpu = torch.cuda.is_available()
+    events = list(events)
+    on_gpu = any(event.device_type != DeviceType.CPU for event in events)
     for event in events:
-        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if on_gpu and (event.device_type != DeviceType.CPU or event.is_user_annotation):
+            continue
+        own = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
         if own > 0:
             part = _part(event)
             seconds[part] = seconds.get(part, 0.0) + own
