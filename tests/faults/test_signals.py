@@ -9,12 +9,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from tests.conftest import ROOT, SMALL, TWO_RANKS, over
+from tests.faults import runs
+from tests.faults.kill import Zygote
+from tests.faults.moment import told
 from tests.invariance.test_invariance import assert_same_weights, curve
 
 from sftx.config.check import freeze
@@ -24,6 +32,7 @@ from sftx.errors import EXIT_STOPPED, RunFolderError, StoppedError
 from sftx.parallel.signals import ASKING, EndNow, Signals
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
+from sftx.training.reading import StopVote
 
 SHARED = [
     "mode=lora", "lora_dropout=0.2", "save_strategy=steps", "save_steps=100", "eval_steps=2", "max_train_rows=24",
@@ -31,8 +40,8 @@ SHARED = [
 ]  # fmt: skip
 
 
-def interrupt(patch: pytest.MonkeyPatch, module: str, name: str, call: int, *numbers: signal.Signals) -> None:
-    """Send signals when a function of a module is called for the n-th time."""
+def interrupt(patch: pytest.MonkeyPatch, module: str, name: str, call: int, *numbers: signal.Signals) -> Iterator[int]:
+    """Send signals when a function of a module is called for the n-th time; return what counts the calls."""
     place = importlib.import_module(module)
     original, calls = getattr(place, name), itertools.count(1)
 
@@ -43,13 +52,12 @@ def interrupt(patch: pytest.MonkeyPatch, module: str, name: str, call: int, *num
         return original(*arguments, **named)
 
     patch.setattr(place, name, function)
+    return calls
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the run that nothing interrupts."""
-    import torch
-
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("straight") / "run"
     run([composed(f"output_dir={folder}")])
@@ -76,27 +84,77 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("number", ASKING, ids=lambda n: n.name)
 @pytest.mark.parametrize(
-    ("module", "call"),
+    ("module", "call", "step"),
     [
-        ("sftx.training.loop", 6),  # in the second step of 4 micro-batches
-        ("sftx.training.evaluate", 5),  # in the evaluation after it: the one before the first step has four batches
+        ("sftx.training.loop", 10, 2),  # in the second micro-batch of the third step
+        ("sftx.training.loop", 12, 3),  # in its fourth and last one: the step is complete
+        ("sftx.training.evaluate", 5, 2),  # in the second evaluation: the one before the first step has four batches
     ],
-    ids=["stepping", "evaluating"],
+    ids=["stepping", "at the end of a step", "evaluating"],
 )
 def test_a_stopped_run_goes_on_exactly(
-    straight: Path, tmp_path: Path, one_thread: None, module: str, call: int, number: signal.Signals
+    straight: Path, tmp_path: Path, one_thread: None, module: str, call: int, step: int, number: signal.Signals
 ) -> None:
+    """It ends at the next micro-batch: a step of which a part is missing is discarded, and made when it goes on."""
     config = composed(f"output_dir={tmp_path}")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, module, "token_losses", call, number, number)
-        with pytest.raises(
-            StoppedError, match=rf"{number.name}: stopped after step 2 of 6; .* goes on from .*step-000002\."
-        ):
+        calls = interrupt(patch, module, "token_losses", call, number, number)
+        with pytest.raises(StoppedError, match=rf"{number.name}: stopped after step {step} of 6; .*step-{step:06d}"):
             run([config])
+    assert next(calls) == call + 1, "no micro-batch is computed after the signal"
     assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "stopped"
     assert not (tmp_path / "final").exists()
     run([config])
     assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("signalled", [(0,), (1,), (0, 1)])
+def test_ranks_of_a_sharded_engine_stop_before_the_same_micro_batch(signalled: tuple[int, ...]) -> None:
+    """They meet in every forward pass; a signal comes to each at another time, or to one of them only."""
+    meeting, flags, stopped = threading.Barrier(2, timeout=10), [0.0, 0.0], {}
+
+    def total(rank: int, flag: torch.Tensor) -> torch.Tensor:
+        flags[rank] = float(flag)
+        meeting.wait()
+        found = torch.tensor(sum(flags))
+        meeting.wait()
+        return found
+
+    def rank(number: int) -> None:
+        engine: Any = SimpleNamespace(sharded=True, device=torch.device("cpu"), sum=lambda flag: total(number, flag))
+        signals: Any = SimpleNamespace(received=None)
+        stop = StopVote(engine, signals, 8)
+        for micro_batch in range(8):
+            if stop.before(micro_batch):
+                stopped[number] = micro_batch
+                return
+            if number in signalled and micro_batch == 2 + number:  # amidst its forward pass
+                signals.received = "SIGTERM"
+
+    ranks = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    first = 2 + min(signalled)
+    assert stopped == {0: first + 2, 1: first + 2}, "the boundary after the signal tells, the next one stops"
+
+
+@pytest.mark.slow
+def test_two_ranks_discard_a_step_of_which_one_has_made_a_part(zygote: Zygote, tmp_path: Path) -> None:
+    """The other has made all of its part; the run that goes on is bitwise that of two ranks that nothing stopped."""
+    typed = ["parallel=ddp", "parallel.num_processes=2", "gradient_accumulation_steps=8", "max_train_rows=null",
+             "max_steps=2", "eval_steps=10"]  # fmt: skip
+    log = tmp_path / "log"
+    quiet = {"ranks": {"log": str(tmp_path / "other")}}
+    assert zygote.run(tmp_path / "straight", runs.words(tmp_path / "straight", *typed), **quiet)["code"] == 0
+    moment = {"log": str(log), "phase": "stepping", "visit": 2, "after": 0.05, "number": signal.SIGTERM, "in_rank": 1}
+    words = runs.words(tmp_path / "run", *typed)
+    assert zygote.run(tmp_path / "run", words, ranks=moment)["code"] == EXIT_STOPPED
+    assert {line["made"] for line in told(log) if "code" in line} == {1}
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert zygote.run(tmp_path / "run", words, **quiet)["code"] == 0
+    assert runs.outcome(tmp_path / "run") == runs.outcome(tmp_path / "straight")
 
 
 def test_the_last_evaluation_is_not_lost(straight: Path, tmp_path: Path, one_thread: None) -> None:

@@ -30,7 +30,7 @@ from sftx.training.memory import is_out_of_memory, shrink
 from sftx.training.perf import Window
 from sftx.training.profile import DATA
 from sftx.training.progress import Progress
-from sftx.training.reading import Launched, Reading
+from sftx.training.reading import Launched, Reading, StopVote
 from sftx.training.recovery import Fault, Made, recover
 from sftx.training.trial import Session, Trial
 
@@ -143,9 +143,13 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
 
 
 def _launch(session: Session, trial: Trial, step: Step) -> Launched | None:
-    """Make one optimizer step, unless its loss or gradient forbids it; return None when memory did not suffice."""
+    """Make one optimizer step, unless its loss or gradient forbids it.
+
+    Return None if the step was not made: memory did not suffice, or a signal asked for the end between two of its
+    micro-batches.
+    """
     engine, config = session.engine, trial.config
-    loss_sum, failed = _gradients(session, trial, step)
+    loss_sum, failed, interrupted = _gradients(session, trial, step)
     rate = config.learning_rate * trial.faults.rate_factor * trial.schedule.at(trial.step, trial.steps.total)
     number = trial.step + 1
     if trial.reads_late(engine):
@@ -153,12 +157,18 @@ def _launch(session: Session, trial: Trial, step: Step) -> Launched | None:
             shrink(session, trial, failed, [max(failed.lengths)])
             return None
         session.stopping, trial.pace.due = session.signals.received is not None, trial.pace.over
+        if interrupted:
+            trial.stepper.discard()
+            return None
         return Launched(step, number, rate, Reading(loss_sum, trial.stepper.step(rate, apply=torch.isfinite(loss_sum))))
-    own = torch.zeros(2 + engine.world_size, dtype=torch.float64, device=engine.device)
+    own = torch.zeros(3 + engine.world_size, dtype=torch.float64, device=engine.device)
     own[0], own[1] = session.signals.received is not None, engine.is_main and trial.pace.over
-    own[2 + engine.rank] = max(failed.lengths) if failed else 0
-    loss_total, asked, save, *too_long = engine.sum(torch.cat([loss_sum.view(1), own])).tolist()
+    own[2], own[3 + engine.rank] = interrupted, max(failed.lengths) if failed else 0
+    loss_total, asked, save, partial, *too_long = engine.sum(torch.cat([loss_sum.view(1), own])).tolist()
     session.stopping, trial.pace.due = asked > 0, save > 0
+    if partial:  # on any rank: all discard the step, and the checkpoint is that of the last complete one
+        trial.stepper.discard()
+        return None
     if any(too_long):
         shrink(session, trial, failed, [int(tokens) for tokens in too_long])
         return None
@@ -201,11 +211,17 @@ def _flops(session: Session, step: Step) -> int:
     return session.work.flops(lengths, sum(batch.supervised_tokens for batch in step.batches))
 
 
-def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor, Batch | None]:
-    """Add up this rank's gradients of a step; return its summed loss, and the micro-batch that did not fit."""
+def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor, Batch | None, bool]:
+    """Accumulate this rank's gradients of a step.
+
+    Return the summed loss, the micro-batch that did not fit into memory, and whether a signal interrupted the step.
+    """
     engine, batches = session.engine, step.batches
+    stop = StopVote(engine, session.signals, len(batches))
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches):
+        if stop.before(number):
+            return loss_sum, None, True
         if not batch.origins and not engine.sharded:
             continue  # this rank has no rows left in a step that is smaller than the others
         _set_random_state(trial, batch.index)
@@ -218,9 +234,9 @@ def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor
                 raise
             if engine.sharded:  # the others are in the middle of the same pass, and come to no sum
                 shrink(session, trial, batch, [max(batch.lengths)])
-            return loss_sum, batch
+            return loss_sum, batch, False
         loss_sum += loss.detach()
-    return loss_sum, None
+    return loss_sum, None, False
 
 
 def _set_random_state(trial: Trial, micro_batch: int) -> None:

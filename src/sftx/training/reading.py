@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from sftx.data.feed import Step
+from sftx.parallel.engine import Engine
+from sftx.parallel.signals import Signals
 
 
 class Reading:
@@ -46,3 +48,30 @@ class Launched:
         """Return them, waiting for the device if it has not come so far."""
         loss, norm = self.outcome.numbers() if isinstance(self.outcome, Reading) else self.outcome
         return loss, norm
+
+
+class StopVote:
+    """Decides between the micro-batches of one step whether the run was asked to stop.
+
+    A rank of a replicated model may stop by itself: ranks meet at the end of the step, and learn of it there. Ranks of
+    a sharded engine meet in every forward pass, so all must stop before the same micro-batch. They sum their requests
+    at each boundary and read the sum at the next one, where a GPU has it without being waited for.
+    """
+
+    def __init__(self, engine: Engine, signals: Signals, micro_batches: int) -> None:
+        self._engine, self._signals, self._last = engine, signals, micro_batches - 1
+        self._pending: Reading | None = None
+
+    def before(self, micro_batch: int) -> bool:
+        """Return True if the step ends before this micro-batch; every rank of a sharded engine calls it."""
+        asked = self._signals.received is not None
+        if not self._engine.sharded:
+            return asked
+        if self._pending is not None and self._pending.numbers()[0] > 0:
+            return True
+        if micro_batch < self._last:
+            flag = torch.full((), float(asked), dtype=torch.float64, device=self._engine.device)
+            self._pending = Reading(self._engine.sum(flag))
+        else:
+            self._pending = None
+        return False
