@@ -87,7 +87,7 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         folders = [RunFolder(Path(c.output_dir or "")) for c in configs]
         for folder, config in zip(folders, configs, strict=True):
             folder.check(config.resume)
-        effective = Effective(remarks=list(notes))
+        effective = Effective(remarks=[*notes, *engine.remarks])
         session, data, source = _prepare(configs, engine, effective, saver, signals)
         count = len(configs)
         trials = [_trial(c, f, session, data, effective.copy(), count) for c, f in zip(configs, folders, strict=True)]
@@ -169,6 +169,7 @@ def _prepare(
             device=engine.device,
             attention=attention,
             trust_remote_code=trust,
+            sharded=engine.sharded,
         )
     if not engine.sharded:
         lean_norms(base)

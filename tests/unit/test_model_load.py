@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sftx.data.template import template_source
 from sftx.errors import ConfigError, ModelError
@@ -108,6 +109,23 @@ def test_the_embedded_model_is_a_small_qwen2() -> None:
     assert 2e6 < sum(p.numel() for p in model.parameters()) < 8e6
     assert model.config.use_cache is False
     assert model.config._attn_implementation == "documents_sdpa"  # sdpa, a call a document
+
+
+@pytest.mark.parametrize(
+    ("device", "sharded", "wanted"),
+    [("cuda:0", False, {"": torch.device("cuda", 0)}), ("cuda:0", True, None), ("cpu", False, None)],
+)
+def test_weights_go_to_a_gpu_one_after_the_other(monkeypatch, device: str, sharded: bool, wanted: object) -> None:
+    """Without `device_map` the host would hold them all: 15 or 30 GB for each rank of a 7B."""
+    model, asked = SimpleNamespace(config=SimpleNamespace(), to=lambda _: model), []
+
+    def load(*_: object, **options: object) -> tuple[object, dict[str, object]]:
+        asked.append(options.get("device_map"))
+        return model, {}
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    load_base(find_model(NAME), dtype=torch.float32, quantization=None, device=torch.device(device), sharded=sharded)
+    assert asked == [wanted]
 
 
 def test_the_embedded_tokenizer_is_the_one_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,10 +209,13 @@ def load_base(
     device: torch.device,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
+    sharded: bool = False,
 ) -> Any:
-    """Load the base model's weights.
+    """Load the base model's weights, on a GPU one after the other: the host never holds them all.
 
-    Errors:
+    `sharded`: DeepSpeed splits them while they are loaded.
+
+    Raises:
         ModelError: the weights do not fit the architecture, or cannot be read.
     """
     from transformers import AutoModelForCausalLM
@@ -222,7 +225,10 @@ def load_base(
     compile_patterns_later()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": register(attention)}
     if quantization is not None:
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
+        options["quantization_config"] = quantization
+    placed = quantization is not None or (device.type == "cuda" and not sharded)
+    if placed:
+        options["device_map"] = {"": device}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
@@ -237,4 +243,4 @@ def load_base(
             f"(first: {missing[0]}); they would be random. The folder is not a whole model."
         )
     model.config.use_cache = False
-    return model if quantization is not None else model.to(device)
+    return model if placed else model.to(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from sftx.errors import ConfigError
 from sftx.parallel import watch
-from sftx.parallel.engine import Engine, Stepper, choose_device
+from sftx.parallel.device import choose_device
+from sftx.parallel.engine import Engine, Stepper
 from sftx.parallel.single import SingleEngine
 from sftx.parallel.whole import WholeStepper
 
@@ -56,9 +57,9 @@ class Ddp:
         local = choose_device(device, int(os.environ["LOCAL_RANK"]))
         if os.environ["WORLD_SIZE"] == "1":
             return SingleEngine(local)
-        join(local, self.timeout_seconds)
+        remarks = join(local, self.timeout_seconds)
         check_complete("ddp")
-        return DdpEngine(local)
+        return DdpEngine(local, remarks)
 
 
 def refuse_alone(option: str, asked: int | None) -> None:
@@ -74,10 +75,11 @@ def refuse_alone(option: str, asked: int | None) -> None:
         )
 
 
-def join(device: torch.device, timeout_seconds: int) -> None:
-    """Join the process group, whoever started the ranks."""
+def join(device: torch.device, timeout_seconds: int) -> list[str]:
+    """Join the process group, whoever started the ranks; return remarks on how it was set up."""
     from accelerate import PartialState
 
+    remarks = leave_out_peer_access() if device.type == "cuda" else []
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     group: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_seconds)}
     with watch.meeting():
@@ -90,6 +92,21 @@ def join(device: torch.device, timeout_seconds: int) -> None:
             )  # fmt: skip
             group |= {"store": store, "rank": rank, "world_size": world_size}
         PartialState(cpu=device.type == "cpu", **group)
+    return remarks
+
+
+def leave_out_peer_access() -> list[str]:
+    """Set what NCCL needs on GPUs that cannot exchange data directly, as `accelerate launch` does; return a remark.
+
+    These are RTX 40xx with an old driver; Accelerate refuses to start without these variables.
+    """
+    from accelerate.utils import check_cuda_p2p_ib_support
+
+    missing = [name for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE") if name not in os.environ]
+    if not missing or check_cuda_p2p_ib_support():
+        return []
+    os.environ |= dict.fromkeys(missing, "1")
+    return [f"{', '.join(f'{name}=1' for name in missing)}: GPUs with this driver cannot exchange data directly"]
 
 
 def check_complete(option: str) -> None:
@@ -109,8 +126,8 @@ class DdpEngine:
     sharded = False
     reads_late = False  # ranks agree on what a step came to before they go on
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, remarks: Sequence[str] = ()) -> None:
+        self.device, self.remarks = device, remarks
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 

@@ -6,8 +6,7 @@ ranks; an engine therefore *sums* gradients over ranks, and never averages.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,6 +68,8 @@ class Engine(Protocol):
     sharded: bool
     """Parameters are split over ranks: all ranks must run every forward pass together, and an
     optimizer keeps fp32 copies of half-precision parameters."""
+    remarks: Sequence[str]
+    """What a user should know of how the ranks were set up."""
 
     @property
     def is_main(self) -> bool:
@@ -112,28 +113,6 @@ def on_main(engine: Engine, action: Callable[[], object]) -> None:
     problem = engine.from_main(problem)
     if problem is not None:
         raise problem
-
-
-def choose_device(asked: str, local_rank: int) -> torch.device:
-    """Return the device of a rank: `auto` takes a GPU when there is one.
-
-    Errors:
-        ConfigError: a GPU was asked for and there is none, or none that is this rank's own.
-    """
-    from sftx.errors import ConfigError
-
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("`device=cuda`: torch sees no GPU here. Use device=auto, or install torch's CUDA build.")
-    if asked == "cpu" or not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it finds it
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise ConfigError(
-            f"`parallel`: more than {local_rank} processes were started here, but torch sees {gpus} GPUs, and each "
-            f"needs its own: parallel.num_processes={gpus}, or device=cpu."
-        )
-    return torch.device("cuda", local_rank)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

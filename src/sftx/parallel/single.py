@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from sftx.parallel.engine import Engine, Stepper, choose_device
+from sftx.parallel.device import choose_device
+from sftx.parallel.engine import Engine, Stepper
 from sftx.parallel.whole import WholeStepper
 
 if TYPE_CHECKING:
@@ -22,7 +24,10 @@ class Single:
 
     def start(self, device: str) -> Engine:
         """Return the engine of the only rank."""
-        return SingleEngine(choose_device(device, 0))
+        chosen = choose_device(device, 0)
+        gpus = torch.cuda.device_count() if chosen.type == "cuda" else 1
+        unused = [f"parallel=single: trains on 1 of {gpus} GPUs; parallel=ddp trains on all"] if gpus > 1 else []
+        return SingleEngine(chosen, unused)
 
 
 class SingleEngine:
@@ -33,8 +38,8 @@ class SingleEngine:
     is_main = True
     sharded = False
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, remarks: Sequence[str] = ()) -> None:
+        self.device, self.remarks = device, remarks
 
     @property
     def reads_late(self) -> bool:

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from sftx.errors import ConfigError
 from sftx.parallel import watch
 from sftx.parallel.ddp import DdpEngine, check_complete, join, refuse_alone
-from sftx.parallel.engine import Engine, Stepper, Weights, choose_device
+from sftx.parallel.device import choose_device
+from sftx.parallel.engine import Engine, Stepper, Weights
 
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
@@ -62,10 +63,12 @@ class Zero3:
         if "RANK" not in os.environ:
             refuse_alone("zero3", self.num_processes)
             os.environ |= _group_of_one()
-        join(local, self.timeout_seconds)
+        if local.type == "cuda":
+            os.environ["LOCAL_RANK"] = str(local.index)  # DeepSpeed takes it for the number of the GPU
+        remarks = join(local, self.timeout_seconds)
         deepspeed.init_distributed(dist_backend="gloo" if local.type == "cpu" else "nccl", verbose=False)
         check_complete("zero3")
-        return Zero3Engine(local, self)
+        return Zero3Engine(local, self, remarks)
 
 
 def _group_of_one() -> dict[str, str]:
@@ -82,8 +85,8 @@ class Zero3Engine(DdpEngine):
 
     sharded = True
 
-    def __init__(self, device: torch.device, settings: Zero3) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, settings: Zero3, remarks: Sequence[str] = ()) -> None:
+        super().__init__(device, remarks)
         self.settings = settings
         self.trained: Any = None
 
