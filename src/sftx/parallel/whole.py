@@ -138,14 +138,32 @@ class WholeStepper:
         """
         if rest.get("optimizer", self._kind) != self._kind:
             raise CheckpointError(f"its optimizer is {rest['optimizer']}, and this run uses {self._kind}.")
-        self.optimizer.state.clear()
-        for key, tensor in tensors.items():
-            name, _, part = key.rpartition("|")
-            parameter = self.parameters[name]
-            self.optimizer.state[parameter][part] = tensor.to(parameter.device)
+        self._load_tensors(tensors)
         for name, values in rest["scalars"].items():
             self.optimizer.state[self.parameters[name]].update(values)
         if hasattr(self.optimizer, "initialized"):  # bitsandbytes fills its lookup tables at its first step
             self.optimizer.initialized = False
         if rest.get("scaler"):
             self.scaler.load_state_dict(dict(rest["scaler"]))
+
+    @torch.no_grad()
+    def _load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the optimizer's tensors; those of a paged optimizer go into its paged buffers."""
+        before = {p: dict(self.optimizer.state.get(p, {})) for p in self.parameters.values()}
+        self.optimizer.state.clear()
+        paged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition("|")
+            parameter = self.parameters[name]
+            if getattr(self.optimizer, "is_paged", False) and tensor.shape == parameter.shape:
+                buffer = before[parameter].get(part)  # after a rollback: bitsandbytes never frees one
+                if buffer is None:
+                    buffer = self.optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # type: ignore[attr-defined]
+                paged.append((buffer, tensor))
+                self.optimizer.state[parameter][part] = buffer
+            else:
+                self.optimizer.state[parameter][part] = tensor.to(parameter.device)
+        if paged and torch.cuda.is_available():
+            torch.cuda.synchronize()  # the GPU is done with them: the CPU writes into managed memory itself
+        for buffer, tensor in paged:
+            buffer.copy_(tensor)
