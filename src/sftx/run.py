@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,8 +90,11 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
             folder.check(config.resume)
         effective = Effective(remarks=[*notes, *engine.remarks])
         session, data, source = _prepare(configs, engine, effective, saver, signals)
-        count = len(configs)
-        trials = [_trial(c, f, session, data, effective.copy(), count) for c, f in zip(configs, folders, strict=True)]
+        ids = [ONLY] if len(configs) == 1 else [f"trial_{i}" for i in range(len(configs))]
+        trials = [
+            _trial(c, f, session, data, effective.copy(), adapter_id)
+            for c, f, adapter_id in zip(configs, folders, ids, strict=True)
+        ]
         _try_out(configs[0], session, trials)
         session.work = work_of(session.model)
         _compile(configs[0], session, trials)
@@ -129,8 +133,24 @@ def _check_shared(configs: Sequence[TrainConfig]) -> None:
                 problems.append(f"`{key}`: trials on one base must agree, found {first[key]!r} and {value!r}.")
     if len(configs) > 1 and any(c.train_mode == "full" for c in configs):
         problems.append("`mode=full` trains the base itself: it cannot be shared by several trials.")
+    asked = build(configs[0].mode).quantization(torch.float32)
+    for other in configs[1:]:
+        wanted = build(other.mode).quantization(torch.float32)
+        if _quantization(wanted) != _quantization(asked):
+            problems.append(
+                f"`mode`: trials on one base must agree on how it is quantized, found {_quantization(asked)} "
+                f"and {_quantization(wanted)}. Train them in separate runs."
+            )
     if problems:
         raise ConfigError(problems)
+
+
+def _quantization(config: Any) -> str:
+    """Return how a base is quantized, as the keys of `mode=qlora` say it."""
+    if config is None:
+        return "no quantization"
+    double = str(config.bnb_4bit_use_double_quant).lower()
+    return f"quant_type={config.bnb_4bit_quant_type} double_quant={double}"
 
 
 def _prepare(
@@ -196,13 +216,12 @@ def _checkpointing(config: TrainConfig, engine: Engine, effective: Effective) ->
 
 
 def _trial(
-    config: TrainConfig, folder: RunFolder, session: Session, data: Data, effective: Effective, count: int
+    config: TrainConfig, folder: RunFolder, session: Session, data: Data, effective: Effective, adapter_id: str
 ) -> Trial:
     """Build what belongs to one trial."""
     _seed(config.seed)
-    name = ONLY if count == 1 else folder.path.name.replace(".", "_")
     start = Path(config.adapter) if config.adapter else None
-    adapter = session.model.add(name, build(config.mode), config.seed, start=start)
+    adapter = session.model.add(adapter_id, build(config.mode), config.seed, start=start)
     world = session.engine.world_size
     feed = data.stream.feed(config, world) if data.stream else _planned(config, session, world)
     steps = derive_steps(config, feed.units, world)
@@ -211,7 +230,7 @@ def _trial(
     optimizer = build(config.optimizer).build(adapter.parameters, config.learning_rate, effective)
     dtype = session.numerics.dtype
     return Trial(
-        name=name,
+        name=adapter_id,
         config=config,
         adapter=adapter,
         feed=feed,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from sftx.errors import ConfigError
 from sftx.run import run
 
 PROBE = torch.tensor([[5, 99, 700, 1300, 42, 2048, 7]])
@@ -140,3 +142,31 @@ def test_early_stopping_ends_the_run(make_config, captured) -> None:
     )[0]  # fmt: skip
     assert result.steps < 12
     assert "early stopping" in (result.stop_reason or "")
+
+
+def test_trials_in_folders_named_by_numbers_save_and_resume_whole_adapters(make_config) -> None:
+    from safetensors import safe_open
+
+    def group(stop: str) -> list:
+        common = (stop, "save_strategy=steps", "save_steps=1")
+        return [make_config(*common, f"lora_rank={4 + i}", output=f"sweep/{i}") for i in range(2)]
+
+    run(group("max_steps=1"))
+    results = run(group("max_steps=2"))
+    for i, result in enumerate(results):
+        manifest = json.loads((result.output_dir / "manifest.json").read_text(encoding="utf-8"))
+        assert [a["from_step"] for a in manifest["attempts"]] == [0, 1]
+        with safe_open(result.output_dir / "final" / "adapter_model.safetensors", "pt") as file:
+            saved = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - it is no dict
+        assert len(saved) == 4 * 7 * 2
+        assert {min(tensor.shape) for tensor in saved} == {4 + i}
+        assert manifest["model"]["trained_parameters"] == sum(tensor.numel() for tensor in saved)
+
+
+@pytest.mark.parametrize("differs", ["mode.quant_type=fp4", "mode.double_quant=false"])
+def test_trials_that_quantize_the_base_differently_do_not_share_it(make_config, differs: str) -> None:
+    one, other = make_config("mode=qlora", output="1"), make_config("mode=qlora", differs, output="2")
+    with pytest.raises(ConfigError, match=r"quant_type=nf4 double_quant=true and quant_type=") as caught:
+        run([one, other])
+    assert differs.removeprefix("mode.") in str(caught.value)
+    assert not Path(one.output_dir).exists()

@@ -154,7 +154,7 @@ class AdaptedModel:
                 self._targets = linear_targets(self.module)
             config = mode.peft_config(self._targets) if start is None else _saved_config(start, mode)
             self._inject(name, config)
-            parameters = {n: p for n, p in self.module.named_parameters() if f".{name}." in n and ".lora_" in n}
+            parameters = {n: p for n, p in self.module.named_parameters() if adapter_of(n) == name}
             adapter = Adapter(name, parameters, clock, config=config)
             self._initialise(adapter, seed, config.lora_dropout)
             saved = read_adapter(start, adapter) if start is not None else {}
@@ -200,10 +200,19 @@ class AdaptedModel:
                     parameter.requires_grad_(True)  # set_adapter freezes the others
         yield adapter
 
-    def facts(self) -> dict[str, int]:
-        """Return the number of trained and of all parameters (a 4-bit weight counts as its values)."""
-        trained = sum(size_of(p) for a in self.adapters.values() for p in a.parameters.values())
-        return {"trained_parameters": trained, "parameters": sum(map(size_of, self.module.parameters()))}
+    def facts(self, adapter: Adapter) -> dict[str, int]:
+        """Return the number of parameters of the base and of one adapter (a 4-bit weight counts as its values)."""
+        base = [p for n, p in self.module.named_parameters() if adapter_of(n) is None]
+        return {
+            "parameters": sum(map(size_of, base)),
+            "trained_parameters": sum(map(size_of, adapter.parameters.values())),
+        }
+
+
+def adapter_of(name: str) -> str | None:
+    """Return the adapter that a parameter of this name belongs to (`...lora_A.default.weight`); None for the base's."""
+    *_, kind, adapter, _ = ("", "", *name.split("."))
+    return adapter if kind in ("lora_A", "lora_B") else None
 
 
 def size_of(parameter: Any) -> int:

@@ -72,7 +72,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
             "allowed": {"allow_targets": config.allow_targets, "trust_remote_code": config.trust_remote_code},
             "identity": who,
             "model": {"name": source.name, "folder": str(source.folder), "model_type": source.model_type}
-            | session.model.facts(),
+            | session.model.facts(trial.adapter),
             "data": [f.facts() for f in data.files],
             "rows": {"train": None if data.stream else len(data.train), "eval": len(data.held_out)},
             "attempts": [*(earlier or {}).get("attempts", []), attempt],
@@ -176,7 +176,7 @@ def _trackers(trial: Trial) -> list[Tracker]:
 
 
 def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[tuple[str, str]]:
-    config, model = trial.config, session.model.facts()
+    config, model = trial.config, session.model.facts(trial.adapter)
     train_file = data.files[0]
     lengths = length_line(data.train.full_lengths.tolist(), config.max_seq_length)
     many = f"{len(data.train)} rows to train on"
@@ -199,7 +199,7 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
         compute += f", a kernel each for {', '.join(kernels)}"
     return [
         ("model", f"{source.name} ({source.model_type}, {count(model['parameters'])} parameters)"),
-        ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%}), {config.train_mode}"),
+        ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%} of the base), {config.train_mode}"),
         ("data", f"{train_file.path} ({train_file.how_read}): {many}, {held}"),
         ("length", lengths),
         ("steps", trial.steps.formula),
