@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sftx.errors import ConfigError
+from sftx.model.lora import weight_of
 from sftx.run import run
 
 PROBE = torch.tensor([[5, 99, 700, 1300, 42, 2048, 7]])
@@ -23,8 +24,7 @@ def logits_of_session(captured) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
 def test_final_is_what_was_trained(make_config, captured, mode: str) -> None:
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = make_config(f"mode={mode}", "learning_rate=1e-2")
     run([config])
@@ -34,20 +34,64 @@ def test_final_is_what_was_trained(make_config, captured, mode: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(final)
         assert set(model.generation_config.eos_token_id) == set(captured.session.template.stop_ids())
     else:
-        quantization = captured.session.model.module.config.quantization_config if mode == "qlora" else None
-        extra = {"quantization_config": BitsAndBytesConfig(**_plain(quantization))} if quantization else {}
-        model = AutoPeftModelForCausalLM.from_pretrained(final, dtype=torch.float32, **extra)
+        model = in_plain_peft(final, captured)
     model.eval()
+    for layer in four_bit_layers(model):
+        layer.train()  # bitsandbytes then dequantizes exactly, whatever the CPU
     with torch.no_grad():
         found = model(input_ids=PROBE).logits
         base = AutoModelForCausalLM.from_pretrained(captured.session.base_folder)(input_ids=PROBE).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (found - base).abs().max() > 1e-2, "nothing was learned, so equality proves nothing"
+    trained = four_bit_layers(captured.session.model.module)
+    for layer, other in zip(four_bit_layers(model), trained, strict=True):
+        assert torch.equal(weight_of(layer, torch.float32), weight_of(other, torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(final)
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
     )
     assert rendered == captured.session.template.render([{"role": "user", "content": "hi"}], generation_prompt=True)
+
+
+def test_an_adapter_of_qlora_in_bitsandbytes_bf16_kernel(make_config, captured) -> None:
+    """Plain PEFT computes in bf16 on a CPU with AVX-512 BF16: the same model but for rounding, imitated elsewhere."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    config = make_config("mode=qlora", "learning_rate=1e-2")
+    run([config])
+    expected = logits_of_session(captured)
+    found = {}
+    for kernel in ["imitated", *(["bitsandbytes"] if has_avx512bf16() else [])]:
+        model = in_plain_peft(Path(config.output_dir) / "final", captured).eval()
+        for layer in four_bit_layers(model) if kernel == "imitated" else []:
+            layer.train().register_forward_hook(rounded_to_bf16)
+        with torch.no_grad():
+            found[kernel] = model(input_ids=PROBE).logits
+        difference = (found[kernel] - expected).abs().max()
+        assert 1e-5 < difference < 0.1, f"{kernel}: {difference}; the logits reach {expected.abs().max()}"
+    if "bitsandbytes" in found:
+        torch.testing.assert_close(found["bitsandbytes"], found["imitated"], rtol=0, atol=0.1)
+
+
+def rounded_to_bf16(layer, inputs, output) -> torch.Tensor:
+    """Return a 4-bit layer's output with inputs, weights and output rounded to bf16."""
+    x, W = (tensor.bfloat16().float() for tensor in (inputs[0], weight_of(layer, torch.float32)))
+    out = torch.nn.functional.linear(x, W).bfloat16().float()
+    return out if layer.bias is None else out + layer.bias
+
+
+def in_plain_peft(final: Path, captured):
+    """Load an adapter as a user of PEFT does, on a base quantized as in training."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import BitsAndBytesConfig
+
+    quantization = getattr(captured.session.model.module.config, "quantization_config", None)
+    extra = {"quantization_config": BitsAndBytesConfig(**_plain(quantization))} if quantization else {}
+    return AutoPeftModelForCausalLM.from_pretrained(final, dtype=torch.float32, **extra)
+
+
+def four_bit_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [m for m in model.modules() if type(m).__name__ == "Linear4bit" and not hasattr(m, "lora_A")]
 
 
 def _plain(quantization) -> dict[str, object]:

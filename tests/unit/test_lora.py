@@ -203,3 +203,29 @@ def test_dropout_keeps_the_share_that_it_says_and_scales_by_it() -> None:
     assert torch.equal(dropout.keep(x)[0], keep)
     dropout.clock.micro_batch = 1
     assert not torch.equal(dropout.keep(x)[0], keep)
+
+
+def quantized_model() -> nn.Module:
+    """Return the embedded model in 4 bits, in evaluation mode, as a run loads it."""
+    from sftx.model.adapt import QLora
+    from sftx.model.load import find_model, load_base
+
+    quantization = QLora(8, 16, 0.0).quantization(torch.float32)
+    source = find_model("qwen-tiny")
+    return load_base(source, dtype=torch.float32, quantization=quantization, device=torch.device("cpu")).eval()
+
+
+def test_4_bit_layers_without_an_adapter_evaluate_as_they_train() -> None:
+    """On a CPU with AVX-512 BF16 bitsandbytes repacks such weights, lossily, for a kernel that computes in bf16."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [m for m in quantized_model().modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 4 * 7
+    for layer in layers:
+        x = torch.randn(3, layer.in_features)
+        exact = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        with torch.no_grad():
+            found = layer(x)
+        torch.testing.assert_close(found, nn.functional.linear(x, exact, layer.bias), rtol=0, atol=1e-5)
+        assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state), exact)

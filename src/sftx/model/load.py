@@ -243,4 +243,15 @@ def load_base(
             f"(first: {missing[0]}); they would be random. The folder is not a whole model."
         )
     model.config.use_cache = False
+    _evaluate_exactly(model)
     return model if placed else model.to(device)
+
+
+def _evaluate_exactly(model: Any) -> None:
+    """Let 4-bit layers dequantize exactly in evaluation and generation, as they do in training.
+
+    On a CPU with AVX-512 BF16 bitsandbytes would repack their weights, lossily, for a kernel that computes in bf16.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
