@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftx.model import head as module
 from sftx.model.head import Asked, LossHead, piece_rows
@@ -86,6 +88,46 @@ def test_half_precision(dtype: torch.dtype) -> None:
         assert gradient is not None
         assert parameter.grad.dtype == torch.float32
         assert (parameter.grad - gradient).abs().max() < 0.02 * gradient.abs().max()
+
+
+@pytest.mark.parametrize("weight", [1.0, 300.0, 1e-3])
+def test_gradients_of_rows_that_agree_are_finite_in_fp16(weight: float) -> None:
+    """The sum of a piece's rows is beyond 65,504 at the scale of their derivatives."""
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, WORDS)
+    hidden = (8 + torch.randn(ROWS, WIDTH)).requires_grad_()
+    asked = Asked(torch.full((ROWS,), 7), torch.full((ROWS,), weight))
+    asked.weights_N[::2] /= 50
+    (F.cross_entropy(linear(hidden), asked.targets_N, reduction="none") * asked.weights_N).sum().backward()
+    wanted = [p.grad for p in (hidden, *linear.parameters())]
+    hidden.grad = None
+    linear.zero_grad()
+    with torch.autocast("cpu", dtype=torch.float16):
+        total = answer(linear, hidden, asked)
+    total.backward()
+    for parameter, gradient in zip((hidden, *linear.parameters()), wanted, strict=True):
+        assert parameter.grad is not None
+        assert gradient is not None
+        assert torch.linalg.vector_norm(parameter.grad - gradient) < 0.01 * torch.linalg.vector_norm(gradient)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **kwargs or {})
+
+
+def test_without_a_gradient_a_trained_head_makes_only_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CPU_COLUMNS", WORDS)
+    linear = nn.Linear(WIDTH, WORDS)
+    asked = Asked(torch.randint(WORDS, (15,)), torch.ones(15))
+    with torch.no_grad(), Products() as products:
+        answer(linear, torch.randn(15, WIDTH), asked)
+    assert products.count == 1
 
 
 def test_without_a_gradient_only_losses_are_made() -> None:

@@ -25,8 +25,8 @@ PIECE_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Logits held at a time, fp32."""
 CPU_COLUMNS = 1024
 """Of the vocabulary that are multiplied at a time on a CPU: a product as wide as all of it is a twentieth slower."""
-FP16_FACTOR = 2.0**10
-"""Keeps probabilities of 1e-7 from vanishing in fp16, where the loss scaler comes too late."""
+FP16_LARGEST = 2.0**10
+"""Largest derivative of a logit in fp16: keeps probabilities of 1e-7 from vanishing, which no loss scaler can do."""
 
 
 @dataclass
@@ -74,10 +74,11 @@ class LossHead:
             hidden_ND = hidden_ND[asked.selected]
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        with record_function(HEAD):
-            total, asked.losses_N = _HeadLoss.apply(
-                hidden_ND, head.weight, head.bias, asked.targets_N, asked.weights_N, dtype
-            )
+        tensors: tuple[torch.Tensor | None, ...] = (hidden_ND, head.weight, head.bias)
+        if not torch.is_grad_enabled():  # a function is not told: it would compute the gradients of parameters
+            tensors = tuple(None if x is None else x.detach() for x in tensors)
+        with record_function(HEAD), torch.autocast(kind, enabled=False):
+            total, asked.losses_N = _HeadLoss.apply(*tensors, asked.targets_N, asked.weights_N, dtype)
         return total
 
 
@@ -92,6 +93,24 @@ def _multiply(hidden_PD: torch.Tensor, W_VD: torch.Tensor, out_PV: torch.Tensor)
     for W, out in zip(W_VD.split(columns), out_PV.split(columns, 1), strict=True):
         torch.mm(hidden_PD, W.t(), out=out)
     return out_PV
+
+
+def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a product in fp32: in fp16 a sum over many rows overflows."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _scaled(weights_N: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the weights that derivatives in a number format are computed with, and the factor that is still missing.
+
+    Without a wait for the device, whatever the weights are: in fp16 the largest becomes FP16_LARGEST.
+    """
+    if dtype != torch.float16 or not len(weights_N):
+        return weights_N, None
+    factor = weights_N.amax().clamp(min=torch.finfo(torch.float32).tiny * FP16_LARGEST) / FP16_LARGEST
+    return weights_N / factor, factor
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -113,7 +132,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if wants_hidden else None
         grad_W = torch.zeros_like(W_VD, dtype=torch.float32) if wants_W else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
-        factor = FP16_FACTOR if dtype == torch.float16 else 1.0
+        scaled_N, factor = _scaled(weights_N, dtype)
         pieces = math.ceil(len(targets_N) / piece_rows(len(W), hidden_ND.device))
         rows = math.ceil(len(targets_N) / max(pieces, 1)) or 1  # equal ones: a last, small one would cost more
         held_PV = torch.empty(min(rows, len(targets_N)), len(W), dtype=dtype, device=W.device)
@@ -122,20 +141,20 @@ class _HeadLoss(torch.autograd.Function):
             logits_PV = _multiply(hidden, W, held_PV[: len(hidden)])
             if bias_V is not None:
                 logits_PV.add_(bias_V)
-            weights_P = weights_N[piece] * factor if any(ctx.needs_input_grad[:3]) else None
+            weights_P = scaled_N[piece] if any(ctx.needs_input_grad[:3]) else None
             slope_PV = losses(logits_PV, targets_N[piece], weights_P, losses_N[piece])
             if weights_P is None:
                 continue
             if grad_bias is not None:
-                grad_bias += slope_PV.sum(0, dtype=torch.float32) / factor
+                grad_bias += slope_PV.sum(0, dtype=torch.float32)
             slope_PV = slope_PV.to(dtype)
             if grad_ND is not None:
-                grad_ND[piece] = (slope_PV @ W).float().div_(factor) if factor != 1.0 else slope_PV @ W
+                grad_ND[piece] = _wide(slope_PV, W)
             if grad_W is not None and dtype == torch.float32:
                 grad_W.addmm_(slope_PV.t(), hidden)
             elif grad_W is not None:
-                grad_W.add_(slope_PV.t() @ hidden, alpha=1 / factor)
-        ctx.grads = grad_ND, grad_W, grad_bias
+                grad_W.add_(_wide(slope_PV.t(), hidden))
+        ctx.grads, ctx.factor = (grad_ND, grad_W, grad_bias), factor
         ctx.dtypes = hidden_ND.dtype, W_VD.dtype, bias_V.dtype if bias_V is not None else None
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weights_N).sum(), losses_N
@@ -143,6 +162,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if ctx.factor is not None:
+            grad = grad * ctx.factor
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         grads = [g.mul_(grad).to(dtype) if g is not None else None for g, dtype in pairs]
         ctx.grads = None
