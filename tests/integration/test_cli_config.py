@@ -58,7 +58,7 @@ def test_mistakes_everywhere_at_once(tmp_path):
         f"{tmp_path}/experiment/mine.yaml:2: `optimizer` has no option 'adamw_tourch'. Did you mean `adamw_torch`?",
         f"{tmp_path}/experiment/mine.yaml:3: unknown key `scheduler.poewr`",
         f"{tmp_path}/sweep/mine.yaml:1: `lora_alpha`: found the text 'x', wanted a number",
-        f"{tmp_path}/my.json:1: `lora_dropout`: found 1.5, wanted a number, at least 0, at most 0.99",
+        f"{tmp_path}/my.json:1: `lora_dropout`: found 1.5, wanted a number, at least 0, below 1",
         f"{tmp_path}/my.json:2: unknown key `lora_rnk` (value 8). Did you mean `lora_rank`?",
         "command line: `mode=qlra`: `mode` has no option 'qlra'. Did you mean `qlora`?",
         "command line: `logging_steps=0`: `logging_steps`: found 0, wanted a whole number, at least 1",

@@ -28,7 +28,7 @@ MISTAKES = {
         ["`save_strategy`: found the text 'stpes', wanted one of steps, epoch, no. Did you mean `steps`?"],
     ),
     "wrong nested type": ({"mode.use_rslora": 3}, ["`mode.use_rslora`: found 3, wanted true or false"]),
-    "out of bounds": ({"lora_dropout": 1.5}, ["`lora_dropout`: found 1.5, wanted a number, at least 0, at most 0.99"]),
+    "out of bounds": ({"lora_dropout": 1.5}, ["`lora_dropout`: found 1.5, wanted a number, at least 0, below 1"]),
     "below its bound": ({"learning_rate": 0}, ["`learning_rate`: found 0, wanted a number, above 0"]),
     "unknown option": (
         {"optim": "adamw_tourch"},

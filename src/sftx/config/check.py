@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,7 +14,7 @@ from sftx.config.options import option_keys, options
 from sftx.config.rules import broken_rules
 from sftx.config.safety import pattern_problem, refusal, unlisted
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TrainConfig
-from sftx.config.signature import Argument, TargetNotFound, read_signature
+from sftx.config.signature import TargetNotFound, read_signature
 from sftx.config.spellings import found, show
 from sftx.config.types import describe, is_text, matches, options_of
 from sftx.errors import ConfigError, did_you_mean, nearest
@@ -129,34 +129,23 @@ def freeze(cfg: DictConfig) -> TrainConfig:
 def config_from(tree: dict[Any, Any]) -> TrainConfig:
     """Build a `TrainConfig` from plain values, as `config.yaml` of a run folder holds them."""
     values = {f.name: tree[f.name] for f in fields(TrainConfig)}
-    for f in fields(TrainConfig):
-        if f.type == "float" and isinstance(values[f.name], int):
-            values[f.name] = float(values[f.name])
+    for name, kind in get_type_hints(TrainConfig).items():
+        if kind is float and isinstance(values[name], int):
+            values[name] = float(values[name])
     return TrainConfig(**values)
-
-
-def bounds(meta: Any) -> list[tuple[Callable[[float], bool], str]]:
-    """Return a knob's bounds: a test that a number passes, and the bound in words."""
-    low, above, high = meta["at_least"], meta["above"], meta["at_most"]
-    out: list[tuple[Callable[[float], bool], str]] = []
-    if low is not None:
-        out.append((lambda v: v >= low, f"at least {low:g}"))
-    if above is not None:
-        out.append((lambda v: v > above, f"above {above:g}"))
-    if high is not None:
-        out.append((lambda v: v <= high, f"at most {high:g}"))
-    return out
 
 
 def check_knob(key: str, value: Any, origin: Origin) -> list[str]:
     """Check one of the schema's keys."""
-    annotation, limits = str(KNOBS[key].type), bounds(KNOBS[key].metadata)
-    wanted = ", ".join([describe(annotation), *(words for _, words in limits)])
-    if not matches(value, annotation) or value == "":
-        return [f"{origin(key)}: `{key}`: found {found(value)}, wanted {wanted}.{_hint(value, annotation)}"]
-    if isinstance(value, int | float) and not isinstance(value, bool) and not all(ok(value) for ok, _ in limits):
-        return [f"{origin(key)}: `{key}`: found {show(value)}, wanted {wanted}."]
-    return []
+    return _check_value(key, value, str(KNOBS[key].type), origin) or (
+        [f"{origin(key)}: `{key}`: found nothing, wanted {describe(str(KNOBS[key].type))}."] if value == "" else []
+    )
+
+
+def _check_value(key: str, value: Any, annotation: str, origin: Origin) -> list[str]:
+    if matches(value, annotation):
+        return []
+    return [f"{origin(key)}: `{key}`: found {found(value)}, wanted {describe(annotation)}.{_hint(value, annotation)}"]
 
 
 def _hint(value: Any, annotation: str) -> str:
@@ -247,8 +236,8 @@ def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> li
             )
         elif isinstance(value, dict) and "_target_" in value:
             problems += check_component(path, tree, wrong, origin)
-        elif argument:
-            problems += _check_argument(path, value, argument, origin)
+        elif argument and argument.annotation is not None:
+            problems += _check_value(path, value, argument.annotation, origin)
     for name, argument in signature.arguments.items():
         if argument.required and name not in node and "_partial_" not in node:
             problems.append(f"{origin(key)}: `{key}.{name}` has no value.")
@@ -256,10 +245,3 @@ def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> li
 
 
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
-
-
-def _check_argument(path: str, value: Any, argument: Argument, origin: Origin) -> list[str]:
-    annotation = argument.annotation
-    if annotation is None or matches(value, annotation):
-        return []
-    return [f"{origin(path)}: `{path}`: found {found(value)}, wanted {describe(annotation)}.{_hint(value, annotation)}"]

@@ -11,7 +11,7 @@ from sftx.config.options import options
 from sftx.config.reference import defaults, knob_defaults
 from sftx.config.schema import GROUPS, KNOBS, OVERLAYS
 from sftx.config.spellings import show
-from sftx.config.types import options_of
+from sftx.config.types import bounds_of, options_of
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
@@ -42,7 +42,7 @@ def help_text() -> str:
         "参数（键=默认值）" if zh else "Keys (key=default)",
     ]
     for name, knob in KNOBS.items():
-        allowed = options_of(str(knob.type))
+        allowed = options_of(str(knob.type)) + [b.symbols() for b in bounds_of(str(knob.type))]
         meaning = knob.metadata["zh" if zh else "en"]
         if allowed:
             meaning += f" [{' | '.join(allowed)}]"

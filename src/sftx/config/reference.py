@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sftx.config.check import bounds
 from sftx.config.options import CONF, component_of, file_of, option_keys, options
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS
 from sftx.config.signature import TargetNotFound, read_signature
@@ -46,9 +45,8 @@ def parameters() -> str:
     lines += ["| key | default | type | meaning | 含义 |", "|---|---|---|---|---|"]
     values = knob_defaults()
     for name, knob in KNOBS.items():
-        words = ", ".join([describe(str(knob.type)), *(text for _, text in bounds(knob.metadata))])
         meanings = [_prose(knob.metadata["en"]), _prose(knob.metadata["zh"])]
-        cells = [f"`{name}`", f"`{show(values[name])}`", words, *meanings]
+        cells = [f"`{name}`", f"`{show(values[name])}`", describe(str(knob.type)), *meanings]
         lines.append(_row(cells))
     lines += ["", "## Groups / 配置组", ""]
     for name, group in GROUPS.items():

@@ -84,6 +84,13 @@ def _adapter_to_train(tree: Tree) -> str | None:
     return "`adapter` needs mode=lora or mode=qlora: full mode trains no adapter." if lost else None
 
 
+@rule("optimizer")
+def _nesterov_momentum(tree: Tree) -> str | None:
+    optimizer = tree["optimizer"]
+    nothing = optimizer.get("nesterov") is True and optimizer.get("momentum") == 0
+    return "`optimizer.nesterov=true` needs a momentum: set optimizer.momentum above 0." if nothing else None
+
+
 @rule("data", "max_steps")
 def _steps_of_a_stream(tree: Tree) -> str | None:
     endless = tree["data"].get("streaming") and tree["max_steps"] is None
@@ -160,15 +167,6 @@ def _splittable_optimizer(tree: Tree) -> str | None:
 def _splittable_base(tree: Tree) -> str | None:
     quantized = _splits(tree) and tree["train_mode"] == "qlora"
     return "`parallel=zero3` cannot split a 4-bit base: use mode=lora, or parallel=ddp." if quantized else None
-
-
-@rule("parallel")
-def _whole_numbers_of_parallel(tree: Tree) -> str | None:
-    for name in ("num_processes", "hang_seconds", "timeout_seconds"):
-        value = tree["parallel"].get(name)
-        if isinstance(value, int) and value < 1:
-            return f"`parallel.{name}`: found {value}, wanted at least 1{'' if name[0] == 't' else ', or null'}."
-    return None
 
 
 @rule("parallel")

@@ -7,17 +7,17 @@ Each field is a top-level key that a user can type as `name=value`. `python trai
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from sftx.config.bounds import Bounds
 
 Node = dict[str, Any]
 """A component's settings: `_target_` names its class, the other keys are the class's arguments."""
 
 
-def knob(
-    en: str, zh: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
-) -> Any:
-    """Declare a key: its meaning in English and Chinese, and its bounds."""
-    return field(metadata={"en": en, "zh": zh, "at_least": at_least, "above": above, "at_most": at_most})
+def knob(en: str, zh: str) -> Any:
+    """Declare a key: its meaning in English and Chinese; its type, and a number's bounds, stand before it."""
+    return field(metadata={"en": en, "zh": zh})
 
 
 def group(en: str, zh: str) -> Any:
@@ -60,64 +60,57 @@ class TrainConfig:
         "training mode: lora, qlora or full; the same choice as mode=",
         "训练模式：lora、qlora 或 full，与 mode= 等价",
     )
-    num_train_epochs: int = knob(
+    num_train_epochs: Annotated[int, Bounds(at_least=1)] = knob(
         "whole passes over the training data; more risks over-fitting, fewer under-fitting",
         "训练轮数；过多容易过拟合，过少则欠拟合",
-        at_least=1,
     )
-    per_device_train_batch_size: int | Literal["auto"] = knob(
+    per_device_train_batch_size: Annotated[int | Literal["auto"], Bounds(at_least=1)] = knob(
         "sequences per device and micro-batch; auto: gradient_accumulation_steps sequences a step, in as few "
         "micro-batches as memory has room for, halved when it is out",
         "每个设备每个微批次的样本数；auto：每步共 gradient_accumulation_steps 个样本，微批次尽量大，显存不足即减半",
-        at_least=1,
     )
-    gradient_accumulation_steps: int = knob(
-        "micro-batches per optimizer step", "梯度累积步数，即每次参数更新所用的微批次数", at_least=1
+    gradient_accumulation_steps: Annotated[int, Bounds(at_least=1)] = knob(
+        "micro-batches per optimizer step", "梯度累积步数，即每次参数更新所用的微批次数"
     )
-    learning_rate: float = knob(
+    learning_rate: Annotated[float, Bounds(above=0)] = knob(
         "step length: too high oscillates or diverges, too low crawls; full mode's default is 1e-5",
         "学习率：过大震荡或发散，过小收敛缓慢；full 模式默认 1e-5",
-        above=0,
     )
-    max_seq_length: int = knob(
+    max_seq_length: Annotated[int, Bounds(at_least=8)] = knob(
         "the longest sequence in tokens; cost and memory grow with it, and it should cover most rows",
         "最大序列长度（token 数）；越长开销越大，应覆盖大多数样本",
-        at_least=8,
     )
-    logging_steps: int = knob(
-        "optimizer steps between two train-loss records", "每隔多少步记录一次训练损失", at_least=1
+    logging_steps: Annotated[int, Bounds(at_least=1)] = knob(
+        "optimizer steps between two train-loss records", "每隔多少步记录一次训练损失"
     )
-    save_steps: int | Literal["auto"] = knob(
+    save_steps: Annotated[int | Literal["auto"], Bounds(at_least=1)] = knob(
         "optimizer steps between two checkpoints; auto: as many as lost_work_minutes take, unless saving so often "
         "would cost more than 3 % of the time",
         "每隔多少步保存一次检查点；auto：按 lost_work_minutes 决定，但保存所占时间不超过 3%",
-        at_least=1,
     )
     save_strategy: Literal["steps", "epoch", "no"] = knob(
         "when checkpoints are saved: steps, epoch or no", "保存检查点的时机：steps、epoch 或 no"
     )
-    save_total_limit: int | None = knob(
+    save_total_limit: Annotated[int | None, Bounds(at_least=1)] = knob(
         "how many checkpoints are kept; the oldest go first, never the last good one, never the best; null keeps all",
         "最多保留多少个检查点，先删最旧的，但不删最后一个可用的，也不删最好的；null 表示全部保留",
-        at_least=1,
     )
     lr_scheduler_type: str = knob(
         "the learning-rate schedule; the same choice as scheduler=", "学习率调度器，与 scheduler= 等价"
     )
-    warmup_steps: int | float = knob(
+    warmup_steps: Annotated[int | float, Bounds(at_least=0)] = knob(
         "steps over which the rate rises to learning_rate; a fraction below 1 is a share of all steps; 5-10 % is usual",
         "学习率从 0 升到设定值所用的步数；小于 1 的小数表示占总步数的比例，通常取 5-10%",
-        at_least=0,
     )
-    lora_rank: int = knob("rank of the LoRA matrices: capacity and cost", "LoRA 矩阵的秩：容量与开销", at_least=1)
-    lora_alpha: int | float = knob(
-        "strength of the LoRA update: the scale is alpha / rank", "LoRA 更新的强度：缩放系数为 alpha / rank", above=0
+    lora_rank: Annotated[int, Bounds(at_least=1)] = knob(
+        "rank of the LoRA matrices: capacity and cost", "LoRA 矩阵的秩：容量与开销"
     )
-    lora_dropout: float = knob(
+    lora_alpha: Annotated[int | float, Bounds(above=0)] = knob(
+        "strength of the LoRA update: the scale is alpha / rank", "LoRA 更新的强度：缩放系数为 alpha / rank"
+    )
+    lora_dropout: Annotated[float, Bounds(at_least=0, below=1)] = knob(
         "dropout on the LoRA path; 0.1-0.2 against over-fitting",
         "LoRA 的 dropout，防过拟合可取 0.1-0.2",
-        at_least=0,
-        at_most=0.99,
     )
     gradient_checkpointing: bool | Literal["selective", "offload"] = knob(
         "recompute activations in the backward pass: less memory, more time; selective: those of every other block; "
@@ -126,7 +119,9 @@ class TrainConfig:
     )
     disable_tqdm: bool = knob("no progress bar", "不显示进度条")
     optim: str = knob("the optimizer; the same choice as optimizer=", "优化器，与 optimizer= 等价")
-    seed: int = knob("all randomness; set before adapters are made", "随机种子，在创建适配器之前设定", at_least=0)
+    seed: Annotated[int, Bounds(at_least=0, at_most=9_223_372_036_854_775_807)] = knob(
+        "all randomness; set before adapters are made", "随机种子，在创建适配器之前设定"
+    )
     fp16: bool = knob(
         "half-precision training; where the device has none (CPU) the run says so and trains in fp32",
         "半精度（fp16）训练；设备不支持时（CPU）会说明并改用 fp32",
@@ -136,9 +131,15 @@ class TrainConfig:
         "where metrics are shown: tensorboard, wandb, both ([tensorboard,wandb]) or none; the same choice as tracker=",
         "指标上报到哪里：tensorboard、wandb、两者 ([tensorboard,wandb]) 或 none，与 tracker= 等价",
     )
-    dataloader_num_workers: int = knob("loader processes", "数据加载进程数", at_least=0)
-    weight_decay: float = knob("weight decay, on matrices only", "权重衰减，仅作用于矩阵参数", at_least=0)
-    max_grad_norm: float = knob("gradient clipping by norm; 0 turns it off", "梯度裁剪的范数上限；0 为关闭", at_least=0)
+    dataloader_num_workers: Annotated[int, Bounds(at_least=0, at_most=1024)] = knob(
+        "loader processes", "数据加载进程数"
+    )
+    weight_decay: Annotated[float, Bounds(at_least=0)] = knob(
+        "weight decay, on matrices only", "权重衰减，仅作用于矩阵参数"
+    )
+    max_grad_norm: Annotated[float, Bounds(at_least=0)] = knob(
+        "gradient clipping by norm; 0 turns it off", "梯度裁剪的范数上限；0 为关闭"
+    )
     remove_unused_columns: bool = knob(
         "drop the columns other than category, human and assistant before training",
         "训练前是否丢弃 category、human、assistant 之外的列",
@@ -156,33 +157,31 @@ class TrainConfig:
         "write checkpoints while training goes on, from a copy in host memory; false: training waits",
         "训练继续进行的同时写检查点（先复制到内存）；false：训练等待写完",
     )
-    lost_work_minutes: float = knob(
+    lost_work_minutes: Annotated[float, Bounds(above=0)] = knob(
         "with save_steps=auto: the work that a crash may cost",
         "save_steps=auto 时，意外中断最多损失多少分钟的训练",
-        above=0,
     )
-    max_steps: int | None = knob(
-        "stop after this many optimizer steps, whatever the epochs say", "最多训练多少步（优先于轮数）", at_least=1
+    max_steps: Annotated[int | None, Bounds(at_least=1)] = knob(
+        "stop after this many optimizer steps, whatever the epochs say", "最多训练多少步（优先于轮数）"
     )
-    max_train_rows: int | None = knob("use only the first rows of the corpus", "只使用语料的前多少行", at_least=1)
+    max_train_rows: Annotated[int | None, Bounds(at_least=1)] = knob(
+        "use only the first rows of the corpus", "只使用语料的前多少行"
+    )
     eval_file_name: str | list[str] | None = knob(
         "what is held out, named as train_file_name is: a file in train_file_path, a pattern, a list, a folder or a "
         "hub dataset; without one, eval_ratio of the corpus is held out",
         "评估语料，写法与 train_file_name 相同：train_file_path 中的文件、通配符、列表、文件夹或 Hugging Face 数据集；"
         "不设则按 eval_ratio 从语料中划出",
     )
-    eval_ratio: float = knob(
+    eval_ratio: Annotated[float, Bounds(at_least=0, at_most=0.9)] = knob(
         "share of the corpus held out for evaluation, stratified by category; 0 turns evaluation off",
         "按 category 分层划出作为评估集的比例；0 为不评估",
-        at_least=0,
-        at_most=0.9,
     )
-    eval_steps: int | Literal["auto"] = knob(
+    eval_steps: Annotated[int | Literal["auto"], Bounds(at_least=1)] = knob(
         "optimizer steps between two evaluations; auto: a tenth of the run",
         "每隔多少步评估一次；auto：全程的十分之一",
-        at_least=1,
     )
-    eval_max_rows: int = knob("the most rows an evaluation uses", "评估最多使用多少行", at_least=1)
+    eval_max_rows: Annotated[int, Bounds(at_least=1)] = knob("the most rows an evaluation uses", "评估最多使用多少行")
     keep_best: bool = knob(
         "final/ holds the checkpoint with the lowest eval loss instead of the last state",
         "final/ 保存评估损失最低的检查点，而不是最后的状态",

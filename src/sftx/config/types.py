@@ -11,6 +11,8 @@ import math
 from functools import cache
 from typing import Any
 
+from sftx.config.bounds import Bounds
+
 WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -45,13 +47,19 @@ def options_of(annotation: str) -> list[str]:
 
 
 def matches(value: Any, annotation: str) -> bool:
-    """Tell whether a plain value is of the written type; a whole number is also a number."""
+    """Return True if a plain value is of the written type and within its bounds; a whole number is also a number."""
     return _matches(value, parsed(annotation))
 
 
 def describe(annotation: str) -> str:
     """Say a written type in words: `a whole number or null`."""
     return _describe(parsed(annotation))
+
+
+def bounds_of(annotation: str) -> list[Bounds]:
+    """Return the bounds in a written type."""
+    nodes = [n for n in ast.walk(parsed(annotation)) if isinstance(n, ast.Subscript) and _name(n.value) == "Annotated"]
+    return [b for node in nodes for b in _bounds(_elements(node.slice)[1:])]
 
 
 def is_text(annotation: str) -> bool:
@@ -65,6 +73,18 @@ def _name(node: ast.expr) -> str:
 
 def _elements(node: ast.expr) -> list[ast.expr]:
     return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
+def _bounds(annotations: list[ast.expr]) -> list[Bounds]:
+    """Return the `Bounds(...)` among an `Annotated`'s annotations; one that is not written in numbers is left out."""
+    out = []
+    for node in annotations:
+        if isinstance(node, ast.Call) and _name(node.func) == "Bounds":
+            try:
+                out.append(Bounds(**{str(k.arg): ast.literal_eval(k.value) for k in node.keywords}))
+            except (ValueError, TypeError):
+                continue
+    return out
 
 
 def _alternatives(node: ast.expr) -> list[ast.expr]:
@@ -108,6 +128,8 @@ def _matches_one(value: Any, node: ast.expr) -> bool:
 
 
 def _matches_generic(value: Any, name: str, inner: list[ast.expr]) -> bool:
+    if name == "Annotated":
+        return _matches(value, inner[0]) and all(b.allow(value) for b in _bounds(inner[1:]))
     if name == "Literal":
         choices = [ast.literal_eval(e) for e in inner]
         return any(value == c and type(value) is type(c) for c in choices)
@@ -124,6 +146,10 @@ def _is_ellipsis(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is Ellipsis
 
 
+def _is_collection(node: ast.expr) -> bool:
+    return isinstance(node, ast.Subscript) and _name(node.value) in (*SEQUENCES, *MAPPINGS)
+
+
 def _describe(node: ast.expr) -> str:
     words = list(dict.fromkeys(_describe_one(a) for a in _alternatives(node)))
     if "a number" in words and "a whole number" in words:
@@ -137,6 +163,9 @@ def _describe_one(node: ast.expr) -> str:
             return WORDS["None"]
         case ast.Subscript(value=outer, slice=inner):
             name, parts = _name(outer), _elements(inner)
+            if name == "Annotated":
+                each = "each " if _is_collection(parts[0]) else ""
+                return ", ".join([_describe(parts[0]), *(f"{each}{b}" for b in _bounds(parts[1:]))])
             if name == "Literal":
                 return ("one of " if len(parts) > 1 else "") + ", ".join(str(ast.literal_eval(e)) for e in parts)
             if name in ("tuple", "Tuple") and not _is_ellipsis(parts[-1]):

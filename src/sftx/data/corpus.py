@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from sftx.config.bounds import Bounds
 from sftx.data.choose import ChoosePolicy
 from sftx.data.digests import Stamp, keep_sha256, known_sha256, stamp
 from sftx.data.policy import EncodePolicy
@@ -111,16 +112,16 @@ class Corpus:
     system: str | None = None
     category_prefix: dict[str, str] = field(default_factory=dict)
     duplicates: Literal["keep", "drop_exact", "drop_near"] = "keep"
-    near_threshold: float = 0.8
+    near_threshold: Annotated[float, Bounds(above=0, at_most=1)] = 0.8
     conflicts: Literal["keep", "keep_first", "drop", "error"] = "keep"
-    cap_per_category: int | None = None
-    cap_per_source: int | None = None
-    category_weights: dict[str, float] = field(default_factory=dict)
-    source_weights: dict[str, float] = field(default_factory=dict)
-    temperature: float = 1.0
-    num_workers: int | None = None
+    cap_per_category: Annotated[int | None, Bounds(at_least=1)] = None
+    cap_per_source: Annotated[int | None, Bounds(at_least=1)] = None
+    category_weights: Annotated[dict[str, float], Bounds(at_least=0)] = field(default_factory=dict)
+    source_weights: Annotated[dict[str, float], Bounds(at_least=0)] = field(default_factory=dict)
+    temperature: Annotated[float, Bounds(above=0)] = 1.0
+    num_workers: Annotated[int | None, Bounds(at_least=0, at_most=1024)] = None
     streaming: bool = False
-    shuffle_window: int = 10_000
+    shuffle_window: Annotated[int, Bounds(at_least=1)] = 10_000
 
     def encode_policy(self, max_length: int) -> EncodePolicy:
         """Return how its conversations become rows."""

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
+from sftx.config.bounds import Bounds
 from sftx.errors import ModelError
 from sftx.model.dropout import Clock, KeyedDropout, key_of
 from sftx.model.head import LossHead
@@ -40,9 +41,9 @@ class Full:
 class Lora:
     """A frozen base with a low-rank update `alpha / rank * B A` on its linear layers (arXiv:2106.09685)."""
 
-    rank: int
-    alpha: int | float
-    dropout: float
+    rank: Annotated[int, Bounds(at_least=1)]
+    alpha: Annotated[int | float, Bounds(above=0)]
+    dropout: Annotated[float, Bounds(at_least=0, below=1)]
     use_rslora: bool = False
 
     adapts = True
@@ -74,7 +75,7 @@ class Lora:
 class QLora(Lora):
     """LoRA on a base held in 4 bits (arXiv:2305.14314)."""
 
-    quant_type: str = "nf4"
+    quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
 
     def quantization(self, compute_dtype: torch.dtype) -> Any:

@@ -13,12 +13,13 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from sftx.config.bounds import Bounds
 from sftx.errors import ConfigError
 from sftx.parallel import watch
 from sftx.parallel.device import choose_device
@@ -41,9 +42,9 @@ class Ddp:
     `hang_seconds`: how long the others wait for a rank that does nothing; `timeout_seconds`: for one that works.
     """
 
-    num_processes: int | None
-    hang_seconds: int | None
-    timeout_seconds: int
+    num_processes: Annotated[int | None, Bounds(at_least=1, at_most=1024)]
+    hang_seconds: Annotated[int | None, Bounds(at_least=1, at_most=31_536_000)]
+    timeout_seconds: Annotated[int, Bounds(at_least=1, at_most=31_536_000)]
 
     def start(self, device: str) -> Engine:
         """Join the other ranks, if there are any.

@@ -13,11 +13,12 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch.optim import Optimizer
 
+from sftx.config.bounds import Bounds
 from sftx.errors import ConfigError
 from sftx.parallel import watch
 from sftx.parallel.ddp import DdpEngine, check_complete, join, refuse_alone
@@ -40,12 +41,12 @@ class Zero3:
     The other settings are those of `Ddp`.
     """
 
-    num_processes: int | None
+    num_processes: Annotated[int | None, Bounds(at_least=1, at_most=1024)]
     offload_parameters: bool
     offload_optimizer: bool
-    bucket_elements: int
-    hang_seconds: int | None
-    timeout_seconds: int
+    bucket_elements: Annotated[int, Bounds(at_least=1)]
+    hang_seconds: Annotated[int | None, Bounds(at_least=1, at_most=31_536_000)]
+    timeout_seconds: Annotated[int, Bounds(at_least=1, at_most=31_536_000)]
 
     def start(self, device: str) -> Engine:
         """Join the other ranks, or be a group of one.

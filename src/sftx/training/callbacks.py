@@ -7,10 +7,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from sftx.config.bounds import Bounds
 from sftx.data.loader import Batch
 from sftx.errors import ConfigError
 from sftx.files import append_line, write_text
@@ -51,8 +52,8 @@ class Callback:
 class EarlyStopping(Callback):
     """Ends a trial whose eval loss has not fallen by `min_delta` for `patience` evaluations."""
 
-    patience: int
-    min_delta: float
+    patience: Annotated[int, Bounds(at_least=1)]
+    min_delta: Annotated[float, Bounds(at_least=0)]
     best: float = field(init=False, default=math.inf)
     waited: int = field(init=False, default=0)
 
@@ -81,9 +82,9 @@ class EarlyStopping(Callback):
 class GenerateSamples(Callback):
     """Writes the model's greedy answers to a few prompts after each evaluation and at the end."""
 
-    count: int
+    count: Annotated[int, Bounds(at_least=1)]
     prompts: list[str]
-    max_new_tokens: int
+    max_new_tokens: Annotated[int, Bounds(at_least=1)]
     last_step: int = field(init=False, default=-1)
 
     def on_evaluate(self, session: Session, trial: Trial, result: Evaluation) -> None:
@@ -160,8 +161,8 @@ class LogBatches(Callback):
 class Profile(Callback):
     """Traces `steps` steps from `first_step` on with torch's profiler, and measures MFU over the steps after them."""
 
-    first_step: int
-    steps: int
+    first_step: Annotated[int, Bounds(at_least=1)]
+    steps: Annotated[int, Bounds(at_least=1)]
     profiler: Any = field(init=False, default=None)
     shares: dict[str, float] = field(init=False, default_factory=dict)
 

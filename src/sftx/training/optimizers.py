@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from sftx.config.bounds import Bounds
 from sftx.model.lean import bitsandbytes
 from sftx.runs.effective import Effective
 
@@ -43,9 +44,9 @@ class AdamW:
 
     bits: Literal[8, 32]
     paged: bool
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+    betas: Annotated[tuple[float, float], Bounds(at_least=0, below=1)]
+    eps: Annotated[float, Bounds(above=0)]
+    weight_decay: Annotated[float, Bounds(at_least=0)]
 
     def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
         """Return the optimizer of these parameters."""
@@ -68,8 +69,8 @@ class Lion:
 
     bits: Literal[8, 32]
     paged: bool
-    betas: tuple[float, float]
-    weight_decay: float
+    betas: Annotated[tuple[float, float], Bounds(at_least=0, below=1)]
+    weight_decay: Annotated[float, Bounds(at_least=0)]
 
     def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
         """Return the optimizer of these parameters."""
@@ -85,9 +86,9 @@ class Lion:
 class Adafactor:
     """Adafactor (arXiv:1804.04235), torch's implementation."""
 
-    beta2_decay: float
-    d: float
-    weight_decay: float
+    beta2_decay: Annotated[float, Bounds(at_most=0)]
+    d: Annotated[float, Bounds(at_least=1)]
+    weight_decay: Annotated[float, Bounds(at_least=0)]
 
     def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
         """Return the optimizer of these parameters."""
@@ -100,9 +101,9 @@ class Adafactor:
 class Sgd:
     """Stochastic gradient descent with momentum."""
 
-    momentum: float
+    momentum: Annotated[float, Bounds(at_least=0, below=1)]
     nesterov: bool
-    weight_decay: float
+    weight_decay: Annotated[float, Bounds(at_least=0)]
 
     def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
         """Return the optimizer of these parameters."""

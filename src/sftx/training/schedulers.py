@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from sftx.config.bounds import Bounds
 
 
 def warmup_length(warmup_steps: int | float, total: int) -> int:
@@ -20,7 +22,7 @@ def warmup_length(warmup_steps: int | float, total: int) -> int:
 class Schedule:
     """Base of all schedules: `shape` is what follows the warm-up."""
 
-    warmup_steps: int | float = 0
+    warmup_steps: Annotated[int | float, Bounds(at_least=0)] = 0
 
     def at(self, step: int, total: int) -> float:
         """Return the factor of `learning_rate` at `step`."""
@@ -64,8 +66,8 @@ class ConstantWithWarmup(Schedule):
 class Step(Schedule):
     """Times `factor` at regular intervals (`every`: steps, or a share of the steps after warm-up)."""
 
-    every: int | float = 0.3
-    factor: float = 0.5
+    every: Annotated[int | float, Bounds(above=0)] = 0.3
+    factor: Annotated[float, Bounds(above=0, at_most=1)] = 0.5
 
     def shape(self, step: int, total: int) -> float:
         """Return the factor after the intervals that have passed."""
@@ -77,7 +79,7 @@ class Step(Schedule):
 class Exponential(Schedule):
     """The rate falls by the same share each step, to `final` of its start at the end."""
 
-    final: float = 0.01
+    final: Annotated[float, Bounds(above=0, at_most=1)] = 0.01
 
     def shape(self, step: int, total: int) -> float:
         """Return `final` to the share of the way."""
@@ -88,7 +90,7 @@ class Exponential(Schedule):
 class Cosine(Schedule):
     """Half a cosine from 1 to `floor` (arXiv:1608.03983, without restarts)."""
 
-    floor: float = 0.0
+    floor: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.0
 
     def shape(self, step: int, total: int) -> float:
         """Return the cosine at the share of the way."""
@@ -99,8 +101,8 @@ class Cosine(Schedule):
 class CosineWithRestarts(Schedule):
     """`cycles` equal half-cosines, each starting at 1 again (arXiv:1608.03983)."""
 
-    cycles: int = 3
-    floor: float = 0.0
+    cycles: Annotated[int, Bounds(at_least=1)] = 3
+    floor: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.0
 
     def shape(self, step: int, total: int) -> float:
         """Return the cosine at the share of the present cycle."""
@@ -113,8 +115,8 @@ class CosineWithRestarts(Schedule):
 class Polynomial(Schedule):
     """The remaining share of the steps to the `power`: 1 is linear decay."""
 
-    power: float = 1.0
-    floor: float = 0.0
+    power: Annotated[float, Bounds(above=0)] = 1.0
+    floor: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.0
 
     def shape(self, step: int, total: int) -> float:
         """Return the power of the remaining share."""
@@ -125,8 +127,8 @@ class Polynomial(Schedule):
 class Cyclic(Schedule):
     """Triangles between 1 and `floor`, `cycles` of them, starting and ending at 1 (arXiv:1506.01186)."""
 
-    cycles: int = 4
-    floor: float = 0.1
+    cycles: Annotated[int, Bounds(at_least=1)] = 4
+    floor: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.1
 
     def shape(self, step: int, total: int) -> float:
         """Return the triangle's height at the share of the present cycle."""
@@ -137,7 +139,7 @@ class Cyclic(Schedule):
 class InverseSqrt(Schedule):
     """Falls as one over the square root of the step (arXiv:1706.03762); `timescale` defaults to the warm-up."""
 
-    timescale: int | None = None
+    timescale: Annotated[int | None, Bounds(at_least=1)] = None
 
     def at(self, step: int, total: int) -> float:
         """Return the factor; the warm-up's length sets the scale of the fall."""
@@ -152,8 +154,8 @@ class InverseSqrt(Schedule):
 class WarmupStableDecay(Schedule):
     """Constant, then the last `decay` of the run falls linearly to `floor` (arXiv:2404.06395)."""
 
-    decay: float = 0.2
-    floor: float = 0.0
+    decay: Annotated[float, Bounds(above=0, at_most=1)] = 0.2
+    floor: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.0
 
     def shape(self, step: int, total: int) -> float:
         """Return 1 until the decay begins."""
@@ -165,10 +167,10 @@ class WarmupStableDecay(Schedule):
 class ReduceOnPlateau(Schedule):
     """Times `factor` when the eval loss has not fallen by `min_delta` for `patience` evaluations, down to `floor`."""
 
-    factor: float = 0.5
-    patience: int = 2
-    min_delta: float = 0.0
-    floor: float = 0.01
+    factor: Annotated[float, Bounds(above=0, at_most=1)] = 0.5
+    patience: Annotated[int, Bounds(at_least=0)] = 2
+    min_delta: Annotated[float, Bounds(at_least=0)] = 0.0
+    floor: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.01
     current: float = field(init=False, default=1.0)
     best: float = field(init=False, default=math.inf)
     waited: int = field(init=False, default=0)
