@@ -105,8 +105,9 @@ def summary(error: BaseException) -> str:
 
 
 def say(error: BaseException) -> int:
-    """Print an error and return the exit code."""
-    print(printed(error), file=sys.stderr)
+    """Print an error and return the exit code; that all ranks were stopped is printed by the first one alone."""
+    if not isinstance(error, StoppedError) or os.environ.get("RANK", "0") == "0":
+        print(printed(error), file=sys.stderr)
     return error.exit_code if isinstance(error, SftxError) else EXIT_FAULT
 
 

@@ -211,6 +211,8 @@ class Lock:
 
     def acquire(self, owner: str) -> str | None:
         """Take it and leave the owner's name in it; return the name of the one who has it, or None when it is ours."""
+        if self._descriptor is not None:
+            return None
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:

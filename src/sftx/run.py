@@ -9,7 +9,6 @@ import gc
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from sftx.build import build
-from sftx.config.derive import Steps, derive_steps, first_micro_batch, sequences_per_device, with_output_dir
+from sftx.config.derive import Steps, derive_steps, first_micro_batch, sequences_per_device
 from sftx.config.schema import TrainConfig
 from sftx.data.feed import PlannedFeed
 from sftx.data.plan import Plan
@@ -43,6 +42,7 @@ from sftx.runs.end import finish_trial, note_failure
 from sftx.runs.folder import ONLY, RunFolder, RunLog
 from sftx.runs.metrics import SilentRecorder
 from sftx.runs.result import Result
+from sftx.runs.resume import identity_of, open_folders, resume_command
 from sftx.training.allocator import keep_freed_memory
 from sftx.training.flops import work_of
 from sftx.training.loop import train
@@ -81,15 +81,19 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
     reset_peak_memory(engine.device)
     run_log = RunLog(is_main=engine.is_main)
     saver = Saver(asynchronous=first.async_save)
+    folders: list[RunFolder] = []
     trials: list[Trial] = []
     finished = False
     try:
-        configs = engine.from_main([with_output_dir(c, datetime.now()) for c in configs])
-        folders = [RunFolder(Path(c.output_dir or "")) for c in configs]
-        for folder, config in zip(folders, configs, strict=True):
-            folder.check(config.resume)
+        for config in configs:
+            if config.output_dir is not None:
+                RunFolder(Path(config.output_dir)).check(config.resume)
         effective = Effective(remarks=[*notes, *engine.remarks])
         session, data, source = _prepare(configs, engine, effective, saver, signals)
+        identities = [identity_of(c, engine.world_size, data, source) for c in configs]
+        configs, folders = open_folders(configs, identities, engine)
+        if command and len(configs) == 1:
+            session.resume_command = resume_command(command, first, folders[0].path)
         ids = [ONLY] if len(configs) == 1 else [f"trial_{i}" for i in range(len(configs))]
         trials = [
             _trial(c, f, session, data, effective.copy(), adapter_id)
@@ -101,16 +105,21 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         check_room(trials, session)
         command = command or manifest.command_line()
         setting = Setting(data, source, command, manifest.environment(), run_log)
-        for trial in trials:
+        results: dict[str, Result] = {}
+        for trial, who in zip(trials, identities, strict=True):
             with trial.active(session):
-                open_trial(trial, session, setting)
+                result = open_trial(trial, session, setting, who)
+            if result is not None:
+                results[trial.name] = result
         watch.tell(folders=[str(folder.path) for folder in folders])
         engine.barrier()  # the main rank has made folders and started trackers
         gc.enable()  # whoever started this may have put it off
-        train(session, trials)
-        results = [finish_trial(trial, session) for trial in trials]
+        unfinished = [trial for trial in trials if trial.name not in results]
+        if unfinished:
+            train(session, unfinished)
+        results |= {trial.name: finish_trial(trial, session) for trial in unfinished}
         finished = True
-        return results
+        return [results[trial.name] for trial in trials]
     except BaseException as error:
         stopped = isinstance(error, StoppedError) or signals.received is not None
         if stopped or not watch.failed_by_another(error):
@@ -120,6 +129,8 @@ def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, sig
         saver.close()
         for trial in trials:
             trial.close()
+        for folder in folders:
+            folder.unlock()
         run_log.close()
         engine.close(together=finished)
 

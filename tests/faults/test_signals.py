@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_exactly(
     config = composed(f"output_dir={tmp_path}")
     with pytest.MonkeyPatch.context() as patch:
         calls = interrupt(patch, module, "token_losses", call, number, number)
-        with pytest.raises(StoppedError, match=rf"{number.name}: stopped after step {step} of 6; .*step-{step:06d}"):
+        with pytest.raises(StoppedError, match=rf"{number.name}: stopped after step {step} of 6, .*step-{step:06d}"):
             run([config])
     assert next(calls) == call + 1, "no micro-batch is computed after the signal"
     assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "stopped"

@@ -21,6 +21,8 @@ PRESENTATION = {
 MACHINES = {"parallel", "gradient_accumulation_steps", "per_device_train_batch_size"}
 UNTRIED_TOKENS = 4096
 LENGTH = {"num_train_epochs", "max_steps"}
+RUNS = "outputs/runs"
+"""Where a run without an `output_dir` has its folder, by date."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def config_hash(config: TrainConfig) -> str:
-    """Return eight letters that tell two configurations apart."""
-    values = {k: v for k, v in asdict(config).items() if k != "output_dir"}
+    """Return eight letters that tell two configurations apart: what belongs to a run's identity, and its length."""
+    values = _settings(config, PATHS | PRESENTATION | MACHINES)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -87,7 +89,7 @@ def with_output_dir(config: TrainConfig, now: datetime) -> TrainConfig:
     if config.output_dir is not None:
         return config
     name = f"{now:%H-%M-%S}-{config.train_mode}-{config_hash(config)}"
-    return replace(config, output_dir=str(Path("outputs/runs") / f"{now:%Y-%m-%d}" / name))
+    return replace(config, output_dir=str(Path(RUNS) / f"{now:%Y-%m-%d}" / name))
 
 
 def identity(
@@ -97,11 +99,15 @@ def identity(
 
     How many processes share a step's sequences does not matter, how many sequences make a step does.
     """
-    left_out = PATHS | PRESENTATION | LENGTH | MACHINES
-    values = {k: v for k, v in asdict(config).items() if k not in left_out}
-    values["data"] = {k: v for k, v in values["data"].items() if k != "num_workers"}
+    values = _settings(config, PATHS | PRESENTATION | LENGTH | MACHINES)
     values["sequences per step"] = sequences_per_device(config) * world_size
     return {"config": values, "data": list(data), "model": model, "adapter": adapter}
+
+
+def _settings(config: TrainConfig, left_out: set[str]) -> dict[str, Any]:
+    values = {k: v for k, v in asdict(config).items() if k not in left_out}
+    values["data"] = {k: v for k, v in values["data"].items() if k != "num_workers"}
+    return values
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

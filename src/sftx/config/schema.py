@@ -150,8 +150,10 @@ class TrainConfig:
         "folder of a LoRA adapter to start from, instead of a fresh one", "从已有的 LoRA 适配器目录继续微调"
     )
     resume: str = knob(
-        "auto goes on where this output_dir stopped; never refuses a used folder; or the path of a checkpoint",
-        "auto：在该 output_dir 中断处继续；never：不续训；或指定检查点路径",
+        "auto: continue the run in output_dir, or without one the newest unfinished run with the same settings and "
+        "data; never: start fresh, and fail if output_dir already holds a run; or the path of a checkpoint",
+        "auto：继续 output_dir 中的运行；未指定时继续设置与数据相同的最近一次未完成的运行；"
+        "never：从头开始，目录已被占用则报错；或指定检查点路径",
     )
     async_save: bool = knob(
         "write checkpoints while training goes on, from a copy in host memory; false: training waits",

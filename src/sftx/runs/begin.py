@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -12,17 +11,17 @@ from typing import Any
 import torch
 
 from sftx.build import build
-from sftx.config.derive import identity
 from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
-from sftx.data.read import sha256_file
-from sftx.errors import ConfigError, ModelError, RunFolderError
+from sftx.errors import ConfigError, RunFolderError
 from sftx.files import write_chunks, write_text
 from sftx.model.load import Source
 from sftx.runs.effective import Effective
 from sftx.runs.folder import RunFolder, RunLog
 from sftx.runs.header import as_text, count, header, length_line
 from sftx.runs.metrics import Recorder, Tracker, drop_after
+from sftx.runs.result import Result
+from sftx.runs.resume import finished, refuse_shorter, remark_on_length
 from sftx.secrets import scrub
 from sftx.training import checkpoint
 from sftx.training.preflight import rehearse
@@ -44,22 +43,23 @@ class Setting:
     run_log: RunLog
 
 
-def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
-    """Make the run folder, or go on with the one that is there, and say what will happen."""
+def open_trial(trial: Trial, session: Session, setting: Setting, who: dict[str, Any]) -> Result | None:
+    """Make the run folder, or continue the run in it, and say what will happen; `who` is the run's identity.
+
+    Return the result of a run that is finished already; nothing is changed then.
+    """
     config, folder = trial.config, trial.folder
     data, source, effective = setting.data, setting.source, trial.effective
-    content = [f.sha256 for f in data.files] + [str(config.max_train_rows)]
-    world = session.engine.world_size
-    model = source.fingerprint(code=config.trust_remote_code)
-    who = json.loads(json.dumps(identity(config, world, content, model, adapter_hash(config.adapter))))
     held = session.engine.from_main(folder.lock() if session.engine.is_main else None)
     if held is not None:  # every rank raises, or the others would wait for this one
         raise RunFolderError(held)
     earlier = folder.earlier(who)
+    if (result := finished(trial, earlier)) is not None:
+        return result
     resumed = _resume(trial, session, earlier)
     rehearse(trial, session)
     if not session.engine.is_main:
-        return
+        return None
     attempt = {"from_step": trial.step, "command": setting.command, "started": setting.environment["started"]}
     folder.open(
         config,
@@ -67,7 +67,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
             "status": "running",
             "command": setting.command,
             "directory": str(Path.cwd()),
-            "ranks": world,
+            "ranks": session.engine.world_size,
             "environment": setting.environment,
             "allowed": {"allow_targets": config.allow_targets, "trust_remote_code": config.trust_remote_code},
             "identity": who,
@@ -86,6 +86,8 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
             "model=smollm2; or model_name_or_path=<folder or hub id>."
         )
     folder.update(effective=effective.facts())
+    if folder.was_chosen:
+        log.info("continuing %s from step %d; resume=never starts fresh", folder.path, trial.step)
     title = f"{config.train_mode} on {source.name}"
     log.info("%s", as_text(header(title, _facts(trial, session, data, source), effective)))
     if resumed:
@@ -93,20 +95,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting) -> None:
     for records in (folder.metrics, folder.streamed_rows):
         drop_after(records, trial.step or -1)  # a run that starts over evaluates before its first step again
     trial.recorder = Recorder(folder.metrics, _trackers(trial))
-
-
-def adapter_hash(folder: str | None) -> str | None:
-    """Return the hash of the adapter that a run starts from.
-
-    Errors:
-        ModelError: the folder holds no adapter.
-    """
-    if folder is None:
-        return None
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ModelError(f"adapter={folder}: holds no adapter_model.safetensors.")
-    return sha256_file(path)
+    return None
 
 
 def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> str | None:
@@ -122,7 +111,12 @@ def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> s
     said = [f"damaged, not used: {p}" for p in problems]
     if chosen is None:
         return "\n".join([*said, f"resume: {trial.folder.path} holds no checkpoint: starting from step 0"])
-    trial.restore(checkpoint.load(chosen, session.model, trial.adapter, trial.stepper))
+    state = checkpoint.load(chosen, session.model, trial.adapter, trial.stepper)
+    trial.restore(state)
+    refuse_shorter(trial, trial.step, str(chosen))
+    remark_on_length(trial, state.get("total"), trial.effective)
+    if asked == "auto":  # killed after it had stopped early: it is only to be finished
+        trial.stop_reason = state.get("stop_reason")
     return "\n".join([*said, f"resumed from {chosen} (step {trial.step} of {trial.steps.total})"])
 
 

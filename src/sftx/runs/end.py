@@ -12,7 +12,7 @@ from sftx.files import write_text
 from sftx.model.export import read_weights, save_final
 from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
-from sftx.runs.folder import speaking
+from sftx.runs.folder import ONLY_TO_FILE, speaking
 from sftx.runs.result import Result
 from sftx.training import checkpoint
 from sftx.training.trial import Session, Trial
@@ -98,4 +98,4 @@ def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException, 
             with suppress(SftxError):  # a disk that ended the run may refuse this too: its first refusal is said
                 trial.folder.update(status=status, error=f"{type(error).__name__}: {error}")
             with speaking(trial.name):
-                log.error("%s: %s", status, text.splitlines()[0])
+                log.error("%s: %s", status, text.splitlines()[0], extra=ONLY_TO_FILE)  # the terminal gets the error

@@ -28,6 +28,8 @@ LOG_TIME = "%Y-%m-%d %H:%M:%S,000"
 """As logging writes it."""
 ONLY = "default"
 """Name of the trial of a run that has only one."""
+ONLY_TO_FILE = {"only_to_file": True}
+"""Given as `extra` to a message that the terminal has in another form."""
 
 
 class RunFolder:
@@ -41,7 +43,10 @@ class RunFolder:
         self.streamed_rows = path / "streamed_rows.jsonl"
         self.log = path / "train.log"
         self.manifest: dict[str, Any] = {}
+        self.was_chosen = False
+        """It was not named, but found: the newest unfinished run of the same identity."""
         self._lock = Lock(path / LOCK)
+        self._is_new = False
 
     def check(self, resume: str) -> None:
         """Raise if this folder could not hold a run; look only, change nothing.
@@ -71,6 +76,7 @@ class RunFolder:
 
     def lock(self) -> str | None:
         """Keep other runs out until this process ends; return why that cannot be, or None."""
+        self._is_new |= not self.path.exists()
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
         other = self._lock.acquire(owner)
         if other is not None:
@@ -83,8 +89,11 @@ class RunFolder:
         return None
 
     def unlock(self) -> None:
-        """Let other runs in."""
+        """Let other runs in; a folder that was made for the lock and is still empty is removed."""
         self._lock.release()
+        if self._is_new:
+            with suppress(OSError):  # the run has written to it
+                self.path.rmdir()
 
     def earlier(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Return the manifest of the same run's earlier attempt, or None when the folder is new.
@@ -208,6 +217,7 @@ class RunLog:
         self.terminal = TqdmHandler()
         self.terminal.setFormatter(logging.Formatter("%(label)s%(message)s"))
         self.terminal.addFilter(_labelled)
+        self.terminal.addFilter(lambda record: not hasattr(record, "only_to_file"))
         self.logger.addHandler(self.terminal)
 
     def to_file(self, path: Path, trial: str) -> None:

@@ -23,13 +23,13 @@ from sftx.model import builtin
 from sftx.model.find import local_folder
 from sftx.model.load import find_model
 from sftx.runs import manifest
-from sftx.runs.begin import adapter_hash
 from sftx.runs.compare import Difference, between, diff_words, environment_differences, flat, weights_of
 from sftx.runs.compare_metrics import Change, Metric, compare_records, first_change
 from sftx.runs.folder import MANIFEST
 from sftx.runs.launch import threads_each
 from sftx.runs.past import CONFIG, PastRun, at, open_run
 from sftx.runs.recipe import launched, masked, ranks_here
+from sftx.runs.resume import adapter_hash
 from sftx.secrets import scrub
 
 MISSING = "missing"

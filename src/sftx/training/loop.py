@@ -136,10 +136,11 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
                 session.saver.save(session, trial)
         session.saver.wait(trial)
         where = checkpoint.folder_of(trial.folder.checkpoints, trial.step)
-        said.append(f"after step {trial.step} of {trial.steps.total}; the same command goes on from {where}")
+        said.append(f"after step {trial.step} of {trial.steps.total}, saved in {where}")
     session.engine.barrier()  # torchrun kills the main rank half a minute after another has ended
     asked = session.signals.received or "a signal to another rank"
-    raise StoppedError(f"{asked}: stopped " + "\n  ".join(said) + ".")
+    cure = f" To continue:\n{session.resume_command}" if session.resume_command else ""
+    raise StoppedError(f"{asked}: stopped " + "\n  ".join(said) + "." + cure)
 
 
 def _launch(session: Session, trial: Trial, step: Step) -> Launched | None:

@@ -50,6 +50,8 @@ class Session:
     signals: Signals
     flat: bool = False
     """Rows are laid end to end instead of padded."""
+    resume_command: str = ""
+    """Continues the run when it is pasted; empty where that is not known."""
     work: Work | None = None
     """What the model does for a token; None where it cannot be counted."""
 
@@ -174,6 +176,7 @@ class Trial:
         """Return what a checkpoint must keep beside weights and optimizer."""
         return {
             "step": self.step,
+            "total": self.steps.total,
             "tokens_seen": self.tokens_seen,
             "epoch": self.epoch,
             "cursor": self.cursor,
@@ -185,6 +188,7 @@ class Trial:
             "trend": asdict(self.trend),
             "best_loss": self.best_loss,
             "best_step": self.best_step,
+            "stop_reason": self.stop_reason,
             "eval_loss_before": self.first_eval.loss if self.first_eval else None,
             "eval_loss": self.last_eval.loss if self.last_eval and self.eval_step == self.step else None,
             "schedule": self.schedule.state(),
