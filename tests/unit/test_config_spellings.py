@@ -246,7 +246,7 @@ def test_a_knob_that_nothing_uses_is_said() -> None:
 
     notes = prepare(["mode=full", "scheduler=constant", "lora_rank=8", "warmup_steps=5", "weight_decay=0.1"]).notes
     assert notes == [
-        "lora_rank has no effect with mode=full and scheduler=constant",
-        "warmup_steps has no effect with mode=full and scheduler=constant",
+        "lora_rank=8 has no effect: mode=full does not use it",
+        "warmup_steps=5 has no effect: scheduler=constant does not use it",
     ]
     assert prepare(["mode=qlora", "scheduler=cosine", "lora_rank=8", "warmup_steps=5"]).notes == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import shlex
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +17,10 @@ from sftx.config.by_hydra import COMPOSITION_ERRORS, CONFIG_NAME, first_sentence
 from sftx.config.grammar import Deleted, Sweep, read_override
 from sftx.config.guard import bad_callbacks, guard
 from sftx.config.hydra_keys import check_key
+from sftx.config.idle import Uses
 from sftx.config.options import ALL_GROUPS, family_of_type, options, unknown_option, user_folders
 from sftx.config.overlay import Reading, known_values
 from sftx.config.overrides import CommandLine, bare, override_text, read_command_line
-from sftx.config.schema import GROUPS
 from sftx.config.space import Axes, Point, check_space, first_point, is_sweep, values_of
 from sftx.config.spellings import Without, each, over, plain_name, raise_if, settle, show
 from sftx.config.strangers import TYPED_ONLY, placed_elsewhere
@@ -30,9 +29,6 @@ from sftx.errors import did_you_mean
 from sftx.secrets import scrub_text
 
 __all__ = ["CONFIG_NAME", "Request", "compose_checked", "family_of_type", "options", "prepare"]
-
-COMPONENT_KNOBS = ("lora_rank", "lora_alpha", "lora_dropout", "warmup_steps", "weight_decay")
-"""Knobs that act only where a component's YAML names them."""
 
 
 @dataclass
@@ -89,16 +85,6 @@ def _prepared(argv: list[str]) -> tuple[Request, DictConfig]:
             gc.enable()
 
 
-def _idle_knobs(cfg: DictConfig, typed: Iterable[str]) -> list[str]:
-    """Say which typed knobs nothing uses: they act through a component that was not chosen."""
-    used = str(OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(GROUPS)), resolve=False))
-    return [
-        f"{knob} has no effect with mode={cfg.train_mode} and scheduler={cfg.lr_scheduler_type}"
-        for knob in COMPONENT_KNOBS
-        if knob in typed and f"${{{knob}}}" not in used
-    ]
-
-
 class _Preparation:
     """One command line on its way to a request; problems are collected, and what is right goes on."""
 
@@ -111,6 +97,7 @@ class _Preparation:
         self.privileges = {k: line.values.get(k, unset) for k, unset in TYPED_ONLY.items()}
         self.hydra = OmegaConf.create()
         """Hydra's own node of the last composition."""
+        self.uses = Uses({}, self._typed, self.origin)
 
     def finish(self, argv: list[str]) -> tuple[Request, DictConfig]:
         """Check everything; return what Hydra shall run, and the configuration at the first point."""
@@ -120,12 +107,15 @@ class _Preparation:
             base = self._settled()
             if base is not None:
                 point = first_point(self.axes)
-                self.problems += check_space(self.axes, lambda p: base if p == point else self._compose(p), self.origin)
+                self.uses = Uses(self.axes, self._typed, self.origin)
+                self.problems += check_space(
+                    self.axes, lambda p: base if p == point else self._compose(p), self.origin, self.uses
+                )
                 self.problems += bad_callbacks(self.hydra, self.privileges, self.origin)
         raise_if(self.problems + self.reading.problems)
         assert base is not None
-        idle = [] if self.axes else _idle_knobs(base, self.line.origins)
-        notes = list(dict.fromkeys(line.notes + self.reading.notes + idle))
+        repeats = self.uses.repeats() if self.multirun and not self._searches() else []
+        notes = list(dict.fromkeys(line.notes + self.reading.notes + self.uses.notes() + repeats))
         values, flags = dict(line.values), line.flags
         if line.shows:  # a sweep is shown at its first point
             values |= first_point(self.axes)
@@ -149,6 +139,15 @@ class _Preparation:
             return self.line.origins[below]
         place = self.reading.places.get(name) or self.reading.place_of(key) or self.reading.place_of(name)
         return place or "config"
+
+    def _searches(self) -> bool:
+        """Return True if an algorithm chooses the points of the sweep."""
+        return str(self.hydra.runtime.choices.get("hydra/sweeper", "basic")) != "basic"
+
+    def _typed(self) -> list[str]:
+        """Return the keys that the command line, the JSON file and the experiment set."""
+        experiments = [file for layer, file, _ in self.reading.loaded if layer == source.LAYERS["experiment"]]
+        return [*self.line.origins, *(key for file in experiments for key in file.settings())]
 
     def _drop_unknown(self) -> None:
         """Report typed options, groups and Hydra keys that do not exist, and go on without them."""

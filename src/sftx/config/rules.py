@@ -46,7 +46,8 @@ def broken_rules(tree: Tree, wrong: set[str] = frozenset()) -> Iterator[tuple[Ru
                 yield one, text
 
 
-def _evaluates(tree: Tree) -> bool:
+def evaluates(tree: Tree) -> bool:
+    """Return True if something is held out to evaluate on."""
     return tree["eval_ratio"] > 0 or tree["eval_file_name"] is not None
 
 
@@ -57,7 +58,7 @@ def _one_half_precision(tree: Tree) -> str | None:
 
 @rule("keep_best", "eval_ratio", "eval_file_name")
 def _best_by_evaluation(tree: Tree) -> str | None:
-    return f"`keep_best=true` {NO_EVALUATION}." if tree["keep_best"] and not _evaluates(tree) else None
+    return f"`keep_best=true` {NO_EVALUATION}." if tree["keep_best"] and not evaluates(tree) else None
 
 
 @rule("keep_best", "save_strategy")
@@ -68,13 +69,13 @@ def _best_of_checkpoints(tree: Tree) -> str | None:
 
 @rule("callback", "eval_ratio", "eval_file_name")
 def _stopping_by_evaluation(tree: Tree) -> str | None:
-    stops = "early_stopping" in tree["callback"] and not _evaluates(tree)
+    stops = "early_stopping" in tree["callback"] and not evaluates(tree)
     return f"`callback=early_stopping` {NO_EVALUATION}." if stops else None
 
 
 @rule("lr_scheduler_type", "eval_ratio", "eval_file_name")
 def _plateau_by_evaluation(tree: Tree) -> str | None:
-    blind = tree["lr_scheduler_type"] == "reduce_lr_on_plateau" and not _evaluates(tree)
+    blind = tree["lr_scheduler_type"] == "reduce_lr_on_plateau" and not evaluates(tree)
     return f"`scheduler=reduce_lr_on_plateau` {NO_EVALUATION}." if blind else None
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from sftx.config.check import Origin, Tree, check_knob, check_resolved
 from sftx.config.grammar import Sweep
+from sftx.config.idle import Uses
 from sftx.config.options import ALL_GROUPS
 from sftx.config.rules import RULES, broken_rules
 from sftx.config.schema import KNOBS
@@ -42,8 +43,10 @@ def first_point(axes: Axes) -> Point:
     return {k: v[0] for k, v in axes.items()}
 
 
-def check_space(axes: Axes, compose: Callable[[Point], DictConfig | None], origin: Origin) -> list[str]:
+def check_space(axes: Axes, compose: Callable[[Point], DictConfig | None], origin: Origin, uses: Uses) -> list[str]:
     """Return every problem of every point: wrong values at any position, and combinations that cannot be.
+
+    `uses` is shown every point.
 
     `compose` returns the configuration at a point. Axes of options, and those whose values name other
     keys, are composed; plain values are laid over the composed tree, which is a thousand times faster.
@@ -61,10 +64,11 @@ def check_space(axes: Axes, compose: Callable[[Point], DictConfig | None], origi
         problems += _check_values(tree, plain, origin, nested_only=number > 0)
         for place, text, at in _broken(tree, point, plain, origin):
             broken.setdefault((place, text), []).append(at)
+        uses.look(tree, point, plain)
     for (place, text), points in broken.items():
         more = f" and {len(points) - 1} more" if len(points) > 1 else ""
         problems.append(f"{place}: {text}" + (f" So it is at {points[0]}{more}." if points[0] else ""))
-    return list(dict.fromkeys(problems))
+    return list(dict.fromkeys(problems + uses.problems()))
 
 
 def _points(axes: Axes) -> Iterator[Point]:

@@ -40,6 +40,11 @@ class YamlFile:
         """Return the line of a dotted key, whether its parts are nested or written with dots; or None."""
         return _line_of(self.lines, key)
 
+    def settings(self) -> list[str]:
+        """Return the dotted keys of its values; of Hydra's own and of the defaults list, none."""
+        own = {k: v for k, v in self.body.items() if k not in ("defaults", "hydra")}
+        return [key for key, _ in _leaves(own, "")]
+
     def place(self, key: str) -> str:
         """Return `file:line` of a dotted key, or the file's name."""
         line = self.line_of(key)

@@ -24,6 +24,21 @@ def local_folder(name: str) -> Path | None:
     return next((f for f in [*_hub(owner, repo), *_modelscope(owner, repo)] if not missing_files(f)), None)
 
 
+def brings_template(name: str) -> bool:
+    """Return True if a model is known to bring a chat template: the embedded one, or a folder on this machine."""
+    if name == "qwen-tiny":
+        return True
+    folder = local_folder(name)
+    if folder is None:
+        return False
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def missing_files(folder: Path) -> list[str]:
     """Return the files without which a folder is no model: its config, its weights, each shard of them."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
