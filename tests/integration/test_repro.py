@@ -181,7 +181,7 @@ def test_a_stopped_repetition_is_gone_on_with(
     code, out = repro(capsys, past)
     assert code == 0, out
     again = past.with_name("run-repro")
-    assert f"resumed from {again / 'checkpoints/step-000002'} (step 2 of 3)" in out
+    assert f"resumed from {again / 'checkpoints/step-000001'} (step 1 of 3)" in out
     assert not past.with_name("run-repro-2").exists()
 
 

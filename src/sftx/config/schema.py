@@ -117,7 +117,9 @@ class TrainConfig:
         "offload: of all, and what is kept waits in host memory",
         "反向传播时重新计算激活值：省显存，但更慢；selective：只对每隔一个层块重算；offload：全部重算，且保留的部分放在主机内存",
     )
-    disable_tqdm: bool = knob("no progress bar", "不显示进度条")
+    disable_tqdm: bool = knob(
+        "print a progress line every minute instead of a bar", "不显示进度条，改为每分钟输出一行进度"
+    )
     optim: str = knob("the optimizer; the same choice as optimizer=", "优化器，与 optimizer= 等价")
     seed: Annotated[int, Bounds(at_least=0, at_most=9_223_372_036_854_775_807)] = knob(
         "all randomness; set before adapters are made", "随机种子，在创建适配器之前设定"

@@ -47,6 +47,7 @@ def train(session: Session, trials: Sequence[Trial]) -> None:
     session.model.module.train()
     session.signals.at_once = False
     with Progress(session, trials) as progress:
+        session.progress = progress
         for trial in trials:
             _start(session, trial)
         while running := [t for t in trials if not t.finished]:
@@ -221,6 +222,7 @@ def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor
     stop = StopVote(engine, session.signals, len(batches))
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches):
+        _tick(session, trial)
         if stop.before(number):
             return loss_sum, None, True
         if not batch.origins and not engine.sharded:
@@ -238,6 +240,12 @@ def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor
             return loss_sum, batch, False
         loss_sum += loss.detach()
     return loss_sum, None, False
+
+
+def _tick(session: Session, trial: Trial) -> None:
+    """Show progress between two batches, when that is due."""
+    if session.progress is not None:
+        session.progress.tick(trial)
 
 
 def _set_random_state(trial: Trial, micro_batch: int) -> None:
@@ -296,6 +304,11 @@ def _evaluate(session: Session, trial: Trial) -> bool:
     A rank that was asked to end ends the evaluation too: it is made when the run goes on.
     """
     config = trial.config
+
+    def asked_to_end() -> bool:
+        _tick(session, trial)
+        return session.signals.received is not None
+
     result = evaluate(
         session.engine,
         session.model,
@@ -304,7 +317,7 @@ def _evaluate(session: Session, trial: Trial) -> bool:
         token_budget=config.max_seq_length * trial.micro_batch,
         flat=session.flat,
         pad_id=session.pad_id,
-        asked_to_end=lambda: session.signals.received is not None,
+        asked_to_end=asked_to_end,
     )
     if result is None:
         session.stopping = True

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sftx.config.derive import Steps, largest_divisor, sequences_per_device
 from sftx.config.schema import TrainConfig
@@ -33,6 +33,9 @@ from sftx.training.recovery import Faults, Made, Trend
 from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import Schedule
 
+if TYPE_CHECKING:
+    from sftx.training.progress import Progress
+
 
 @dataclass
 class Session:
@@ -50,6 +53,8 @@ class Session:
     signals: Signals
     flat: bool = False
     """Rows are laid end to end instead of padded."""
+    progress: Progress | None = None
+    """Shows how far the trials are, while they train."""
     resume_command: str = ""
     """Continues the run when it is pasted; empty where that is not known."""
     work: Work | None = None
