@@ -116,6 +116,16 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs on a CPU compute in fp16 with a loss scaler, as a GPU does by default."""
+    import torch
+
+    from sftx.training.precision import Numerics, Precision
+
+    monkeypatch.setattr(Precision, "resolve", lambda self, device, effective: Numerics(torch.float16, device))
+
+
+@pytest.fixture
 def one_thread() -> Any:
     """Run torch on one thread: sums are then made in one order, and equal means bitwise equal."""
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.conftest import over
 from sftx.errors import TrainingError
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
-from sftx.training import loop
+from sftx.training import loop, recovery
 from sftx.training.evaluate import Evaluation
 from sftx.training.loss import TokenLosses, token_losses
 from sftx.training.schedulers import ReduceOnPlateau
@@ -77,8 +78,11 @@ def test_a_run_stops_and_names_step_and_rows(make_config, monkeypatch, captured,
     assert lines(folder) == lines(Path(other.output_dir))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("how", [nan_loss, infinite_loss_alone], ids=lambda f: f.__name__)
-def test_a_step_is_skipped(make_config, monkeypatch, captured, how) -> None:
+def test_a_step_is_skipped(make_config, monkeypatch, captured, how, precision: str, request) -> None:
+    if precision == "fp16":
+        request.getfixturevalue("fp16_on_cpu")
     break_step(monkeypatch, captured, how, 3, 4)
     config = make_config(*over(SHARED, "on_nonfinite=skip", "save_steps=1", "save_total_limit=null", "optimizer=sgd"))
     run([config])
@@ -144,6 +148,38 @@ def spiked(found: TokenLosses) -> TokenLosses:
 
 
 SPIKED = over(SHARED, "max_steps=30", "gradient_accumulation_steps=1", "save_steps=10", "logging_steps=1")
+
+
+def test_a_spike_is_not_learned_from_in_fp16(make_config, monkeypatch, captured, fp16_on_cpu) -> None:
+    """The loss scaler finds nothing wrong with its gradient."""
+    monkeypatch.setattr(recovery, "STEPS_OF_A_TREND", 2)
+    monkeypatch.setattr(recovery, "LEAST_RISE", 1.0)
+    break_step(monkeypatch, captured, lambda f: f._replace(weighted_sum=f.weighted_sum * 50), 4)
+    config = make_config(*over(SHARED, "on_loss_spike=skip", "save_steps=1", "save_total_limit=null", "optimizer=sgd"))
+    run([config])
+    saved = [weights(Path(config.output_dir) / "checkpoints" / f"step-00000{n}") for n in (3, 4, 5)]
+    same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(saved)]
+    assert same == [True, False]
+    assert captured.trial.faults.skipped == 1
+
+
+def test_steps_that_the_loss_scaler_skips_are_counted(make_config, monkeypatch, captured, fp16_on_cpu) -> None:
+    """A few are usual: said once a stretch, and the run goes on."""
+    break_step(monkeypatch, captured, infinite_gradient, 1, 2, 3, 5)
+    config = make_config(*SHARED)
+    run([config])
+    folder = Path(config.output_dir)
+    assert json.loads((folder / "manifest.json").read_text())["result"]["skipped_steps"] == 4
+    assert (folder / "train.log").read_text().count("the gradient overflowed fp16") == 2
+    assert captured.trial.stepper.loss_scale == 2.0**16 / 2**4
+    assert captured.trial.faults.overflows_in_a_row == 0
+
+
+def test_overflows_have_an_end(make_config, monkeypatch, captured, fp16_on_cpu) -> None:
+    break_step(monkeypatch, captured, infinite_gradient, *range(2, 50))
+    with pytest.raises(TrainingError, match=r"step 21: the gradient overflowed fp16 in 20 steps in a row.*bf16=true"):
+        run([make_config(*over(SHARED, "max_steps=40", "gradient_accumulation_steps=1", "save_strategy=no"))])
+    assert all(torch.isfinite(t).all() for t in captured.trial.stepper.weights().values())
 
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "rollback", "stop"])

@@ -25,6 +25,10 @@ SHARED = [
 ]  # fmt: skip
 
 
+FP16 = ("fp16=true",)
+"""The default; a CPU computes in it in tests alone."""
+
+
 @pytest.fixture
 def left_unread(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the steps that were not asked for before the next one was begun; none without `late`."""
@@ -86,8 +90,18 @@ def assert_same(one: Any, other: Any) -> None:
     assert one[2] == other[2]
 
 
-@pytest.mark.parametrize("typed", [(), ("max_grad_norm=0.05", "gradient_accumulation_steps=1"), ("mode=full",)])
-def test_the_same_bits(make_config, one_thread, late, left_unread, typed: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "typed",
+    [
+        (),
+        ("max_grad_norm=0.05", "gradient_accumulation_steps=1"),
+        ("mode=full",),
+        pytest.param(FP16, marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_bits(make_config, one_thread, late, left_unread, request, typed: tuple[str, ...]) -> None:
+    if typed == FP16:
+        request.getfixturevalue("fp16_on_cpu")
     results = []
     for on in (False, True):
         late(on)
@@ -102,9 +116,14 @@ def test_the_same_bits(make_config, one_thread, late, left_unread, typed: tuple[
     assert_same(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_a_step_that_is_not_finite(make_config, monkeypatch, captured, one_thread, late, left_unread, policy) -> None:
+def test_a_step_that_is_not_finite(
+    make_config, monkeypatch, captured, one_thread, late, left_unread, policy, precision, request
+) -> None:
     """The device leaves the weights alone; what is to become of it is decided one step later, to the same end."""
+    if precision == "fp16":
+        request.getfixturevalue("fp16_on_cpu")
     results = []
     for on in (False, True):
         late(on)

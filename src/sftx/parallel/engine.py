@@ -26,6 +26,10 @@ class Stepper(Protocol):
     """
 
     @property
+    def scales_loss(self) -> bool:
+        """True if an fp16 loss scaler is in use: it lowers its factor after a gradient that is not finite."""
+
+    @property
     def loss_scale(self) -> float | None:
         """The factor that keeps fp16 gradients from vanishing; None without one."""
 
@@ -40,7 +44,7 @@ class Stepper(Protocol):
         """Sum gradients over ranks, clip them, step; return their norm before clipping, a scalar.
 
         A gradient that is not finite changes nothing, and its norm is returned as it is; without `apply`
-        none does.
+        none does, and the norm may be NaN.
         """
 
     def discard(self) -> None:

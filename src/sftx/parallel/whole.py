@@ -25,11 +25,12 @@ def _nothing_to_sum(parameters: Iterable[torch.nn.Parameter]) -> None:
 def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """Return the norm of all gradients as one vector, fp64: a sum of millions of fp32 squares is 3e-5 off on a CPU.
 
-    A GPU sums in a tree, which is exact enough, and a call for each parameter would cost more than the sum.
+    A GPU sums in a tree, which is exact enough in fp32; a call for each parameter would cost more than the sum, and
+    clipping by an fp64 norm makes one.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients and gradients[0].device.type == "cuda":
-        return torch.nn.utils.get_total_norm(gradients, foreach=True).double()
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]))
 
 
@@ -54,9 +55,15 @@ class WholeStepper:
         self.parameters, self.optimizer = dict(parameters), optimizer
         device = next(iter(self.parameters.values())).device.type
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=next(iter(self.parameters.values())).device))  # makes the scale
         self.max_grad_norm = max_grad_norm or math.inf
         self.sum_gradients = sum_gradients
         self._kind = f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}"
+
+    @property
+    def scales_loss(self) -> bool:
+        """True if a loss scaler is in use."""
+        return self.scaler.is_enabled()
 
     @property
     def loss_scale(self) -> float | None:
@@ -87,16 +94,14 @@ class WholeStepper:
     def step(self, learning_rate: float, *, apply: bool | torch.Tensor = True) -> torch.Tensor:
         """Sum, unscale, clip and step."""
         norm = self._clipped(learning_rate)
-        if self.scaler.is_enabled():  # it skips a step that is not finite itself, and adapts
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif isinstance(apply, torch.Tensor):
+        if isinstance(apply, torch.Tensor):
             optimizer: Any = self.optimizer
             optimizer.found_inf = (~(apply & torch.isfinite(norm))).float()
             optimizer.step()
             del optimizer.found_inf
         elif apply and math.isfinite(norm.item()):
             self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

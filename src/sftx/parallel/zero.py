@@ -19,7 +19,7 @@ import torch
 from torch.optim import Optimizer
 
 from sftx.config.bounds import Bounds
-from sftx.errors import ConfigError
+from sftx.errors import ConfigError, TrainingError
 from sftx.parallel import watch
 from sftx.parallel.ddp import DdpEngine, check_complete, join, refuse_alone
 from sftx.parallel.device import choose_device
@@ -28,6 +28,7 @@ from sftx.parallel.engine import Engine, Stepper, Weights
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
 
+NO_OVERFLOW = "Use bf16=true, or precision=fp32."
 MASTER = "master"
 """State key of the fp32 copy of a half-precision parameter."""
 STEP = "step"
@@ -169,6 +170,11 @@ class Zero3Stepper:
         self.engine, self.trained, self.parameters, self.optimizer = engine, trained, dict(parameters), optimizer
 
     @property
+    def scales_loss(self) -> bool:
+        """True if DeepSpeed trains in fp16."""
+        return bool(self.trained.fp16_enabled())
+
+    @property
     def loss_scale(self) -> float | None:
         """The factor of DeepSpeed's fp16."""
         return float(self.trained.optimizer.loss_scale) if self.trained.fp16_enabled() else None
@@ -180,19 +186,31 @@ class Zero3Stepper:
             self.trained.backward(loss * self.engine.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, *, apply: bool | torch.Tensor = True) -> torch.Tensor:
-        """Clip and step; DeepSpeed skips a step whose gradient is not finite, as that of such a loss is."""
+        """Clip and step; DeepSpeed skips a step whose gradient is not finite.
+
+        Raises:
+            TrainingError: the loss scale cannot be lowered any further.
+        """
+        if not apply:
+            self.discard()
+            return torch.tensor(math.nan)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped = self.trained.skipped_steps
         with watch.meeting():
-            self.trained.step()
+            try:
+                self.trained.step()
+            except Exception as error:
+                if "minimum" not in str(error):  # DeepSpeed raises a plain Exception
+                    raise
+                raise TrainingError(f"the gradient overflows fp16 at every loss scale. {NO_OVERFLOW}") from error
         if self.trained.skipped_steps > skipped:
             return torch.tensor(math.nan)
         return torch.as_tensor(self.trained.get_global_grad_norm())
 
     def discard(self) -> None:
-        """Forget the gradients."""
-        self.trained.zero_grad()
+        """Forget the gradients; the next ones replace those that DeepSpeed has split already."""
+        self.trained.optimizer.zero_grad()
 
     def weights(self) -> Weights:
         """Gather the trained parameters one after the other."""

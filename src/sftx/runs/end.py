@@ -69,7 +69,7 @@ def _closing(trial: Trial, result: Result, chosen: int) -> str:
         lines[-1] += f" Eval loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f}{share}."
     faults = trial.faults
     if faults.skipped or faults.rollbacks:
-        lines.append(f"Not finite: {faults.skipped} steps skipped, {faults.rollbacks} rollbacks (see train.log).")
+        lines.append(f"Steps skipped: {faults.skipped}, rollbacks: {faults.rollbacks} (see train.log).")
     if chosen != result.steps:
         lines.append(f"final/ holds the best state, step {chosen}.")
     kind = "model" if trial.config.train_mode == "full" else "adapter"

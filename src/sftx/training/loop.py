@@ -31,7 +31,7 @@ from sftx.training.perf import Window
 from sftx.training.profile import DATA
 from sftx.training.progress import Progress
 from sftx.training.reading import Launched, Reading, StopVote
-from sftx.training.recovery import Fault, Made, recover
+from sftx.training.recovery import Made, fault_of, recover
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
@@ -193,11 +193,10 @@ def _read(session: Session, trial: Trial) -> bool:
     window, weight = trial.window, launched.step.weight
     window.seconds += time.perf_counter() - started
     loss = loss_total / weight
-    # A loss scaler skips a step whose gradient is too large for it, and tries a smaller factor: that is no fault.
-    finite = math.isfinite(loss) and (math.isfinite(norm) or trial.stepper.loss_scale is not None)
-    fault: Fault | None = "nonfinite" if not finite else "spike" if trial.trend.is_spike(loss) else None
-    if finite and _is_learned_from(trial, loss):
-        trial.faults = replace(trial.faults, in_a_row=0)
+    fault = fault_of(trial, loss, norm)
+    if fault != "nonfinite" and _is_learned_from(trial, loss):
+        if fault != "overflow":
+            trial.faults = replace(trial.faults, in_a_row=0, overflows_in_a_row=0)
         trial.trend = trial.trend.after(loss)
         window.loss += loss_total
         window.weight += weight

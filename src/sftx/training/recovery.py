@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("sftx")
 MOST_IN_A_ROW = 10
 """Steps that may be skipped one after the other: more are no accident."""
+MOST_OVERFLOWS = 20
+"""Steps that the loss scaler may skip one after the other: each halves its factor, which starts at 2^16."""
 MOST_ROLLBACKS = 3
 SMALLER = 0.5
 """A rollback's factor on the rate."""
@@ -36,7 +38,10 @@ class Faults:
     """How often a trial met a step that went wrong, and what it did; kept in its checkpoints."""
 
     skipped: int = 0
+    """Steps that were not made: their loss or gradient was not finite, or stood far out."""
     in_a_row: int = 0
+    overflows_in_a_row: int = 0
+    """Of the newest steps, those that the loss scaler skipped."""
     rollbacks: int = 0
     spikes: int = 0
     """Losses that stood far out and were learned from."""
@@ -64,7 +69,8 @@ class Trend:
         return Trend(self.steps + 1, self.mean + NEWEST * off, (1 - NEWEST) * (self.variance + NEWEST * off * off))
 
 
-Fault = Literal["nonfinite", "spike"]
+Fault = Literal["nonfinite", "overflow", "spike"]
+"""An overflow is a gradient that is not finite under a loss scaler, which tries a smaller factor next."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +84,36 @@ class Made:
     fault: Fault | None = None
 
 
+def fault_of(trial: Trial, loss: float, norm: float) -> Fault | None:
+    """Return what is wrong with a step's loss and gradient norm, or None."""
+    spike = trial.trend.is_spike(loss)
+    if not math.isfinite(loss):
+        return "nonfinite"
+    if spike and trial.config.on_loss_spike != "warn":
+        return "spike"  # not made, whatever its gradient
+    if not math.isfinite(norm):
+        return "overflow" if trial.stepper.scales_loss else "nonfinite"
+    return "spike" if spike else None
+
+
 def recover(session: Session, trial: Trial, step: Step, made: Made) -> bool:
     """Do what `on_nonfinite` or `on_loss_spike` says; return True when the trial stands at an earlier step.
 
-    Errors:
+    Raises:
         TrainingError: it says stop, or the others have not helped.
     """
+    if made.fault == "overflow":
+        _note_overflow(trial, made)
+        return False
     key = "on_loss_spike" if made.fault == "spike" else "on_nonfinite"
     policy = getattr(trial.config, key)
     usual = f", after {trial.trend.mean:.4g} on average" if made.fault == "spike" else ""
     weights = "The step was made" if policy == "warn" else "The weights are as before it"
+    norm = (
+        "" if made.fault == "spike" and math.isnan(made.grad_norm) else f", and the gradient norm {made.grad_norm:.4g}"
+    )
     what = (
-        f"step {made.number}: the loss is {made.loss:.4g}{usual}, and the gradient norm {made.grad_norm:.4g}. "
+        f"step {made.number}: the loss is {made.loss:.4g}{usual}{norm}. "
         f"{weights}. Rows of the step: {_some(step.origins)}."
     )
     match policy:
@@ -104,6 +128,29 @@ def recover(session: Session, trial: Trial, step: Step, made: Made) -> bool:
             _roll_back(session, trial, what, key)
             return True
     raise TrainingError(f"{what} {CURES.format(rate=made.learning_rate)} Or {key}=skip, or rollback.")
+
+
+def _note_overflow(trial: Trial, made: Made) -> None:
+    """Count a step that the loss scaler skipped; warn of the first of several in a row.
+
+    Raises:
+        TrainingError: too many in a row.
+    """
+    faults = trial.faults
+    row = faults.overflows_in_a_row + 1
+    trial.faults = replace(faults, skipped=faults.skipped + 1, overflows_in_a_row=row)
+    if row >= MOST_OVERFLOWS:
+        raise TrainingError(
+            f"step {made.number}: the gradient overflowed fp16 in {row} steps in a row, at ever smaller loss scales. "
+            f"The weights are as before them. Use bf16=true or precision=fp32, or a smaller learning_rate "
+            f"(now {made.learning_rate:g})."
+        )
+    if row == 1:
+        log.warning(
+            "step %d: the gradient overflowed fp16: the step is skipped and the loss scale lowered. This is usual in "
+            "the first steps, and now and then later; train/skipped_steps counts all.",
+            made.number,
+        )
 
 
 def _some(names: Sequence[str]) -> str:
