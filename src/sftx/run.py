@@ -188,6 +188,11 @@ def _prepare(
     numerics = build(config.precision).resolve(engine.device, effective)
     attention = attention_of(config)
     effective.settings["attn_implementation"] = attention
+
+    def use_eager(reason: str) -> None:
+        effective.settings["attn_implementation"] = "eager"
+        effective.fall_back("attn_implementation", "auto", "eager", reason)
+
     mode = build(config.mode)
     if isinstance(mode, Lora):
         import_peft()
@@ -199,6 +204,7 @@ def _prepare(
             quantization=mode.quantization(numerics.dtype),
             device=engine.device,
             attention=attention,
+            on_eager=use_eager if config.attn_implementation == "auto" else None,
             trust_remote_code=trust,
             sharded=engine.sharded,
         )
@@ -233,6 +239,8 @@ def _trial(
     _seed(config.seed)
     start = Path(config.adapter) if config.adapter else None
     adapter = session.model.add(adapter_id, build(config.mode), config.seed, start=start)
+    if adapter.left_out:
+        effective.remark(f"not adapted: {'; '.join(adapter.left_out)}.")
     world = session.engine.world_size
     feed = data.stream.feed(config, world) if data.stream else _planned(config, session, world)
     steps = derive_steps(config, feed.units, world)
@@ -303,7 +311,8 @@ def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Tri
     """
     if config.batching not in ("padding_free", "packed"):
         return False
-    if config.attn_implementation == "auto" and session.engine.device.type == "cuda":
+    sdpa = trials[0].effective.settings["attn_implementation"] == "sdpa"
+    if config.attn_implementation == "auto" and sdpa and session.engine.device.type == "cuda":
         reason = use_varlen(session.model.module.config, session.engine.device, session.numerics.dtype)
         for trial in trials:
             trial.effective.settings["attn_implementation"] = "sdpa" if reason else VARLEN
@@ -325,7 +334,8 @@ def _compile(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> 
         return
     reason = missing_for_compiling(session.engine.device, sharded=session.engine.sharded)
     if reason is None:
-        compile_blocks(session.model, attention_of(config))
+        eager = trials[0].effective.settings["attn_implementation"] == "eager"
+        compile_blocks(session.model, "eager" if eager else "sdpa")
     for trial in trials:
         trial.effective.settings["compile"] = reason is None
         if reason is not None:

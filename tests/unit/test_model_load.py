@@ -156,6 +156,12 @@ def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
     assert "lacks *.safetensors" in refused(tmp_path)
 
 
+def test_an_adapter_beside_the_model_is_refused(model: Path) -> None:
+    """transformers would load both: `mode=full` would then save nothing but the adapter."""
+    (model / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert "holds an adapter (adapter_config.json) beside the model" in refused(model)
+
+
 def test_a_folder_without_weights(model: Path) -> None:
     (model / "model.safetensors").unlink()
     message = refused(model)

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sftx.data.cache import RecordFile, open_rows
+from sftx.data.loader import collate
 from sftx.data.policy import EncodePolicy
 from sftx.data.record import Record, pair
 from sftx.data.template import ChatTemplate, Row, template_source
@@ -297,10 +298,15 @@ def test_pad_never_ends_a_turn(special: list[str], eos: str, pad: str | None, wa
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
-def test_a_tokenizer_with_nothing_to_pad_with_is_refused() -> None:
+def test_with_nothing_else_to_pad_with_the_end_token_does_and_is_still_learned() -> None:
     tokenizer = byte_tokenizer("<|im_start|>", "<|im_end|>", eos_token="<|im_end|>")
-    with pytest.raises(ModelError, match="pad_token"):
-        padded_with(tokenizer, QWEN_STOPS)
+    template = ChatTemplate(tokenizer, template_source("chatml"), QWEN_STOPS)
+    _choose_pad(tokenizer, template)
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+    short, long = encoded(template, "q", "a"), encoded(template, "q", "a much longer answer")
+    batch = collate([short, long], (0, 1), flat=False, pad_id=tokenizer.pad_token_id)
+    learned = batch.targets_BT[0] == tokenizer.eos_token_id
+    assert learned.nonzero().flatten().tolist() == [len(short.ids_T) - 2], "once, and not in the padding"
 
 
 # The end of a turn

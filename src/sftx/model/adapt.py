@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from sftx.model.dropout import Clock, KeyedDropout, key_of
 from sftx.model.head import LossHead
 from sftx.model.lean import bitsandbytes
 from sftx.model.lora import speed_up
+from sftx.model.targets import Targets, check_injected, find_targets, injected, share_in_4_bits, size_of
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,17 @@ class Lora:
         """Return the base's number format."""
         return compute_dtype
 
-    def peft_config(self, targets: list[str]) -> Any:
+    def peft_config(self, targets: Targets) -> Any:
         """Return PEFT's configuration of this adapter."""
         from peft import LoraConfig
 
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
+            lora_dropout=0.0 if targets.parameters else self.dropout,  # PEFT has none for parameters
             use_rslora=self.use_rslora,
-            target_modules=targets,
+            target_modules=targets.modules,
+            target_parameters=targets.parameters or None,
             bias="none",
             task_type="CAUSAL_LM",
         )
@@ -100,6 +103,8 @@ class Adapter:
     clock: Clock
     is_lora: bool = True
     config: Any = field(default=None, repr=False)
+    left_out: list[str] = field(default_factory=list)
+    """Layers that are not adapted, each with its reason."""
 
 
 class AdaptedModel:
@@ -119,7 +124,7 @@ class AdaptedModel:
         """The last block leaves out positions without a target."""
         self.trained_dtype = trained_dtype
         self.adapters: dict[str, Adapter] = {}
-        self._targets: list[str] | None = None
+        self._targets: Targets | None = None
         self.recomputed_part = {False: 0.0, "selective": 0.5}.get(gradient_checkpointing, 1.0)
         """Of the blocks, those whose forward pass is made again in the backward pass."""
         if gradient_checkpointing:
@@ -152,12 +157,16 @@ class AdaptedModel:
             adapter = Adapter(name, dict(self.module.named_parameters()), clock, is_lora=False)
         else:
             if self._targets is None:  # found before the first adapter changes the names of the layers
-                self._targets = linear_targets(self.module)
+                self._targets = find_targets(self.module)
             config = mode.peft_config(self._targets) if start is None else _saved_config(start, mode)
             self._inject(name, config)
+            if start is None:
+                check_injected(self.module, name, self._targets)
             parameters = {n: p for n, p in self.module.named_parameters() if adapter_of(n) == name}
-            adapter = Adapter(name, parameters, clock, config=config)
-            self._initialise(adapter, seed, config.lora_dropout)
+            adapter = Adapter(
+                name, parameters, clock, config=config, left_out=self._targets.left_out if start is None else []
+            )
+            self._initialise(adapter, seed, mode.dropout)
             saved = read_adapter(start, adapter) if start is not None else {}
             for key, parameter in parameters.items():
                 parameter.data = saved.get(key, parameter.data).to(parameter.device, self.trained_dtype)
@@ -166,13 +175,23 @@ class AdaptedModel:
         return adapter
 
     def _inject(self, name: str, config: Any) -> None:
+        """Let PEFT put in its layers.
+
+        Raises:
+            ModelError: it does not.
+        """
         from peft import PeftModel, get_peft_model
 
-        with _quiet(), torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are replaced below
-            if isinstance(self.module, PeftModel):
-                self.module.add_adapter(name, config)
-            else:
-                self.module = get_peft_model(self.module, config, adapter_name=name)
+        try:
+            with _quiet(), torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are replaced below
+                if isinstance(self.module, PeftModel):
+                    self.module.add_adapter(name, config)
+                else:
+                    self.module = get_peft_model(self.module, config, adapter_name=name)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            kind = self.module.config.model_type
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"PEFT cannot put LoRA layers into this model ({kind}): {reason}") from error
 
     def _initialise(self, adapter: Adapter, seed: int, dropout: float) -> None:
         """Draw A as PEFT does, from a generator of this adapter and layer; put in what is sftx's own."""
@@ -185,7 +204,8 @@ class AdaptedModel:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             weight.data.copy_(drawn)
             nn.init.zeros_(layer.lora_B[adapter.name].weight)
-            layer.lora_dropout[adapter.name] = KeyedDropout(dropout, adapter.clock, number)
+            if not hasattr(layer, "parameter_name"):  # PEFT's layer of a parameter has no dropout
+                layer.lora_dropout[adapter.name] = KeyedDropout(dropout, adapter.clock, number)
         if not self.sharded:
             speed_up(self.module)
 
@@ -201,12 +221,16 @@ class AdaptedModel:
                     parameter.requires_grad_(True)  # set_adapter freezes the others
         yield adapter
 
-    def facts(self, adapter: Adapter) -> dict[str, int]:
-        """Return the number of parameters of the base and of one adapter (a 4-bit weight counts as its values)."""
+    def facts(self, adapter: Adapter) -> dict[str, Any]:
+        """Return what the base and one adapter consist of; a 4-bit weight counts as its values."""
+        adapted = Counter(n.removesuffix(".weight").rpartition(".")[2] for n in injected(self.module, adapter.name))
         base = [p for n, p in self.module.named_parameters() if adapter_of(n) is None]
         return {
             "parameters": sum(map(size_of, base)),
             "trained_parameters": sum(map(size_of, adapter.parameters.values())),
+            "share_in_4_bits": share_in_4_bits(self.module),
+            "adapted_layers": dict(sorted(adapted.items())),
+            "not_adapted": adapter.left_out,
         }
 
 
@@ -214,12 +238,6 @@ def adapter_of(name: str) -> str | None:
     """Return the adapter that a parameter of this name belongs to (`...lora_A.default.weight`); None for the base's."""
     *_, kind, adapter, _ = ("", "", *name.split("."))
     return adapter if kind in ("lora_A", "lora_B") else None
-
-
-def size_of(parameter: Any) -> int:
-    """Return the number of values of a parameter, also of one in 4 bits or split over ranks by DeepSpeed."""
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 @contextmanager
@@ -237,39 +255,6 @@ def lora_layers(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, LoraLayer)]
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return a model's repeated blocks: the list that holds most of its parameters."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=_parameter_count, default=[]))
-
-
-def linear_targets(model: Any) -> list[str]:
-    """Return the linear layers of attention and MLP, found by inspection of the decoder's blocks.
-
-    Not the head (it is outside the blocks) and not a mixture's routers (as wide as its experts).
-    Short names (`q_proj`) are returned when they mean exactly those layers.
-
-    Errors:
-        ModelError: no repeated block with linear layers.
-    """
-    inside = {id(m) for block in blocks_of(model) for m in block.modules()}
-    config = model.config
-    experts = {getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")} | {1}
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = [n for n, m in linear.items() if id(m) in inside and m.out_features not in experts]
-    if not names:
-        raise ModelError(
-            f"no linear layers were found in the blocks of {type(model).__name__}: LoRA has nothing to adapt."
-        )
-    short = sorted({n.rsplit(".", 1)[-1] for n in names})
-    meant = [n for n in linear if n.rsplit(".", 1)[-1] in short]
-    return short if sorted(meant) == sorted(names) else names
-
-
-def _parameter_count(module: nn.Module) -> int:
-    return sum(map(size_of, module.parameters()))
-
-
 def _saved_config(folder: Path, mode: Lora) -> Any:
     from peft import LoraConfig
 
@@ -283,7 +268,7 @@ def _saved_config(folder: Path, mode: Lora) -> Any:
         )
     if config.use_rslora != mode.use_rslora:
         raise ModelError(f"adapter={folder}: it was trained with mode.use_rslora={str(config.use_rslora).lower()}.")
-    config.lora_dropout = mode.dropout
+    config.lora_dropout = 0.0 if config.target_parameters else mode.dropout
     config.inference_mode = False
     return config
 

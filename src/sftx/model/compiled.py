@@ -12,9 +12,10 @@ import shutil
 
 import torch
 
-from sftx.model.adapt import AdaptedModel, blocks_of
+from sftx.model.adapt import AdaptedModel
 from sftx.model.attention import leave_uncompiled
 from sftx.model.dropout import KeyedDropout
+from sftx.model.targets import blocks_of
 
 COMPILERS = ("g++", "clang++", "c++")
 

@@ -39,7 +39,9 @@ def _adapter_writer(model: AdaptedModel, adapter: Adapter, weights: Weights, bas
     config = copy.copy(adapter.config)
     config.base_model_name_or_path = str(base)
     config.inference_mode = True
-    config.target_modules = sorted(config.target_modules)
+    if not isinstance(config.target_modules, str):  # which PEFT reads as one regular expression
+        config.target_modules = sorted(config.target_modules or [])
+    config.target_parameters = sorted(config.target_parameters) if config.target_parameters else None
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

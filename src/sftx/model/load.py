@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ from sftx.model.attention import register
 from sftx.model.family import Family
 from sftx.model.find import local_folder, missing_files, weight_files
 from sftx.model.lean import compile_patterns_later
+from sftx.model.targets import kept_whole
 
 if TYPE_CHECKING:
     import torch
 
 SAMPLES, SAMPLE_BYTES = 64, 16384
 """Of each weight file so many pieces of this length make its fingerprint: another training changes them all."""
+NO_SDPA = 'attn_implementation="eager"'
+"""What transformers proposes for an architecture without SDPA."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tiktoken.model")
 
 
@@ -90,6 +94,12 @@ def find_model(name: str) -> Source:
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
             f"The download may have stopped half-way: fetch the model again."
         )
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model_name_or_path={name}: {folder} holds an adapter (adapter_config.json) beside the model, and "
+            f"transformers would load both as one. Move the adapter's files into a folder of their own; to start from "
+            f"it, type adapter=<that folder>."
+        )
     return Source(name, folder, model_type, downloaded=here is None)
 
 
@@ -133,7 +143,7 @@ def load_template(
     """Load a model's tokenizer and choose its template: `template_name`, else its own, else the family's.
 
     Errors:
-        ModelError, ConfigError: no tokenizer, no template, or no pad token that is not the end token.
+        ModelError, ConfigError: no tokenizer, or no template.
     """
     from transformers import AutoTokenizer
 
@@ -170,7 +180,7 @@ def load_template(
 
 
 def _choose_pad(tokenizer: Any, template: ChatTemplate) -> None:
-    """Pad with a token that ends no turn: with pad = eos a model would never learn to stop."""
+    """Pad with a token that ends no turn where there is one; else with an end token: masks go by position."""
     ends = {*template.stop_tokens[:1], tokenizer.eos_token}
     if tokenizer.pad_token is not None and tokenizer.pad_token not in ends:
         return
@@ -181,10 +191,8 @@ def _choose_pad(tokenizer: Any, template: ChatTemplate) -> None:
         if candidate is not None and candidate not in ends and candidate in tokenizer.get_vocab():
             tokenizer.pad_token = candidate
             return
-    raise ModelError(
-        "the tokenizer has no token to pad with other than the one that ends a turn: "
-        "name an unused one as `pad_token` in its tokenizer_config.json."
-    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or template.stop_tokens[0]
 
 
 def _first_line(error: Exception) -> str:
@@ -201,6 +209,22 @@ def _explain_code(source: Source, error: Exception) -> None:
         ) from error
 
 
+def _kept_whole(source: Source, *, trust_remote_code: bool) -> list[str] | None:
+    """Return the layers that stay unquantized, read from the architecture without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    except Exception:  # noqa: BLE001 - whatever it is, it is explained when the weights are loaded
+        return None
+    return kept_whole(model)
+
+
 def load_base(
     source: Source,
     *,
@@ -208,12 +232,14 @@ def load_base(
     quantization: Any,
     device: torch.device,
     attention: str = "sdpa",
+    on_eager: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
     sharded: bool = False,
 ) -> Any:
     """Load the base model's weights, on a GPU one after the other: the host never holds them all.
 
-    `sharded`: DeepSpeed splits them while they are loaded.
+    `sharded`: DeepSpeed splits them while they are loaded. `on_eager` allows for eager attention where the
+    architecture has no SDPA, and is called with the reason.
 
     Raises:
         ModelError: the weights do not fit the architecture, or cannot be read.
@@ -225,14 +251,25 @@ def load_base(
     compile_patterns_later()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": register(attention)}
     if quantization is not None:
+        quantization.llm_int8_skip_modules = _kept_whole(source, trust_remote_code=trust_remote_code)
         options["quantization_config"] = quantization
     placed = quantization is not None or (device.type == "cuda" and not sharded)
     if placed:
         options["device_map"] = {"": device}
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        source.folder,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
-        )
+        try:
+            model, info = load(**options)
+        except (ValueError, ImportError) as error:
+            if on_eager is None or attention != "sdpa" or NO_SDPA not in str(error):
+                raise
+            on_eager(str(error).split(" does not")[0] + " has no SDPA attention")
+            model, info = load(**options | {"attn_implementation": register("eager")})
     except Exception as error:
         _explain_code(source, error)
         raise ModelError(f"{source.folder}: its weights cannot be loaded: {_first_line(error)}") from error

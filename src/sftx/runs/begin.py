@@ -191,8 +191,11 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
     compute = f"{session.numerics.device}, {dtype}, {attention}, {torch.get_num_threads()} threads"
     if kernels := trial.effective.settings.get("kernels"):
         compute += f", a kernel each for {', '.join(kernels)}"
+    kind = f"{source.model_type}, {count(model['parameters'])} parameters"
+    if share_4 := model["share_in_4_bits"]:
+        kind += f", {share_4:.0%} in 4 bits"
     return [
-        ("model", f"{source.name} ({source.model_type}, {count(model['parameters'])} parameters)"),
+        ("model", f"{source.name} ({kind})"),
         ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%} of the base), {config.train_mode}"),
         ("data", f"{train_file.path} ({train_file.how_read}): {many}, {held}"),
         ("length", lengths),

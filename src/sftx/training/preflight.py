@@ -14,7 +14,7 @@ import torch
 from sftx.build import build
 from sftx.errors import RunFolderError
 from sftx.files import bytes_in, free_bytes, rehearse_folder
-from sftx.model.adapt import size_of
+from sftx.model.targets import size_of
 from sftx.parallel.engine import on_main
 from sftx.runs.effective import Effective
 from sftx.training.saving import snapshot

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sftx.model.adapt import AdaptedModel, blocks_of
+from sftx.model.adapt import AdaptedModel
 from sftx.model.attention import end_to_end
 from sftx.model.head import LossHead
 from sftx.model.shortcuts import KEPT, shorten
+from sftx.model.targets import blocks_of
 from sftx.training.precision import Numerics
 
 BEFORE, DOCUMENT = [7, 3, 11, 5, 9], [2, 8, 4, 10, 6, 12]
