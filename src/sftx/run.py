@@ -23,7 +23,7 @@ from sftx.data.plan import Plan
 from sftx.data.prepare import Data, open_data
 from sftx.errors import ConfigError, StoppedError
 from sftx.model.adapt import AdaptedModel, Lora
-from sftx.model.attention import VARLEN, use_varlen
+from sftx.model.attention import VARLEN, attend_row_by_row, use_varlen
 from sftx.model.compiled import compile_blocks, missing_for_compiling
 from sftx.model.cross_entropy import use_kernel
 from sftx.model.family import family_named, family_of
@@ -278,6 +278,7 @@ def _planned(config: TrainConfig, session: Session, world_size: int) -> PlannedF
 
 def _try_out(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
     """Find out what the model can do without, and take the short ways."""
+    attend_row_by_row()
     lean = None if config.compile or session.engine.sharded else rotate_lean
     use_rotation(session.model.module, session.engine.device, session.numerics.dtype, lean)
     if session.engine.device.type == "cuda":

@@ -137,3 +137,25 @@ def test_what_the_operating_system_refuses_is_known() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert done.stdout.strip() == "True", done.stderr
     assert not is_out_of_memory(RuntimeError("size mismatch"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_each_library_says_it_in_its_own_words(said: str) -> None:
+    assert is_out_of_memory(RuntimeError(said))
+
+
+def test_memory_that_is_out_while_the_model_is_tried_is_no_fault_of_the_model(make_config, monkeypatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr("sftx.training.tried.end_to_end", refuse)
+    with pytest.raises(TrainingError, match=r"^out of memory: CUDA out of memory"):
+        run([make_config(*SHARED)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sftx.model import compare, cross_entropy
+from sftx.model import attention, compare, cross_entropy
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
 from sftx.training import loop
@@ -91,9 +91,9 @@ def test_the_fast_ways_are_taken_and_give_the_same(make_config, monkeypatch: pyt
     liger = ["SwiGLU", "rotation"] if importlib.util.find_spec("liger_kernel") else []
     assert found["kernels"] == ["cross entropy", *liger]
     monkeypatch.setattr("sftx.run._use_kernels", lambda *_: cross_entropy.__dict__.update(_uses_kernel=False))
-    monkeypatch.setattr("sftx.run.use_varlen", lambda *_: "not asked for")
-    plain = make_config(*shared, output="plain")
+    plain = make_config(*shared, "attn_implementation=sdpa", output="plain")
     run([plain])
+    assert not attention._together
     assert settings_of(plain)["attn_implementation"] == "sdpa"
     assert losses(fast) == pytest.approx(losses(plain), rel=5e-3)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from sftx.model import attention
 from sftx.model.attention import use_varlen
+from sftx.run import run
 
 CONFIG: Any = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
 CONFIG.get_text_config = lambda: CONFIG
@@ -112,3 +113,22 @@ def test_a_kernel_before_torch_2_12_is_not_told_that_heads_share_keys(
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", older)
     assert use_varlen(CONFIG, on_a_gpu, torch.bfloat16) is None
+
+
+def test_the_windows_and_dropout_of_a_model_are_tried_too(on_a_gpu: torch.device, monkeypatch) -> None:
+    @wraps(kernel)
+    def blind(*arguments: Any, window_size: tuple[int, int], **named: Any) -> torch.Tensor:
+        return kernel(*arguments, window_size=(-1, 0), **named)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", blind)
+    assert use_varlen(CONFIG, on_a_gpu, torch.bfloat16) is None
+    monkeypatch.setattr(CONFIG, "sliding_window", 4096, raising=False)
+    assert "differs" in str(use_varlen(CONFIG, on_a_gpu, torch.bfloat16))
+    monkeypatch.setattr(CONFIG, "attention_dropout", 0.1, raising=False)
+    assert "attention_dropout=0.1" in str(use_varlen(CONFIG, on_a_gpu, torch.bfloat16))
+
+
+def test_a_run_does_not_take_the_kernel_over_from_the_run_before(make_config, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_together", True)
+    run([make_config("attn_implementation=sdpa", "eval_ratio=0", "max_steps=1")])
+    assert not attention._together

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from inspect import signature
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def attention(
     """Attend within each document; `[1, heads, tokens, dim]` in, `[1, tokens, heads, dim]` out."""
     if document_lengths is None:
         return attend(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, **kwargs)
-    if _together and attend is _sdpa:
+    if _together and attend is _sdpa and not kwargs.get("dropout"):
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
         return varlen(q, k, v, tuple(document_lengths), kwargs.get("scaling"), sliding_window)[None], None
     lengths = list(document_lengths)
@@ -134,6 +135,12 @@ def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
+def attend_row_by_row() -> None:
+    """Use no kernel for all documents: what an earlier run in this process chose is forgotten."""
+    global _together
+    _together = False
+
+
 def use_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Let all documents be attended to in one call from now on, if that gives the right thing; else say why not."""
     global _together
@@ -148,6 +155,8 @@ def _trouble(config: Any, device: torch.device, dtype: torch.dtype) -> str | Non
         return "it needs an NVIDIA GPU"
     if dtype == torch.float32:
         return "it needs bf16 or fp16"
+    if dropout := getattr(config, "attention_dropout", 0):
+        return f"it knows no dropout, and the model has attention_dropout={dropout}"
     heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     generator = torch.Generator(device).manual_seed(0)
@@ -156,11 +165,13 @@ def _trouble(config: Any, device: torch.device, dtype: torch.dtype) -> str | Non
         for n in (heads, keys, keys)
     )
     lengths = (9, 15)
-    results = []
+    window = 5 if getattr(config, "sliding_window", None) else None  # within the longer document
+    results: list[list[torch.Tensor]] = []
     try:
         for attend in (varlen, _one_by_one):
-            out = attend(q, k, v, lengths, None, None)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+            outs = [attend(q, k, v, lengths, None, None), attend(q, k, v, lengths, 0.3, window)]
+            loss = torch.stack([out.float().square().sum() for out in outs]).sum()
+            results.append([*outs, *torch.autograd.grad(loss, (q, k, v))])
     except (RuntimeError, ImportError, ValueError, TypeError, AssertionError) as error:  # each kernel in its own way
         return (str(error).splitlines() or [type(error).__name__])[0]
     for found, wanted in zip(*results, strict=True):
@@ -179,7 +190,8 @@ def _one_by_one(
 ) -> torch.Tensor:
     """Do what `varlen` does, a call a document."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query_THD, key_TKD, value_TKD))
-    return attention(_sdpa, None, q, k, v, None, lengths, window, scaling=scale)[0][0]
+    module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], is_causal=True, training=False)
+    return attention(_sdpa, module, q, k, v, None, lengths, window, scaling=scale)[0][0]
 
 
 def _sdpa(

@@ -60,7 +60,8 @@ class LeanNorm:
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the rows of `[..., D]` at unit mean square, times the weight."""
         if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype:  # torch has one kernel for it there
-            return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+            with torch.autocast("cuda", enabled=False):  # it would cast to fp32, and return that
+                return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 

@@ -11,7 +11,7 @@ import torch
 from sftx.data.loader import collate
 from sftx.data.store import Rows
 from sftx.model.adapt import AdaptedModel
-from sftx.parallel.engine import Engine
+from sftx.parallel.engine import Engine, to_device
 from sftx.training.loss import token_losses
 from sftx.training.precision import Numerics
 
@@ -74,13 +74,13 @@ def evaluate(
     if engine.sharded:  # every rank must take part in every forward pass
         groups += [()] * (-len(groups) % engine.world_size)
     for indices in groups[engine.rank :: engine.world_size]:
-        ends = torch.tensor(float(asked_to_end()), device=engine.device)
-        if (engine.sum(ends) if engine.sharded else ends).item():
+        ends = asked_to_end()  # a flag of the host, which does not wait for the device unless the ranks must agree
+        if engine.sum(torch.tensor(float(ends), device=engine.device)).item() if engine.sharded else ends:
             break
         batch = collate(rows, indices, flat=flat, pad_id=pad_id)
         with numerics.autocast():
             found = token_losses(model, batch, engine.device)
-        category_B = torch.tensor([number[of_row[i]] for i in indices] or [0], device=engine.device)
+        category_B = to_device(torch.tensor([number[of_row[i]] for i in indices] or [0]), engine.device)
         weights_N = found.weights_N.double()
         sums_N3 = torch.stack([found.losses_N.double() * weights_N, weights_N, torch.ones_like(weights_N)], dim=1)
         sums_C3.index_add_(0, category_B[found.places_N], sums_N3)

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
-ON_A_CPU = ("DefaultCPUAllocator", "not enough memory")
-"""What torch says when the operating system refuses memory."""
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator", "not enough memory")
+"""What CUDA, Triton, cuBLAS, cuDNN and torch's allocator on a CPU say, in plain RuntimeErrors."""
 SMALLER = (
     "gradient_checkpointing=true, mode=qlora and bf16=true need less memory, and so does a smaller max_seq_length."
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory does not suffice."""
+    """Return True if an error says that memory does not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ON_A_CPU)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager

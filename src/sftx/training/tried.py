@@ -16,6 +16,7 @@ from sftx.model.attention import end_to_end
 from sftx.model.head import LossHead
 from sftx.model.shortcuts import KEPT, shorten
 from sftx.model.targets import blocks_of
+from sftx.training.memory import is_out_of_memory
 from sftx.training.precision import Numerics
 
 BEFORE, DOCUMENT = [7, 3, 11, 5, 9], [2, 8, 4, 10, 6, 12]
@@ -90,6 +91,8 @@ def documents_leak(tried: Tried) -> str | None:
         alone = tried.logits
         both = tried.forward([*BEFORE, *DOCUMENT], **end_to_end(positions, lengths))
     except OTHER_ARGUMENTS as error:
+        if is_out_of_memory(error):
+            raise
         return (str(error).splitlines() or [type(error).__name__])[0]
     difference = tried.differ(both[:, lengths[0] :], alone)
     return None if difference is None else f"a row's logits change by {difference:.2g} beside another row"
@@ -105,8 +108,10 @@ def last_block_shortened(tried: Tried) -> bool:
     try:
         whole = tried.logits[:, kept]
         short = tried.forward(DOCUMENT, **{KEPT: kept})
-    except OTHER_ARGUMENTS:
+    except OTHER_ARGUMENTS as error:
         undo()
+        if is_out_of_memory(error):
+            raise
         return False
     if whole.shape == short.shape and tried.differ(short, whole) is None:
         return True
