@@ -1,58 +1,68 @@
-"""Steps in fp16: the loss scaler, and the flags that forbid a step."""
+"""The optimizer steps of parameters that every rank holds whole, without a run around them."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pytest
 import torch
 
 from sftx.parallel.whole import WholeStepper
 
-OPTIMIZERS = {
-    "fused": lambda p: torch.optim.AdamW([p], lr=0.1, fused=True),
-    "plain": lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9),
-}
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 
-def stepper_of(kind: str, **options: object) -> tuple[WholeStepper, torch.nn.Parameter]:
-    parameter = torch.nn.Parameter(torch.ones(3))
-    return WholeStepper({"w": parameter}, OPTIMIZERS[kind](parameter), torch.float16, 1.0, **options), parameter
+def paged(kind: type, parameters: dict[str, torch.nn.Parameter]) -> Any:
+    """Return an optimizer of bitsandbytes whose large states are marked as paged, as they are on a GPU."""
+
+    class Paged(kind):  # type: ignore[misc]
+        def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            buffer: Any = torch.zeros_like(p, dtype=dtype)
+            if p.numel() >= 1e5:
+                buffer.is_paged = True
+                self.page_mng.paged_tensors.append(buffer)
+            return buffer
+
+    optimizer = Paged(parameters.values(), lr=1e-2)
+    optimizer.is_paged = True
+    optimizer.page_mng.paged_tensors.clear()
+    return optimizer
 
 
-@pytest.mark.parametrize(
-    ("kind", "apply"), [("plain", False), ("fused", False), ("fused", torch.tensor(False))], ids=str
-)
-def test_a_step_that_is_forbidden_changes_nothing(kind: str, apply: bool | torch.Tensor) -> None:
-    stepper, parameter = stepper_of(kind)
-    stepper.backward(parameter.sum(), last=True)
-    assert stepper.step(0.1, apply=apply).item() == pytest.approx(math.sqrt(3))
-    assert parameter.tolist() == [1, 1, 1]
-    assert stepper.loss_scale == 2.0**16, "its gradient is finite"
-    stepper.backward(parameter.sum(), last=True)
-    stepper.step(0.1)
-    assert parameter.tolist() != [1, 1, 1]
+def stepped(stepper: WholeStepper, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in stepper.parameters.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    stepper.step(1e-2)
 
 
-@pytest.mark.parametrize(("kind", "apply"), [("plain", True), ("fused", True), ("fused", torch.tensor(True))], ids=str)
-def test_weights_stay_finite_however_many_gradients_are_not(kind: str, apply: bool | torch.Tensor) -> None:
-    """After 165 of them the scale is 0, and its inverse infinite."""
-    stepper, parameter = stepper_of(kind)
-    for _ in range(200):
-        stepper.backward(parameter.sum() * torch.inf, last=True)
-        assert not math.isfinite(stepper.step(0.1, apply=apply).item())
-    stepper.backward(parameter.sum(), last=True)
-    stepper.step(0.1, apply=apply)
-    assert parameter.tolist() == [1, 1, 1]
+def two_parameters() -> dict[str, torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return {"large": torch.nn.Parameter(torch.randn(400, 300)), "small": torch.nn.Parameter(torch.randn(30))}
 
 
-def test_a_rank_without_rows_in_its_first_step() -> None:
-    """It has scaled no loss yet; its gradients are what the others sum up."""
+@pytest.mark.parametrize("kind", ["AdamW32bit", "AdamW8bit", "Lion32bit"])
+def test_a_paged_state_that_is_restored_is_paged(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a resume into new buffers, after a rollback into those that are there: managed memory is never freed."""
+    monkeypatch.setattr(bitsandbytes.optim.optimizer.Optimizer8bit, "prefetch_state", lambda self, p: None)
+    parameters = two_parameters()
+    first = WholeStepper(parameters, paged(getattr(bitsandbytes.optim, kind), parameters), torch.float32, 0)
+    stepped(first, 1)
+    kept, (tensors, rest) = first.weights(), first.state()
+    stepped(first, 2)
+    wanted = first.weights()
 
-    def from_others(parameters: object) -> None:
-        for p in parameters:  # type: ignore[attr-defined]
-            p.grad = torch.full_like(p, 2.0**16)
-
-    stepper, parameter = stepper_of("plain", sum_gradients=from_others)
-    assert stepper.step(0.1).item() == pytest.approx(math.sqrt(3))
-    assert parameter.tolist() != [1, 1, 1]
+    parameters = two_parameters()
+    optimizer = paged(getattr(bitsandbytes.optim, kind), parameters)
+    second = WholeStepper(parameters, optimizer, torch.float32, 0)
+    for attempt in ("resume", "rollback"):
+        second.load_weights(kept)
+        second.load_state({key: tensor.clone() for key, tensor in tensors.items()}, rest)
+        state = optimizer.state[parameters["large"]]
+        names = [name for name in ("state1", "state2") if name in state]
+        assert names
+        assert all(getattr(state[name], "is_paged", False) for name in names), attempt
+        assert len(optimizer.page_mng.paged_tensors) == len(names), attempt
+        stepped(second, 2)
+        found = second.weights()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), attempt
