@@ -117,7 +117,7 @@ def test_the_embedded_model_is_a_small_qwen2() -> None:
 )
 def test_weights_go_to_a_gpu_one_after_the_other(monkeypatch, device: str, sharded: bool, wanted: object) -> None:
     """Without `device_map` the host would hold them all: 15 or 30 GB for each rank of a 7B."""
-    model, asked = SimpleNamespace(config=SimpleNamespace(), to=lambda _: model), []
+    model, asked = SimpleNamespace(config=SimpleNamespace(), modules=list, to=lambda _: model), []
 
     def load(*_: object, **options: object) -> tuple[object, dict[str, object]]:
         asked.append(options.get("device_map"))
