@@ -31,6 +31,8 @@ CAUSES = {
 
 TEMPORARY = ".sftx-tmp"
 """How the name ends of what is not published yet: nobody else's file is called so."""
+REPLACED = f".replaced{TEMPORARY}"
+"""How the name ends of a folder while another is put in its place."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """A disk without locks."""
 
@@ -135,18 +137,25 @@ def write_folder(
 
     `needed` is about how many bytes that are, for the message when the disk is full.
     Of two processes that publish the same folder at once, one wins and the other's copy is dropped,
-    unless `replace`, which puts the new one in the old one's place.
+    unless `replace`, which puts the new one in the old one's place: the old one is renamed first and removed last, so
+    that after a kill in between `sweep` can put it back.
     """
+    aside = folder.with_name(f".{folder.name}{REPLACED}")
     with explained(folder, needed), _filled(folder, fill) as temporary:
         temporary.chmod(0o777 & ~_umask())
         if replace and folder.exists():
-            remove_folder(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
         try:
             temporary.rename(folder)
         except OSError:
+            if aside.exists():
+                aside.rename(folder)
+                raise
             if not folder.is_dir():
                 raise
         _sync(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def rehearse_folder(folder: Path, fill: Callable[[Path], None], needed: int) -> int:
@@ -194,7 +203,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes that were killed left behind; only while none writes there."""
+    """Remove what processes that were killed left behind, and put back what they were replacing.
+
+    Only while no process writes there.
+    """
+    for aside in folder.glob(f".*{REPLACED}") if folder.is_dir() else ():
+        published = aside.with_name(aside.name[1 : -len(REPLACED)])
+        if not published.exists():
+            aside.rename(published)
     for left in folder.glob(f".*{TEMPORARY}") if folder.is_dir() else ():
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)

@@ -93,7 +93,8 @@ def open_trial(trial: Trial, session: Session, setting: Setting, who: dict[str, 
     if resumed:
         log.info("%s", resumed)
     for records in (folder.metrics, folder.streamed_rows):
-        drop_after(records, trial.step or -1)  # a run that starts over evaluates before its first step again
+        # a run that starts over evaluates before its first step again, and an evaluation that is due is made again
+        drop_after(records, trial.step or -1, evaluation_due=trial.evaluation_due)
     trial.recorder = Recorder(folder.metrics, _trackers(trial))
     return None
 
@@ -117,6 +118,8 @@ def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> s
     remark_on_length(trial, state.get("total"), trial.effective)
     if asked == "auto":  # killed after it had stopped early: it is only to be finished
         trial.stop_reason = state.get("stop_reason")
+    if chosen.resolve().parent == trial.folder.checkpoints.resolve():
+        trial.saved_step = trial.step
     return "\n".join([*said, f"resumed from {chosen} (step {trial.step} of {trial.steps.total})"])
 
 

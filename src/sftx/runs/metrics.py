@@ -57,13 +57,20 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [record for _, record in _lines(path) if record is not None]
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Remove the records after a step, which a resumed run writes again, and lines that cannot be read."""
+def drop_after(path: Path, step: int, *, evaluation_due: bool = False) -> None:
+    """Remove the records after a step, which a resumed run writes again, and lines that cannot be read.
+
+    `evaluation_due`: the step's own evaluation is among those that are written again.
+    """
     found = _lines(path)
     unread = [number for number, (_, record) in enumerate(found, 1) if record is None]
     if unread:
         log.warning("%s: lines that cannot be read are left out: %d, first line %d", path, len(unread), unread[0])
-    kept = [line for line, record in found if record is not None and record["step"] <= step]
+
+    def stays(record: dict[str, float]) -> bool:
+        return record["step"] < step or (record["step"] == step and not (evaluation_due and "eval/loss" in record))
+
+    kept = [line for line, record in found if record is not None and stays(record)]
     if len(kept) < len(found):
         write_bytes(path, b"".join(line + b"\n" for line in kept))
 

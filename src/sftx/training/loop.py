@@ -116,10 +116,13 @@ def _advance(session: Session, trial: Trial) -> None:
 
 
 def _close_step(session: Session, trial: Trial) -> None:
-    """Make the evaluation that is due and the checkpoint; when the run is to end, the checkpoint alone."""
+    """Make the evaluation that is due and the checkpoint; when the run is to end, the checkpoint alone.
+
+    A postponed evaluation saves nothing: its step's checkpoint is there, and says that the evaluation is due.
+    """
     session.saver.check(trial)
     improved = trial.evaluation_due and not session.stopping and _evaluate(session, trial)
-    if trial.saves_now or (improved and trial.config.keep_best):
+    if trial.saved_step != trial.step and (trial.saves_now or (improved and trial.config.keep_best)):
         session.saver.save(session, trial)
 
 

@@ -111,6 +111,7 @@ class Trial:
     evaluation_due: bool = False
     """The present step's evaluation was put off: the run was asked to end."""
     saved_step: int = -1
+    """The step whose checkpoint is in this run's folder and holds the trial as it stands."""
     faults: Faults = field(default_factory=Faults)
     trend: Trend = field(default_factory=Trend)
     unread: Launched | None = None
