@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sftx.config.check import freeze
+from sftx.config.compose import compose_checked
+from sftx.config.derive import sequences_per_device
 from sftx.config.options import options
 from sftx.errors import ConfigError
 from sftx.run import run
@@ -25,6 +28,17 @@ QUICK = (
 def test_none_is_left_out() -> None:
     assert options("experiment") == ["quickstart", "qwen1_5_7b_lora", "qwen2_5_7b_full_zero3", "qwen2_5_7b_qlora"]
     assert options("debug") == ["fast_dev", "overfit", "profile"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "sequences"), [("qwen1_5_7b_lora", 16), ("qwen2_5_7b_qlora", 16), ("qwen2_5_7b_full_zero3", 4)]
+)
+def test_a_7b_step_takes_as_few_passes_as_memory_allows(experiment: str, sequences: int) -> None:
+    """A pass of many rows launches as many kernels as one of a single row; the manual's default stays 1."""
+    config = freeze(compose_checked([f"experiment={experiment}"]))
+    assert config.per_device_train_batch_size == "auto"
+    assert sequences_per_device(config) == sequences
+    assert compose_checked([]).per_device_train_batch_size == 1
 
 
 @pytest.mark.parametrize("experiment", [e for e in options("experiment") if "zero3" not in e])
