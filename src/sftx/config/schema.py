@@ -190,6 +190,10 @@ class TrainConfig:
         "final/ holds the checkpoint with the lowest eval loss instead of the last state",
         "final/ 保存评估损失最低的检查点，而不是最后的状态",
     )
+    final_dtype: Literal["auto", "fp32", "bf16", "fp16"] = knob(
+        "mode=full: number format of the weights in final/; auto: the base's own; checkpoints stay in fp32",
+        "mode=full 时 final/ 中权重的数值格式；auto 与基座模型一致；检查点始终为 fp32",
+    )
     batching: Literal["padding_free", "padded", "length_bucketed", "packed"] = knob(
         "how rows make a micro-batch: padding_free lays them end to end, padded pads them, length_bucketed pads rows "
         "of like length together, packed fills max_seq_length with several rows and so makes fewer steps of an epoch",

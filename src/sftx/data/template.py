@@ -70,6 +70,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, source: str, stop_tokens: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.source = source
+        self.changed: dict[str, str] = {}
+        """What `final/` must set over the base's own tokenizer files: `chat_template`, `pad_token`."""
         added = {t.content for t in tokenizer.added_tokens_decoder.values()}
         self.stop_tokens = [t for t in dict.fromkeys(stop_tokens) if t in added]
         if not self.stop_tokens and tokenizer.eos_token is not None:

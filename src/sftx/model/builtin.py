@@ -14,9 +14,10 @@ from pathlib import Path
 
 from sftx.data.template import template_source
 from sftx.files import cache_root, locked, write_folder
+from sftx.model.tokenizer_files import save_tokenizer
 
 NAME = "qwen-tiny"
-VERSION = 2
+VERSION = 3
 """Part of the cache key: raise it when the built model changes."""
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen2's pre-tokenization pattern (transformers, models/qwen2/tokenization_qwen2.py).
@@ -57,7 +58,7 @@ def _build(folder: Path, merges: str) -> None:
 
     transformers_logging.disable_progress_bar()
     tokenizer = _tokenizer(merges)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         bos_token_id=None,

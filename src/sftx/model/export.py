@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from sftx.data.template import ChatTemplate
-from sftx.files import write_folder
 from sftx.model.adapt import AdaptedModel, Adapter, check_fit, read_adapter
+from sftx.model.find import reference_to
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -37,7 +36,7 @@ def _adapter_writer(model: AdaptedModel, adapter: Adapter, weights: Weights, bas
         model.module, state_dict=dict(weights), adapter_name=adapter.name, save_embedding_layers=False
     )
     config = copy.copy(adapter.config)
-    config.base_model_name_or_path = str(base)
+    config.base_model_name_or_path = reference_to(base)
     config.inference_mode = True
     if not isinstance(config.target_modules, str):  # which PEFT reads as one regular expression
         config.target_modules = sorted(config.target_modules or [])
@@ -72,20 +71,3 @@ def read_weights(model: AdaptedModel, adapter: Adapter, folder: Path) -> dict[st
     trained = {n: t for n, t in found.items() if n not in others}
     check_fit(trained, adapter, f"{folder}: its weights do not fit this model")
     return trained
-
-
-def save_final(
-    model: AdaptedModel, adapter: Adapter, weights: Weights, template: ChatTemplate, folder: Path, base: Path
-) -> None:
-    """Publish `final/`: the weights, the tokenizer with its chat template, and the tokens that end a turn."""
-
-    write_weights = weights_writer(model, adapter, weights, base)
-
-    def fill(into: Path) -> None:
-        if not adapter.is_lora and model.module.generation_config is not None:
-            model.module.generation_config.eos_token_id = template.stop_ids()
-            model.module.generation_config.pad_token_id = template.tokenizer.pad_token_id
-        write_weights(into)
-        template.tokenizer.save_pretrained(into)
-
-    write_folder(folder, fill, replace=True, needed=bytes_of(weights))

@@ -39,6 +39,14 @@ def brings_template(name: str) -> bool:
         return False
 
 
+def reference_to(folder: Path) -> str:
+    """Return a name by which others load this folder's model, wherever they run: its hub id, or its absolute path."""
+    cached = folder.absolute().parents
+    if len(cached) > 1 and cached[0].name == "snapshots" and cached[1].name.startswith("models--"):
+        return cached[1].name.removeprefix("models--").replace("--", "/", 1)
+    return str(folder.absolute())
+
+
 def missing_files(folder: Path) -> list[str]:
     """Return the files without which a folder is no model: its config, its weights, each shard of them."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]

