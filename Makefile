@@ -25,7 +25,7 @@ PACKAGES_swift := ms-swift bitsandbytes
 PACKAGES_litgpt := litgpt requests bitsandbytes
 
 .DEFAULT_GOAL := help
-.PHONY: help train install install-dev test test-slow faults faults-kill faults-others test-gpu lint format docs smollm2 bench-peers lock clean
+.PHONY: help train install install-dev test test-baseline test-slow faults faults-kill faults-others test-gpu lint format docs smollm2 bench-peers lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -40,6 +40,10 @@ install-dev: $(VENV)/.installed-dev ## ... and what the tests need
 test: install-dev ## install, then lint, check types and run the default tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+test-baseline: install-dev ## golden curves and modes without the CPU's vector instructions: they must not depend on them
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile \
+	  tests/golden tests/integration/test_modes.py $(ARGS)
 
 test-slow: $(VENV)/.installed-slow ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -27,6 +27,7 @@ from sftx.model.attention import VARLEN, attend_row_by_row, use_varlen
 from sftx.model.compiled import compile_blocks, missing_for_compiling
 from sftx.model.cross_entropy import use_kernel
 from sftx.model.family import family_named, family_of
+from sftx.model.final import final_dtype
 from sftx.model.fused import use_liger
 from sftx.model.lean import import_peft
 from sftx.model.load import Source, find_model, load_base, load_template
@@ -40,6 +41,7 @@ from sftx.runs.begin import Setting, open_trial
 from sftx.runs.effective import Effective
 from sftx.runs.end import finish_trial, note_failure
 from sftx.runs.folder import ONLY, RunFolder, RunLog
+from sftx.runs.library_log import LibraryLog
 from sftx.runs.metrics import SilentRecorder
 from sftx.runs.result import Result
 from sftx.runs.resume import identity_of, open_folders, resume_command
@@ -70,16 +72,18 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
     Errors:
         SftxError: whatever the user can mend, before anything is written where that is possible.
     """
-    _check_shared(configs)
-    with Signals() as signals, memory_explained():
-        return _run(configs, notes, command, signals)
+    with LibraryLog() as libraries, Signals() as signals, memory_explained():
+        _check_shared(configs)
+        return _run(configs, notes, command, signals, libraries)
 
 
-def _run(configs: Sequence[TrainConfig], notes: Sequence[str], command: str, signals: Signals) -> list[Result]:
+def _run(
+    configs: Sequence[TrainConfig], notes: Sequence[str], command: str, signals: Signals, libraries: LibraryLog
+) -> list[Result]:
     first = configs[0]
     engine: Engine = build(first.parallel).start(first.device)
     reset_peak_memory(engine.device)
-    run_log = RunLog(is_main=engine.is_main)
+    run_log = RunLog(libraries, is_main=engine.is_main)
     saver = Saver(asynchronous=first.async_save)
     folders: list[RunFolder] = []
     trials: list[Trial] = []
@@ -239,6 +243,8 @@ def _trial(
     _seed(config.seed)
     start = Path(config.adapter) if config.adapter else None
     adapter = session.model.add(adapter_id, build(config.mode), config.seed, start=start)
+    if not adapter.is_lora:
+        effective.settings["final_dtype"] = final_dtype(session.base_folder, config.final_dtype)
     if adapter.left_out:
         effective.remark(f"not adapted: {'; '.join(adapter.left_out)}.")
     world = session.engine.world_size

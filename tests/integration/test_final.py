@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftx.model.builtin import ensure_builtin
@@ -111,3 +114,41 @@ def test_a_base_is_named_so_that_it_is_found_from_anywhere(tmp_path: Path, monke
     assert reference_to(Path("models/mine")) == str(tmp_path / "models" / "mine")
     snapshot = tmp_path / "hub" / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / "060db6499f32"
     assert reference_to(snapshot) == "Qwen/Qwen2.5-0.5B"
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_card_s_code_works_as_printed_from_any_directory(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The base was named by a relative path; the code is run elsewhere."""
+    shutil.copytree(ensure_builtin(), tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    config = make_config(
+        f"mode={mode}",
+        "model_name_or_path=models/base",
+        "output_dir=run 1",
+        f"train_file_path={ROOT / 'data'}",
+        "max_steps=1",
+    )
+    run([config])
+    assert used_elsewhere(tmp_path / "run 1", tmp_path).strip()
+
+
+def test_the_card_s_code_builds_the_embedded_base_again(make_config, tmp_path: Path) -> None:
+    config = make_config("mode=lora", "max_steps=1")
+    run([config])
+    result = used_elsewhere(Path(config.output_dir), tmp_path)
+    name = json.loads((Path(config.output_dir) / "final" / "adapter_config.json").read_text())
+    shutil.rmtree(name["base_model_name_or_path"])
+    assert used_elsewhere(Path(config.output_dir), tmp_path) == result != ""
+
+
+def used_elsewhere(folder: Path, tmp_path: Path) -> str:
+    """Run the Python code of a model card in another directory and return what it prints."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

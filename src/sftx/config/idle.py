@@ -63,6 +63,10 @@ def _template_of_family(v: Values) -> str | None:
 NO_CHECKPOINTS = "save_strategy=no saves no checkpoints"
 NO_EVALUATION = "there is no evaluation: eval_ratio is 0, and eval_file_name names no file"
 ROWS = (
+    Row(
+        ("final_dtype",), ("train_mode",),
+        _when(lambda v: v["train_mode"] != "full", "it is for mode=full: an adapter keeps its own"),
+    ),
     Row(("save_steps",), ("save_strategy",), _not_by_steps),
     Row(("lost_work_minutes",), ("save_strategy", "save_steps"), _not_by_time),
     Row(

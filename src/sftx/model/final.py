@@ -41,7 +41,7 @@ def save_final(
     def fill(into: Path) -> None:
         write_weights(into)
         if not adapter.is_lora:
-            _correct_config(into, DTYPES[stored_dtype(base) if dtype == "auto" else dtype])
+            _correct_config(into, DTYPES[final_dtype(base, dtype)])
             _add_stop_ids(into, model.module.config, template)
         copy_tokenizer(base, template.tokenizer, template.changed, into, alone=adapter.is_lora)
 
@@ -60,15 +60,17 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
     return {name: STORED[dtype] for name, dtype in found.items() if dtype in STORED}
 
 
-def stored_dtype(folder: Path) -> str:
-    """Return the number format of most tensors of a model's folder; fp32 if it cannot be read."""
-    return next((dtype for dtype, _ in Counter(stored_dtypes(folder).values()).most_common(1)), "fp32")
+def final_dtype(base: Path, dtype: str) -> str:
+    """Return the number format of a full `final/`: of most tensors of its base for `auto`; fp32 if that is unknown."""
+    if dtype != "auto":
+        return dtype
+    return next((stored for stored, _ in Counter(stored_dtypes(base).values()).most_common(1)), "fp32")
 
 
 def cast(weights: Weights, base: Path, dtype: str) -> dict[str, torch.Tensor]:
     """Return floating-point weights in the number format of `final/`."""
     stored = stored_dtypes(base) if dtype == "auto" else {}
-    usual = stored_dtype(base) if dtype == "auto" else dtype
+    usual = final_dtype(base, dtype)
     return {
         name: tensor.to(DTYPES[stored.get(name, usual)]) if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()

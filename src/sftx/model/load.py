@@ -147,6 +147,8 @@ def load_template(
     """
     from transformers import AutoTokenizer
 
+    log_through_root()
+
     if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{source.folder}: holds no tokenizer (tokenizer.json). Fetch the whole model again.")
     try:
@@ -248,9 +250,8 @@ def load_base(
         ModelError: the weights do not fit the architecture, or cannot be read.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    log_through_root()
     compile_patterns_later()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": register(attention)}
     if quantization is not None:
@@ -284,6 +285,15 @@ def load_base(
         )
     _evaluate_exactly(model)
     return model if placed else model.to(device)
+
+
+def log_through_root() -> None:
+    """Let transformers log as other packages do, not through a handler of its own that writes to the terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.disable_default_handler()
+    logging.enable_propagation()
 
 
 def _evaluate_exactly(model: Any) -> None:

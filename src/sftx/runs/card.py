@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from sftx.config.schema import TrainConfig
+from sftx.model.builtin import NAME as BUILTIN
 
 
-def model_card(config: TrainConfig, manifest: dict[str, Any], *, thinking: bool | None) -> str:
+def model_card(config: TrainConfig, manifest: dict[str, Any], final: Path, *, thinking: bool | None) -> str:
     """Return the card of a finished run as Markdown; `thinking` is the template's switch that training set."""
     result = manifest["result"]
     kind = "model" if config.train_mode == "full" else "LoRA adapter"
@@ -41,7 +44,7 @@ def model_card(config: TrainConfig, manifest: dict[str, Any], *, thinking: bool 
         "## Use",
         "",
         "```python",
-        *_usage(config, thinking),
+        *_usage(config, final.absolute(), thinking),
         "```",
         "",
         "`config.yaml` holds every setting, `manifest.json` versions, code, data hashes, hardware and each fallback.",
@@ -55,21 +58,29 @@ def _corpus(facts: dict[str, Any]) -> str:
     return f"{facts['path']} ({facts['rows']} rows, sha256 {facts['sha256'][:12]})"
 
 
-def _usage(config: TrainConfig, thinking: bool | None) -> list[str]:
-    package, loader = (
-        ("transformers", "AutoModelForCausalLM")
-        if config.train_mode == "full"
-        else ("peft", "AutoPeftModelForCausalLM")
-    )
+def _usage(config: TrainConfig, final: Path, thinking: bool | None) -> list[str]:
+    """Return code that loads `final/` from any directory; the embedded base is built again if its cache is gone."""
+    folder = json.dumps(str(final), ensure_ascii=False)
+    if config.train_mode == "full":
+        imports, model = ["from transformers import AutoModelForCausalLM, AutoTokenizer"], "AutoModelForCausalLM"
+    else:
+        imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+        model = "AutoPeftModelForCausalLM"
+        if config.model_name_or_path == BUILTIN:
+            imports += [
+                "from sftx.model.builtin import ensure_builtin",
+                "",
+                "ensure_builtin()  # the base of this adapter",
+            ]
+    switch = "" if thinking is None else f", enable_thinking={thinking}"
     return [
-        f"from {package} import {loader}",
-        "from transformers import AutoTokenizer",
-        f'model = {loader}.from_pretrained("final")',
-        'tokenizer = AutoTokenizer.from_pretrained("final")',
+        *imports,
+        "",
+        f"model = {model}.from_pretrained({folder})",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})",
         'messages = [{"role": "user", "content": "Who are you?"}]',
         "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True'
-        + ("" if thinking is None else f", enable_thinking={thinking}"),
+        f'    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{switch}',
         ")",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
     ]

@@ -57,7 +57,8 @@ def finish_trial(trial: Trial, session: Session) -> Result:
             }
             trial.folder.update(status="completed", result=facts)
             thinking = session.template.thinking_of(session.rows)
-            write_text(trial.folder.path / "README.md", model_card(config, trial.folder.manifest, thinking=thinking))
+            card = model_card(config, trial.folder.manifest, final, thinking=thinking)
+            write_text(trial.folder.path / "README.md", card)
             log.info("%s", _closing(trial, result, chosen))
     session.engine.barrier()
     return result

@@ -1,0 +1,42 @@
+"""What other packages log goes to train.log, and none of it to the terminal."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+
+from sftx.runs.folder import RunLog
+from sftx.runs.library_log import LibraryLog
+
+
+def test_other_packages_write_to_the_log_file_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from sftx.model.load import log_through_root
+
+    log_through_root()
+    with LibraryLog() as libraries:
+        write(RunLog(libraries, is_main=True), tmp_path / "train.log")
+    written = (tmp_path / "train.log").read_text()
+    for text in ("before the file is open", "of transformers", "of Python", "of sftx"):
+        assert written.count(text) == 1, text
+    assert "too fine" not in written
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == "of sftx\n"
+    logging.getLogger("other").warning("after the run")
+    assert "after the run" not in (tmp_path / "train.log").read_text()
+
+
+def write(log: RunLog, path: Path) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("bitsandbytes.backends").warning("before the file is open")
+    log.to_file(path, "default")
+    transformers_logging.get_logger("transformers.modeling").warning("of transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning("of Python", UserWarning, "file.py", 1)
+    logging.getLogger("other").info("too fine")
+    log.logger.info("of sftx")
+    log.close()
