@@ -52,7 +52,7 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
     """Return the number format of each tensor of a model's safetensors files, of those named in STORED."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, str] = {}
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
