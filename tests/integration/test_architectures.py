@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Qwen2MoeConfig, Qwen3MoeConfig
 
 from sftx.model.builtin import ensure_builtin
 from sftx.run import run
@@ -69,3 +69,19 @@ def test_qlora_on_a_mixture_states_the_share_in_4_bits_and_what_is_not_adapted(
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"{facts['share_in_4_bits']:.0%} in 4 bits" in said
     assert "not adapted: the experts (" in said
+
+
+def test_a_full_run_of_a_mixture_is_resumed_bitwise_and_its_best_state_is_published(make_config, make_model) -> None:
+    folder = make_model(Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    typed = [
+        f"model_name_or_path={folder}", "mode=full", "save_strategy=steps", "save_steps=1", "eval_steps=1",
+        "keep_best=true", "lr_scheduler_type=constant",
+    ]  # fmt: skip
+    straight, resumed = (make_config(*typed, "max_steps=2", output=o) for o in ("straight", "resumed"))
+    run([straight])
+    run([make_config(*typed, "max_steps=1", output="resumed")])
+    run([resumed])
+    for name in ("checkpoints/step-000002/model.safetensors", "final/model.safetensors"):
+        found, wanted = (Path(c.output_dir, name).read_bytes() for c in (resumed, straight))
+        assert found == wanted, name
+    assert "resumed from" in Path(resumed.output_dir, "train.log").read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sftx.errors import ModelError
 from sftx.model.adapt import AdaptedModel, Adapter, check_fit, read_adapter
 from sftx.model.find import reference_to
 
@@ -57,17 +58,21 @@ def bytes_of(*kinds: Weights) -> int:
 def read_weights(model: AdaptedModel, adapter: Adapter, folder: Path) -> dict[str, torch.Tensor]:
     """Return the trained parameters that `weights_writer` wrote, under their names in the model.
 
-    Errors:
-        ModelError: they do not fit.
-    """
-    from safetensors.torch import load_file
+    transformers saves some architectures under other names and in another layout than it trains them in: those of a
+    whole model are read by transformers.
 
+    Raises:
+        ModelError: they do not fit, or cannot be read.
+    """
     if adapter.is_lora:
         return read_adapter(folder, adapter)
-    found: dict[str, torch.Tensor] = {}
-    for part in sorted(folder.glob("model*.safetensors")):
-        found |= load_file(part)
-    others = model.module.state_dict(keep_vars=True).keys() - adapter.parameters.keys()  # buffers, second names
-    trained = {n: t for n, t in found.items() if n not in others}
+    try:
+        saved, info = type(model.module).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder}: its weights cannot be read: {reason}") from error
+    trained = {n: p.detach() for n, p in saved.named_parameters() if n not in info["missing_keys"]}
     check_fit(trained, adapter, f"{folder}: its weights do not fit this model")
     return trained
