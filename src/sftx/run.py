@@ -46,6 +46,7 @@ from sftx.runs.metrics import SilentRecorder
 from sftx.runs.result import Result
 from sftx.runs.resume import identity_of, open_folders, resume_command
 from sftx.training.allocator import keep_freed_memory
+from sftx.training.determinism import deterministic_kernels
 from sftx.training.flops import work_of
 from sftx.training.loop import train
 from sftx.training.memory import memory_explained
@@ -72,7 +73,8 @@ def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str 
     Errors:
         SftxError: whatever the user can mend, before anything is written where that is possible.
     """
-    with LibraryLog() as libraries, Signals() as signals, memory_explained():
+    deterministic = deterministic_kernels(configs[0].deterministic)
+    with LibraryLog() as libraries, Signals() as signals, deterministic, memory_explained():
         _check_shared(configs)
         return _run(configs, notes, command, signals, libraries)
 
@@ -192,6 +194,7 @@ def _prepare(
     numerics = build(config.precision).resolve(engine.device, effective)
     attention = attention_of(config)
     effective.settings["attn_implementation"] = attention
+    effective.settings |= {"device": engine.device.type, "deterministic": config.deterministic}
 
     def use_eager(reason: str) -> None:
         effective.settings["attn_implementation"] = "eager"

@@ -516,3 +516,22 @@ def test_the_command_line_end_to_end(cli: Any, tmp_path: Path) -> None:
     done = sftx("diff", run, tmp_path / "rum")
     assert done.returncode == 2
     assert "Did you mean" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "deterministic", "said"),
+    [
+        ("cpu", False, "expected to be bitwise equal on a CPU"),
+        ("cuda", True, "expected to be bitwise equal on the same GPU model and versions (deterministic=true)"),
+        ("cuda", False, "expected to be equal but for rounding: on a GPU without deterministic=true"),
+    ],
+)
+def test_what_can_be_expected_is_said(
+    past: Path, capsys: pytest.CaptureFixture[str], device: str, deterministic: bool, said: str
+) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["effective"]["settings"] |= {"device": device, "deterministic": deterministic}
+
+    edit(past, change, "manifest.json")
+    _, out = repro(capsys, past, "--check")
+    assert said in " ".join(out.split())

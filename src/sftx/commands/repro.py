@@ -25,7 +25,8 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
         help="run a run again from its folder, and tell whether it comes to the same bits",
         description="Say what differs between a run and now (code, versions, hardware, data, model), run its "
         "config.yaml again in a new folder, and compare metrics and weights to the last bit. The exit code is 0 for "
-        "the same bits, 1 otherwise.",
+        "the same bits, 1 otherwise. They are expected on a CPU, and on a GPU if the run had deterministic=true; both "
+        "with the same versions and hardware.",
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument(
@@ -77,7 +78,7 @@ def _repro(asked: argparse.Namespace) -> int:
     extra = [f"--output_dir={asked.output_dir}"] if asked.output_dir else []
     again = command(run, *asked.words, *(["--anyway"] if asked.anyway else []), *extra)
     result = launch(replace(config, output_dir=str(folder)), [], again)
-    return _judged(run, result.output_dir) if is_main else 0
+    return _judged(run, result.output_dir, found.expected) if is_main else 0
 
 
 def _found_lines(run: PastRun, found: ThenAndNow, *, moved: bool) -> Iterable[str]:
@@ -93,20 +94,22 @@ def _found_lines(run: PastRun, found: ThenAndNow, *, moved: bool) -> Iterable[st
             yield f"differences {title}, then -> now: {len(differences)}"
         for d in differences:
             yield from difference_lines(d, ("then", "now "))
+    if found.expected:
+        yield f"a repetition is expected to be {found.expected}"
     for remark in found.remarks:
         yield from folded(f"note: {visible(remark)}", indent=6)
 
 
-def _judged(run: PastRun, folder: Path) -> int:
+def _judged(run: PastRun, folder: Path, expected: str | None) -> int:
     from sftx.runs.past import open_run
     from sftx.runs.reproduce import judge
 
     verdict = judge(run, open_run(folder))
-    _print(["", *_verdict_lines(run, folder, verdict)])
+    _print(["", *_verdict_lines(run, folder, verdict, expected)])
     return 0 if verdict.same else EXIT_FAULT
 
 
-def _verdict_lines(run: PastRun, folder: Path, verdict: Verdict) -> Iterable[str]:
+def _verdict_lines(run: PastRun, folder: Path, verdict: Verdict, expected: str | None) -> Iterable[str]:
     from sftx.commands.run_report import change_words, visible
 
     if verdict.same:
@@ -130,6 +133,8 @@ def _verdict_lines(run: PastRun, folder: Path, verdict: Verdict) -> Iterable[str
     elif verdict.first is None:
         for m in unequal:
             yield f"  {visible(m.name)}: {m.steps_a} records -> {m.steps_b}"
+    if expected and not verdict.same:
+        yield f"  expected: {expected}"
     yield f"  every difference: sftx diff {run.path} {folder}"
 
 

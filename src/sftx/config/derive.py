@@ -16,7 +16,7 @@ PATHS = {"output_dir", "train_file_path", "train_file_name", "eval_file_name", "
 PRESENTATION = {
     "disable_tqdm", "logging_steps", "report_to", "tracker", "on_tracker_error", "callback", "resume",
     "save_steps", "save_strategy", "save_total_limit", "eval_steps", "dataloader_num_workers", "keep_best", "device",
-    "allow_targets", "async_save", "lost_work_minutes", "final_dtype",
+    "allow_targets", "async_save", "lost_work_minutes", "final_dtype", "deterministic",
 }  # fmt: skip
 MACHINES = {"parallel", "gradient_accumulation_steps", "per_device_train_batch_size"}
 UNTRIED_TOKENS = 4096

@@ -208,6 +208,13 @@ class TrainConfig:
         "compile the model's blocks with TorchInductor: slower to start, faster after; needs a C++ compiler",
         "用 TorchInductor 编译模型的层：启动变慢、之后更快；需要 C++ 编译器",
     )
+    deterministic: bool = knob(
+        "on a GPU, use deterministic kernels only and choose none by timing, so that the same GPU model and versions "
+        "give bitwise equal runs. The cost: slower backward passes, above all attention's, and more memory in them. "
+        "On a CPU runs are bitwise equal without it",
+        "在 GPU 上只用确定性内核，也不按耗时挑选内核，使同型号 GPU、同版本下的运行逐位相同；"
+        "代价是反向传播变慢（尤其是注意力部分）并多占显存。CPU 上无需此项即逐位相同",
+    )
     device: Literal["auto", "cpu", "cuda"] = knob(
         "where to train; auto takes the GPU when there is one", "训练设备；auto 表示有 GPU 则用 GPU"
     )

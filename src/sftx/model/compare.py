@@ -25,8 +25,11 @@ def differ(found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor], dtype:
 
 
 def slower(ways: Iterable[Callable[[], object]], device: torch.device) -> str | None:
-    """Return by how much a kernel is slower than what it stands for, if it clearly is; asked of a GPU only."""
-    if device.type != "cuda":
+    """Return by how much a kernel is slower than what it stands for, if it clearly is; asked of a GPU only.
+
+    With `deterministic=true` nothing is timed: the choice would change the rounding from run to run.
+    """
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return None
     one, other = map(milliseconds, ways)
     return f"it takes {one:.2g} ms here, without it {other:.2g}" if one > CLEARLY * other else None

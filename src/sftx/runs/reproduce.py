@@ -31,6 +31,7 @@ from sftx.runs.past import CONFIG, PastRun, at, open_run
 from sftx.runs.recipe import launched, masked, ranks_here
 from sftx.runs.resume import adapter_hash
 from sftx.secrets import scrub
+from sftx.training.determinism import repeatability
 
 MISSING = "missing"
 DIGEST = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{48}\b")
@@ -46,6 +47,8 @@ class ThenAndNow:
     content: list[Difference] = field(default_factory=list)
     """Settings, data, model: it is another run."""
     remarks: list[str] = field(default_factory=list)
+    expected: str | None = None
+    """What the repetition can be held to; None if the run did not store its device."""
 
     def __bool__(self) -> bool:
         return bool(self.machine or self.content)
@@ -62,6 +65,9 @@ def then_and_now(run: PastRun, config: TrainConfig, *, download: bool) -> ThenAn
     found.machine = environment_differences(before, now)
     found.content = [*_edited(run), *_masked(run, config), *_data(run, config), *_model(run, config, download=download)]
     found.remarks = list(_remarks(run, config, found.machine, now))
+    device = run.fact("effective", "settings", "device")
+    if device in ("cpu", "cuda"):
+        found.expected = repeatability(device, deterministic=run.fact("effective", "settings", "deterministic") is True)
     return found
 
 
