@@ -36,7 +36,7 @@ class Precision:
     def resolve(self, device: torch.device, effective: Effective) -> Numerics:
         """Return what the device can do, recording a fallback.
 
-        Errors:
+        Raises:
             ConfigError: the GPU has no bfloat16.
         """
         asked: torch.dtype = getattr(torch, self.dtype)
@@ -49,5 +49,7 @@ class Precision:
                 raise ConfigError(f"`bf16=true`: {torch.cuda.get_device_name(device)} has no bfloat16. Use fp16=true.")
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             effective.settings["tf32"] = self.tf32
+        elif self.tf32:
+            effective.fall_back("precision.tf32", True, "false", "TF32 is a format of NVIDIA GPUs")
         effective.settings["compute_dtype"] = str(asked).removeprefix("torch.")
         return Numerics(asked, device)

@@ -1,0 +1,24 @@
+"""What a device cannot compute in is said, and not done silently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sftx.runs.effective import Effective
+from sftx.training.precision import Precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "keys"),
+    [
+        (Precision("float32", tf32=False), []),
+        (Precision("float32", tf32=True), ["precision.tf32"]),
+        (Precision("float16", tf32=True), ["fp16", "precision.tf32"]),
+        (Precision("bfloat16", tf32=False), ["bf16"]),
+    ],
+)
+def test_a_cpu_computes_in_fp32_and_says_so(precision: Precision, keys: list[str]) -> None:
+    effective = Effective()
+    assert precision.resolve(torch.device("cpu"), effective).dtype == torch.float32
+    assert [f.key for f in effective.fallbacks] == keys
