@@ -46,6 +46,17 @@ class CheckpointError(SftxError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
+def other_format(found: object, read: int) -> str:
+    """Return how the format of something stored differs from the one that this version reads."""
+    if found is None:
+        what = "it has no format number: an older version of sftx wrote it"
+    elif isinstance(found, int):
+        what = f"it has format {found}, of {'a newer' if found > read else 'an older'} version of sftx"
+    else:
+        what = f"it has the unknown format {found!r}"
+    return f"{what}; this version reads format {read}"
+
+
 class RunFolderError(SftxError):
     """The output folder cannot hold this run."""
 

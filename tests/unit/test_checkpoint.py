@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sftx.data.read import sha256_file
 from sftx.errors import CheckpointError, RunFolderError
 from sftx.run import run
 from sftx.training import checkpoint
@@ -88,6 +92,76 @@ def test_resume_from_a_path(finished, make_config, captured) -> None:
     assert captured.trial.step == 2
     log = (Path(finished.output_dir).parent / "elsewhere" / "train.log").read_text()
     assert "(step 1 of 2)" in log
+
+
+@pytest.mark.parametrize("inside", [".", "checkpoints"])
+def test_resume_from_a_run_is_from_its_newest_whole_checkpoint(finished, make_config, captured, inside: str) -> None:
+    before = Path(finished.output_dir)
+    damage(before / "checkpoints" / "step-000002" / "optimizer.safetensors", "flip")
+    run([make_config(f"resume={before / inside}", "max_steps=3", "eval_ratio=0", output="elsewhere")])
+    assert captured.trial.step == 3
+    log = (before.parent / "elsewhere" / "train.log").read_text()
+    assert "damaged, not used: " in log
+    assert f"{before / 'checkpoints' / 'step-000001'} (step 1 of 3)" in log
+
+
+def test_resume_from_a_run_without_a_checkpoint_is_refused(finished, make_config) -> None:
+    shutil.rmtree(Path(finished.output_dir) / "checkpoints")
+    with pytest.raises(CheckpointError, match="this run has no checkpoint yet"):
+        run([make_config(f"resume={finished.output_dir}", "eval_ratio=0", output="elsewhere")])
+
+
+def write_manifest(folder: Path, **changed: Any) -> None:
+    """Write the manifest of a sound checkpoint; what is None is left out."""
+    facts = {"format": checkpoint.FORMAT, "step": checkpoint.step_of(folder)} | changed
+    facts["sha256"] = {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
+    facts = {k: v for k, v in facts.items() if v is not None}
+    own = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(facts | {"self": own}, indent=2))
+
+
+FORMATS = {None: "no format number: an older version", 1: "format 1, of an older", 99: "format 99, of a newer"}
+
+
+@pytest.mark.parametrize(("number", "said"), FORMATS.items())
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_checkpoint_of_another_format_is_refused_and_it_is_said(
+    finished, make_config, number: int | None, said: str, by_path: bool
+) -> None:
+    newest = Path(finished.output_dir) / "checkpoints" / "step-000002"
+    write_manifest(newest)
+    assert checkpoint.problem_of(newest) is None
+    write_manifest(newest, format=number)
+    typed = [f"resume={newest}", "output_dir=" + str(newest.parents[2] / "elsewhere")] if by_path else []
+    with pytest.raises(CheckpointError) as caught:
+        run([make_config(*typed, "max_steps=3", "save_strategy=steps", "eval_ratio=0")])
+    text = str(caught.value)
+    assert text.startswith(f"{newest}: it has {said}")
+    assert "this version reads format 2. Continue it with the version that wrote it, or start over" in text
+
+
+@pytest.mark.parametrize(("number", "said"), FORMATS.items())
+def test_a_run_folder_of_another_format_is_refused_and_it_is_said(
+    finished, make_config, number: int | None, said: str
+) -> None:
+    path = Path(finished.output_dir) / "manifest.json"
+    facts = json.loads(path.read_text()) | {"format": number}
+    path.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}))
+    with pytest.raises(RunFolderError) as caught:
+        run([make_config("max_steps=3", "save_strategy=steps", "eval_ratio=0")])
+    assert str(caught.value).startswith(f"{path}: it has {said}")
+    assert "this version reads format 2. Continue the run with the version that made it" in str(caught.value)
+
+
+@pytest.mark.parametrize("lacking", ["step", "faults", "schedule", "eval_loss"])
+def test_a_state_that_lacks_something_is_named(finished, make_config, lacking: str) -> None:
+    newest = Path(finished.output_dir) / "checkpoints" / "step-000002"
+    state = json.loads((newest / "state.json").read_text())
+    del state[lacking]
+    (newest / "state.json").write_text(json.dumps(state))
+    write_manifest(newest)
+    with pytest.raises(CheckpointError, match=rf"state\.json: does not hold what this version reads.*'{lacking}'"):
+        run([make_config("max_steps=3", "save_strategy=steps", "eval_ratio=0")])
 
 
 def test_no_pickle_is_in_a_checkpoint(finished) -> None:

@@ -15,9 +15,9 @@ from sftx.config.compose import compose_checked
 from sftx.config.derive import config_hash
 from sftx.config.schema import TrainConfig
 from sftx.errors import RunFolderError
-from sftx.files import Lock
+from sftx.files import REPLACED, Lock
 from sftx.runs.effective import Effective
-from sftx.runs.folder import LOCK, RunFolder
+from sftx.runs.folder import FORMAT, LOCK, RunFolder
 from sftx.runs.resume import choose_folder, refuse_shorter, remark_on_length, resume_command
 from sftx.training.recovery import Faults
 from sftx.training.schedulers import Constant, Cosine, Schedule, WarmupStableDecay
@@ -41,7 +41,7 @@ def leave(name: str, status: str = "stopped", *, who: dict[str, Any] = WHO, save
     (folder / "checkpoints" / "step-000002").mkdir(parents=True)
     if not saved:
         (folder / "checkpoints" / "step-000002").rmdir()
-    (folder / "manifest.json").write_text(json.dumps({"status": status, "identity": who}))
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "status": status, "identity": who}))
     return folder
 
 
@@ -61,6 +61,16 @@ def test_the_newest_unfinished_run_is_continued(status: str) -> None:
     found = chosen("logging_steps=1", "resume=auto", "keep_best=true")
     assert (found.path, found.was_chosen) == (newest, True)
     assert Lock(newest / LOCK).acquire("another copy") is not None, "it is locked"
+    found.unlock()
+
+
+def test_a_run_that_was_killed_while_its_only_checkpoint_was_being_replaced_is_continued() -> None:
+    newest = leave("11-00-00", "running")
+    published = newest / "checkpoints" / "step-000002"
+    published.rename(published.with_name(f".{published.name}{REPLACED}"))
+    found = chosen()
+    assert (found.path, found.was_chosen) == (newest, True)
+    assert published.is_dir()
     found.unlock()
 
 

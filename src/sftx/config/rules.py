@@ -147,7 +147,7 @@ def _checkpoint_to_resume(tree: Tree) -> str | None:
     if resume in ("auto", "never") or Path(resume).is_dir():
         return None
     hint = did_you_mean(resume, ["auto", "never"])
-    return f"`resume`: found {resume!r}, wanted auto, never or the folder of a checkpoint.{hint}"
+    return f"`resume`: found {resume!r}, wanted auto, never, or the folder of a run or of a checkpoint.{hint}"
 
 
 def _splits(tree: Tree) -> bool:

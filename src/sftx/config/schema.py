@@ -153,9 +153,10 @@ class TrainConfig:
     )
     resume: str = knob(
         "auto: continue the run in output_dir, or without one the newest unfinished run with the same settings and "
-        "data; never: start fresh, and fail if output_dir already holds a run; or the path of a checkpoint",
+        "data; never: start fresh, and fail if output_dir already holds a run; or the folder of a run (its newest "
+        "checkpoint) or of a checkpoint",
         "auto：继续 output_dir 中的运行；未指定时继续设置与数据相同的最近一次未完成的运行；"
-        "never：从头开始，目录已被占用则报错；或指定检查点路径",
+        "never：从头开始，目录已被占用则报错；或指定运行目录（取其最新检查点）或检查点目录",
     )
     async_save: bool = knob(
         "write checkpoints while training goes on, from a copy in host memory; false: training waits",

@@ -102,9 +102,9 @@ def open_trial(trial: Trial, session: Session, setting: Setting, who: dict[str, 
 def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> str | None:
     """Restore the newest whole checkpoint, if there is one; return what to say."""
     asked = trial.config.resume
+    chosen: Path | None
     if asked not in ("auto", "never"):
-        chosen: Path | None = Path(asked)
-        problems: list[str] = []
+        chosen, problems = checkpoint.named(Path(asked))
     elif earlier is None:
         return None
     else:
@@ -112,8 +112,7 @@ def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> s
     said = [f"damaged, not used: {p}" for p in problems]
     if chosen is None:
         return "\n".join([*said, f"resume: {trial.folder.path} holds no checkpoint: starting from step 0"])
-    state = checkpoint.load(chosen, session.model, trial.adapter, trial.stepper)
-    trial.restore(state)
+    state = checkpoint.restore(chosen, session.model, trial)
     refuse_shorter(trial, trial.step, str(chosen))
     remark_on_length(trial, state.get("total"), trial.effective)
     if asked == "auto":  # killed after it had stopped early: it is only to be finished

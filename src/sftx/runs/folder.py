@@ -19,12 +19,14 @@ import yaml
 
 from sftx.config.derive import differences
 from sftx.config.schema import TrainConfig
-from sftx.errors import RunFolderError, SftxError, summary
+from sftx.errors import RunFolderError, SftxError, other_format, summary
 from sftx.files import TEMPORARY, Lock, append_line, check_writable, explained, sweep, write_json, write_text
 from sftx.runs.library_log import LibraryLog
 from sftx.secrets import scrub, scrub_text
 
 MANIFEST, LOCK = "manifest.json", ".lock"
+FORMAT = 2
+"""Of run folders, in their manifest; raise it when an older version could not continue a new run, or the reverse."""
 LOG_TIME = "%Y-%m-%d %H:%M:%S,000"
 """As logging writes it."""
 ONLY = "default"
@@ -99,18 +101,24 @@ class RunFolder:
     def earlier(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Return the manifest of the same run's earlier attempt, or None when the folder is new.
 
-        Errors:
-            RunFolderError: the folder holds another run; every difference is named.
+        Raises:
+            RunFolderError: the folder holds another run, every difference is named; or one of another format.
         """
         path = self.path / MANIFEST
         if not path.is_file():
             return None
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            before = dict(manifest["identity"])
+            manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+            number = manifest.get("format")
+            before = dict(manifest["identity"]) if number in (FORMAT, None) else {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error) if isinstance(error, OSError | ValueError) else "no run is described there"
             raise RunFolderError(f"{path}: cannot be read ({reason}). {self._without_manifest()}") from None
+        if number != FORMAT:
+            raise RunFolderError(
+                f"{path}: {other_format(number, FORMAT)}. Continue the run with the version that made it, or choose "
+                "another output_dir."
+            )
         found = differences(before, scrub(json.loads(json.dumps(identity))))
         if found:
             raise RunFolderError(
@@ -132,7 +140,7 @@ class RunFolder:
         """Make the folder and write what is known before the first step."""
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self.manifest = scrub(manifest)
+        self.manifest = scrub({"format": FORMAT} | manifest)
         self.update(status="running")  # first: by its manifest a folder is known as a run's
         plain = scrub(json.loads(json.dumps(asdict(config))))
         write_text(self.path / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))

@@ -13,17 +13,22 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sftx.data.read import sha256_file
-from sftx.errors import CheckpointError, DataError, ModelError, TrainingError
+from sftx.errors import CheckpointError, DataError, ModelError, TrainingError, other_format
 from sftx.files import remove_folder, write_folder
-from sftx.model.adapt import AdaptedModel, Adapter
+from sftx.model.adapt import AdaptedModel
 from sftx.model.export import bytes_of, read_weights
-from sftx.parallel.engine import Stepper, Weights
+from sftx.parallel.engine import Weights
 
+if TYPE_CHECKING:
+    from sftx.training.trial import Trial
+
+FORMAT = 2
+"""Of checkpoints, in their manifest; raise it when an older version could not read a new one, or the reverse."""
 MANIFEST = "manifest.json"
 READ = (".json", ".safetensors")
 """How the names of files end that are read when a run goes on: none may be there that is not listed."""
@@ -84,7 +89,7 @@ def publish(root: Path, snapshot: Snapshot) -> Path:
     def fill(into: Path) -> None:
         snapshot.write(into)
         hashes = {str(p.relative_to(into)): sha256_file(p) for p in sorted(into.rglob("*")) if p.is_file()}
-        (into / MANIFEST).write_bytes(_manifest(snapshot.step, hashes))
+        (into / MANIFEST).write_bytes(_sealed({"format": FORMAT, "step": snapshot.step, "sha256": hashes}))
 
     folder = folder_of(root, snapshot.step)
     write_folder(folder, fill, replace=True, needed=snapshot.nbytes)
@@ -115,24 +120,32 @@ def rotate(root: Path, limit: int | None, best_step: int | None) -> None:
             remove_folder(folder)
 
 
-def _manifest(step: int, hashes: dict[str, str]) -> bytes:
-    """Return a manifest, which carries the hash of what it says."""
-    told = {"step": step, "sha256": hashes}
-    own = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    return json.dumps(told | {"self": own}, indent=2).encode()
+def _sealed(facts: dict[str, Any]) -> bytes:
+    """Return a manifest, which carries the hash of its facts; so it does in every format."""
+    own = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return json.dumps(facts | {"self": own}, indent=2).encode()
 
 
 def problem_of(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None when every file is as it was written."""
+    """Return what is wrong with a checkpoint, or None when every file is as it was written.
+
+    Raises:
+        CheckpointError: its manifest is sound, but of a format that this version does not read.
+    """
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
         return f"{MANIFEST} is missing" if folder.is_dir() else "it is not a folder"
     try:
         written = path.read_bytes()
-        told = json.loads(written)
-        step, hashes = told["step"], told["sha256"]
-        if written != _manifest(step, hashes):  # to the last byte: whatever is changed in it shows
+        facts = json.loads(written)
+        if written != _sealed({k: v for k, v in facts.items() if k != "self"}):  # to the last byte: any change shows
             return f"{MANIFEST} is damaged"
+        if (found := facts.get("format")) != FORMAT:
+            raise CheckpointError(
+                f"{folder}: {other_format(found, FORMAT)}. Continue it with the version that wrote it, or start over "
+                "in another output_dir."
+            )
+        step, hashes = facts["step"], facts["sha256"]
         for name, digest in hashes.items():
             if (folder / name).is_symlink():
                 return f"{name} is a link"  # to what may be removed meanwhile
@@ -158,8 +171,8 @@ def problem_of(folder: Path) -> str | None:
 def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint, and what is wrong with each newer one.
 
-    Errors:
-        CheckpointError: there are checkpoints, and all of them are damaged.
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged; or one is of another format.
     """
     problems: list[str] = []
     folders = listed(root)
@@ -177,11 +190,27 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def load(folder: Path, model: AdaptedModel, adapter: Adapter, stepper: Stepper) -> dict[str, Any]:
-    """Restore weights and optimizer from a checkpoint, and return its state.
+def named(path: Path) -> tuple[Path, list[str]]:
+    """Return the checkpoint that a path names, and what is wrong with newer ones: of a run its newest whole one.
 
-    Errors:
-        CheckpointError: it is damaged, or another run's.
+    Raises:
+        CheckpointError: it is a run's folder without a whole checkpoint.
+    """
+    inside = path / "checkpoints"
+    is_run = inside.is_dir() or (path / "config.yaml").is_file()
+    if not is_run and not listed(path):
+        return path, []
+    newest, problems = newest_verified(inside if is_run else path)
+    if newest is None:
+        raise CheckpointError(f"resume={path}: this run has no checkpoint yet. Name another run, or a checkpoint.")
+    return newest, problems
+
+
+def restore(folder: Path, model: AdaptedModel, trial: Trial) -> dict[str, Any]:
+    """Let a trial stand where a checkpoint was taken, and return its state; every rank calls it.
+
+    Raises:
+        CheckpointError: it is damaged, another run's, or of another format.
     """
     from safetensors.torch import load_file
 
@@ -191,8 +220,8 @@ def load(folder: Path, model: AdaptedModel, adapter: Adapter, stepper: Stepper) 
         raise CheckpointError(f"{folder}: {problem}. {cure}")
     rest = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
     try:
-        stepper.load_weights(read_weights(model, adapter, folder))
-        stepper.load_state(load_file(folder / "optimizer.safetensors"), rest)
+        trial.stepper.load_weights(read_weights(model, trial.adapter, folder))
+        trial.stepper.load_state(load_file(folder / "optimizer.safetensors"), rest)
     except (ModelError, CheckpointError, KeyError) as error:
         what = (
             f"{folder}: its optimizer's state holds {error}, which this run has not."
@@ -201,4 +230,13 @@ def load(folder: Path, model: AdaptedModel, adapter: Adapter, stepper: Stepper) 
         )
         what = what if str(folder) in what else f"{folder}: {what}"
         raise CheckpointError(f"{what} It is a checkpoint of another run. {cure}") from error
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    path = folder / "state.json"
+    try:
+        state = dict(json.loads(path.read_text(encoding="utf-8")))
+        trial.restore(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: does not hold what this version reads ({type(error).__name__}: {error}): another version of sftx "
+            f"wrote it. Continue it with that version, or start over in another output_dir."
+        ) from error
+    return state

@@ -177,7 +177,7 @@ def _roll_back(session: Session, trial: Trial, what: str, key: str) -> None:
     faults = replace(
         trial.faults, rollbacks=trial.faults.rollbacks + 1, rate_factor=trial.faults.rate_factor * SMALLER, in_a_row=0
     )
-    trial.restore(checkpoint.load(folder, session.model, trial.adapter, trial.stepper))
+    checkpoint.restore(folder, session.model, trial)
     trial.faults, trial.saved_step = faults, -1  # that checkpoint does not know of this rollback
     trial.open_feed(session)
     if session.engine.is_main:
