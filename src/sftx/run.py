@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from sftx.data.prepare import Data, open_data
 from sftx.errors import ConfigError, StoppedError
 from sftx.model.adapt import AdaptedModel, Lora
 from sftx.model.attention import VARLEN, attend_row_by_row, use_varlen
-from sftx.model.compiled import compile_blocks, missing_for_compiling
+from sftx.model.compiled import compile_blocks, limits_noticed, missing_for_compiling
 from sftx.model.cross_entropy import use_kernel
 from sftx.model.family import family_named, family_of
 from sftx.model.final import final_dtype
@@ -57,6 +58,7 @@ from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
 from sftx.training.tried import Tried, documents_leak, last_block_shortened
 
+log = logging.getLogger("sftx")
 PER_TRIAL = {
     "output_dir", "learning_rate", "lora_rank", "lora_alpha", "lora_dropout", "seed", "weight_decay", "max_grad_norm",
     "warmup_steps", "lr_scheduler_type", "optim", "mode", "optimizer", "scheduler", "num_train_epochs", "max_steps",
@@ -122,7 +124,8 @@ def _run(
         gc.enable()  # whoever started this may have put it off
         unfinished = [trial for trial in trials if trial.name not in results]
         if unfinished:
-            train(session, unfinished)
+            with limits_noticed(lambda function: _note_uncompiled(function, session, unfinished)):
+                train(session, unfinished)
         results |= {trial.name: finish_trial(trial, session) for trial in unfinished}
         finished = True
         return [results[trial.name] for trial in trials]
@@ -345,11 +348,22 @@ def _compile(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> 
     reason = missing_for_compiling(session.engine.device, sharded=session.engine.sharded)
     if reason is None:
         eager = trials[0].effective.settings["attn_implementation"] == "eager"
-        compile_blocks(session.model, "eager" if eager else "sdpa")
+        compile_blocks(session.model, "eager" if eager else "sdpa", len(trials))
     for trial in trials:
         trial.effective.settings["compile"] = reason is None
         if reason is not None:
             trial.effective.fall_back("compile", "true", "false", reason)
+
+
+def _note_uncompiled(function: str, session: Session, trials: Sequence[Trial]) -> None:
+    """Record that a function runs uncompiled where its inputs are of another kind than those so far."""
+    reason = f"torch compiled {function} as often as it may, and runs it uncompiled for other inputs"
+    log.warning("compile=true: %s", reason)
+    for trial in trials:
+        trial.effective.settings["compile"] = "in part"
+        trial.effective.fall_back("compile", "true", "in part", reason)
+        if session.engine.is_main:
+            trial.folder.update(effective=trial.effective.facts())
 
 
 def attention_of(config: TrainConfig) -> str:

@@ -1,22 +1,26 @@
-"""compile=true trains the same, and compiles for no batch anew."""
+"""compile=true trains the same, compiles every layer, and compiles for no batch anew."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from sftx.model import compiled
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
 from sftx.training import loop, tried
 
 STEPS = 6
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")
+LORA = ["mode=lora", "lora_dropout=0.1", "gradient_checkpointing=true"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")
-@pytest.mark.parametrize("case", [["mode=lora", "lora_dropout=0.1", "gradient_checkpointing=true"], ["mode=full"]])
+@needs_compiler
+@pytest.mark.parametrize("case", [LORA, ["mode=full"], ["mode=qlora", "lora_dropout=0.1"]], ids=lambda c: c[0])
 def test_compiled_training_is_the_same(make_config, captured, monkeypatch, case: list[str]) -> None:
     from torch._dynamo.utils import counters
 
@@ -33,16 +37,32 @@ def test_compiled_training_is_the_same(make_config, captured, monkeypatch, case:
     # Left out when compiled; where it is not, the last block's dropout draws masks of another shape.
     monkeypatch.setattr(tried, "shorten", lambda block: None)
     found = {}
-    for compiled in (False, True):
-        config = make_config(*case, f"compile={compiled}", f"max_steps={STEPS}", "eval_ratio=0", output=str(compiled))
+    for asked in (False, True):
+        config = make_config(*case, f"compile={asked}", f"max_steps={STEPS}", "eval_steps=3", output=str(asked))
         run([config])
         records = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-        found[compiled] = [[r[k] for r in records if k in r] for k in ("train/loss", "train/grad_norm")]
-    for plain, compiled in zip(found[False], found[True], strict=True):
-        assert compiled == pytest.approx(plain, rel=1e-5)
-    assert captured.trial.effective.facts()["settings"]["compile"] is True
+        found[asked] = [[r[k] for r in records if k in r] for k in ("train/loss", "train/grad_norm", "eval/loss")]
+    for plain, fast in zip(found[False], found[True], strict=True):
+        assert fast == pytest.approx(plain, rel=1e-5)
+    effective = captured.trial.effective.facts()
+    assert effective["settings"]["compile"] is True
+    assert not [f for f in effective["fallbacks"] if f["key"] == "compile"]
     assert graphs == [0] * STEPS + [graphs[-1]] * STEPS
     assert graphs[-1] > 0
+    if case is LORA:  # only attention itself is left out of what is compiled
+        assert counters["graph_break"].total() == 2, counters["graph_break"]  # in training and in evaluation
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_function_that_torch_compiles_no_more_is_named(make_config, captured, monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "VARIANTS", 1)
+    config = make_config(*LORA, "compile=true", "max_steps=1")
+    run([config])
+    effective = json.loads((Path(config.output_dir) / "manifest.json").read_text())["effective"]
+    assert effective["settings"]["compile"] == "in part"
+    (fallback, *_) = [f for f in effective["fallbacks"] if f["key"] == "compile"]
+    assert "forward" in fallback["reason"]
 
 
 def test_without_a_compiler_it_is_said(make_config, captured, monkeypatch: pytest.MonkeyPatch) -> None:

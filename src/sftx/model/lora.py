@@ -148,9 +148,15 @@ class Lean:
         """Return the layer's output; in PEFT's way where more than one plain adapter is asked for."""
         if args or kwargs or not _has_one_plain_adapter(self):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if self.shared is None or torch.compiler.is_compiling():
-            return _outputs([self], x)[0]
-        return self.shared.output(self, x)
+        if torch.compiler.is_compiling():  # it fuses PEFT's own; a weight in 4 bits would be held unfolded
+            whole = type(self.base_layer) is nn.Linear
+            return super().forward(x) if whole else _output_uncompiled(self, x)  # type: ignore[misc]
+        return _outputs([self], x)[0] if self.shared is None else self.shared.output(self, x)
+
+
+@torch.compiler.disable
+def _output_uncompiled(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return _outputs([layer], x)[0]
 
 
 class SharedInput:
