@@ -31,7 +31,8 @@ from sftx.model.family import family_named, family_of
 from sftx.model.final import final_dtype
 from sftx.model.fused import use_liger
 from sftx.model.lean import import_peft
-from sftx.model.load import Source, find_model, load_base, load_template
+from sftx.model.limits import check_rows
+from sftx.model.load import Source, find_model, load_base, load_template, refuse_quantized
 from sftx.model.rotation import rotate_lean, use_rotation
 from sftx.model.shortcuts import lean_norms
 from sftx.parallel import watch
@@ -183,6 +184,8 @@ def _prepare(
         keep_freed_memory()
     rows_for = open_data(config)
     source = find_model(config.model_name_or_path)
+    if config.train_mode == "full":
+        refuse_quantized(source)
     family, remark = family_of(config.model, source.model_type, downloaded=source.downloaded)
     effective.remarks += remark
     trust = config.trust_remote_code
@@ -218,6 +221,7 @@ def _prepare(
             trust_remote_code=trust,
             sharded=engine.sharded,
         )
+    check_rows(base, data, template.tokenizer, config)
     if not engine.sharded:
         lean_norms(base)
     if isinstance(mode, Lora):

@@ -9,8 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconH1Config,
+    Gemma2Config,
+    GPT2Config,
+    Mamba2Config,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
+from sftx.errors import ModelError
 from sftx.model.builtin import ensure_builtin
 from sftx.run import run
 
@@ -85,3 +97,50 @@ def test_a_full_run_of_a_mixture_is_resumed_bitwise_and_its_best_state_is_publis
         found, wanted = (Path(c.output_dir, name).read_bytes() for c in (resumed, straight))
         assert found == wanted, name
     assert "resumed from" in Path(resumed.output_dir, "train.log").read_text(encoding="utf-8")
+
+
+def test_a_token_id_without_an_embedding_is_refused_with_its_row(make_config, make_model) -> None:
+    size = len(AutoTokenizer.from_pretrained(ensure_builtin()))
+    folder = make_model(Qwen2Config, vocab_size=size - 8, pad_token_id=None, eos_token_id=None)
+    with pytest.raises(ModelError, match=r":2: token id \d+ \('<\|im_\w+\|>'\) has no embedding: .* has \d+\."):
+        run([make_config(f"model_name_or_path={folder}")])
+    with pytest.raises(ModelError, match=r"^the tokenizer of .*: token id \d+ .* has no embedding"):
+        run([make_config(f"model_name_or_path={folder}", "data.streaming=true", "eval_ratio=0", "max_steps=1")])
+
+
+@pytest.mark.parametrize("config_class", [GPT2Config, OPTConfig])
+def test_a_row_beyond_the_models_learned_positions_is_refused(make_config, make_model, config_class: Any) -> None:
+    sizes = {"max_position_embeddings": 64, "head_dim": 16, "ffn_dim": 64, "word_embed_proj_dim": 64}
+    folder = make_model(config_class, **sizes)
+    named = f"model_name_or_path={folder}"
+    mode = "mode=full" if config_class is GPT2Config else "mode=lora"  # GPT-2's layers are no nn.Linear
+    with pytest.raises(ModelError, match=r":\d+: this row has \d+ tokens, and .* 64 only\. Set max_seq_length=64\."):
+        run([make_config(named)])
+    with pytest.raises(ModelError, match=r"^max_seq_length=96: .* learned positions for 64 tokens only"):
+        run([make_config(named, "data.streaming=true", "eval_ratio=0", "max_steps=1")])
+    assert run([make_config(named, mode, "max_seq_length=64", "max_steps=1")])[0].steps == 1
+
+
+MAMBA = {
+    Mamba2Config: {"state_size": 8, "num_heads": 8, "n_groups": 2, "expand": 2},
+    FalconH1Config: {
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
+        "mamba_expand": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config_class", MAMBA)
+def test_mamba_layers_are_trained_with_lora(make_config, make_model, config_class: Any) -> None:
+    config = make_config(f"model_name_or_path={make_model(config_class, **MAMBA[config_class])}", "max_steps=1")
+    assert run([config])[0].steps == 1
+    assert any("out_proj of Mamba layers" in r for r in manifest_of(config)["effective"]["remarks"])
+
+
+def test_full_mode_refuses_weights_that_are_stored_quantized(make_config, make_model) -> None:
+    folder = make_model(Qwen2Config)
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"^mode=full: the weights of .* are stored quantized \(bitsandbytes; "):
+        run([make_config(f"model_name_or_path={folder}", "mode=full")])

@@ -141,6 +141,17 @@ def test_the_embedded_tokenizer_is_the_one_in_its_file(tmp_path: Path, monkeypat
 # Folders that are no whole model
 
 
+def test_a_hub_repository_that_has_only_pickled_weights(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    files = [SimpleNamespace(rfilename=name) for name in ("config.json", "pytorch_model.bin", "tokenizer.json")]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
+    message = refused("org/name")
+    assert "has only pytorch_model.bin, and sftx downloads .safetensors" in message
+    assert "hf download org/name" in message
+
+
 def test_a_folder_without_config(model: Path) -> None:
     (model / "config.json").unlink()
     message = refused(model)

@@ -120,8 +120,12 @@ def _download(name: str) -> Path:
             return Path(from_modelscope(name))
         from huggingface_hub import HfApi, constants, snapshot_download
 
-        HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # the download itself would wait for ever
+        # the download itself would wait for ever
+        there = HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings or []
+        _check_weights(name, [file.rfilename for file in there])
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except ModelError:
+        raise
     except ImportError as error:
         raise ModelError(f"model_name_or_path={name}: ModelScope is not installed: pip install modelscope.") from error
     except Exception as error:
@@ -130,6 +134,39 @@ def _download(name: str) -> Path:
             f"({type(error).__name__}: {_first_line(error)}). "
             f"Without a network give the model's folder; behind a mirror set HF_ENDPOINT, or USE_MODELSCOPE=1."
         ) from error
+
+
+def _check_weights(name: str, files: list[str]) -> None:
+    """Raise if a hub repository has no weights that sftx downloads.
+
+    Raises:
+        ModelError: it has none as safetensors.
+    """
+    if files and not any(file.endswith(".safetensors") for file in files):
+        pickled = [file for file in files if file.endswith((".bin", ".pth", ".pt", ".gguf"))]
+        found = (
+            f"only {', '.join(pickled[:3])}{', ...' if len(pickled) > 3 else ''}" if pickled else "no weights at all"
+        )
+        raise ModelError(
+            f"model_name_or_path={name}: its hub repository has {found}, and sftx downloads .safetensors. Choose "
+            f"another repository"
+            + (f", or fetch it yourself: hf download {name}, then the same command." if pickled else ".")
+        )
+
+
+def refuse_quantized(source: Source) -> None:
+    """Raise if a model's weights are stored quantized: no optimizer can train those.
+
+    Raises:
+        ModelError: they are; not for MXFP4, which transformers dequantizes.
+    """
+    stored = json.loads((source.folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if stored and stored.get("quant_method") != "mxfp4":
+        method = stored.get("quant_method") or "an unnamed method"
+        raise ModelError(
+            f"mode=full: the weights of {source.name} are stored quantized ({method}; `quantization_config` in "
+            f"{source.folder / 'config.json'}) and cannot all be trained. Give the unquantized model, or mode=lora."
+        )
 
 
 def load_template(

@@ -53,10 +53,12 @@ class Work:
 
 
 def work_of(model: AdaptedModel) -> Work | None:
-    """Count a model's layers; None where its experts or its head cannot be read from them."""
+    """Count a model's layers; None where its experts, its head or its attention cannot be read from them."""
     head = model.module.get_output_embeddings()
     config = model.module.config.get_text_config()
     if not isinstance(head, nn.Linear) or getattr(config, "num_experts", None) or "moe" in str(config.model_type):
+        return None
+    if not getattr(config, "num_attention_heads", None):  # Mamba-2
         return None
     layers = [_linear(m) for m in model.module.modules() if isinstance(m, nn.Linear) and m is not head]
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
