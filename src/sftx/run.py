@@ -257,6 +257,10 @@ def _trial(
         effective.settings["final_dtype"] = final_dtype(session.base_folder, config.final_dtype)
     if adapter.left_out:
         effective.remark(f"not adapted: {'; '.join(adapter.left_out)}.")
+    if adapter.without_dropout and config.lora_dropout:
+        reason = "PEFT adapts these weights as parameters, for which it has no dropout"
+        names = ", ".join(adapter.without_dropout)
+        effective.fall_back("lora_dropout", config.lora_dropout, f"0 in {names}", reason)
     world = session.engine.world_size
     feed = data.stream.feed(config, world) if data.stream else _planned(config, session, world)
     steps = derive_steps(config, feed.units, world)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     FalconH1Config,
     Gemma2Config,
+    Glm4MoeConfig,
     GPT2Config,
     Mamba2Config,
     OPTConfig,
@@ -144,3 +146,32 @@ def test_full_mode_refuses_weights_that_are_stored_quantized(make_config, make_m
     (folder / "config.json").write_text(json.dumps(stored), encoding="utf-8")
     with pytest.raises(ModelError, match=r"^mode=full: the weights of .* are stored quantized \(bitsandbytes; "):
         run([make_config(f"model_name_or_path={folder}", "mode=full")])
+
+
+def test_where_peft_has_no_dropout_it_is_stated(make_config, make_model) -> None:
+    folder = make_model(
+        Glm4MoeConfig, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    named = f"model_name_or_path={folder}"
+    found = []
+    for dropout in (0.1, 0):
+        config = make_config(named, "max_steps=1", f"lora_dropout={dropout}", output=f"dropout-{dropout}")
+        run([config])
+        fallbacks = manifest_of(config)["effective"]["fallbacks"]
+        found.append([f["effective"] for f in fallbacks if f["key"] == "lora_dropout"])
+    (said,), nothing = found
+    assert said.startswith("0 in ")
+    assert "down_proj.weight" in said
+    assert not nothing
+
+
+def test_what_a_saved_adapter_does_not_adapt_is_stated(make_config, make_model, tmp_path: Path) -> None:
+    folder, start = make_model(Qwen2Config), tmp_path / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base, lora).save_pretrained(start)
+    config = make_config(f"model_name_or_path={folder}", f"adapter={start}", "lora_alpha=16", "max_steps=1")
+    run([config])
+    (said,) = (r for r in manifest_of(config)["effective"]["remarks"] if r.startswith("not adapted: "))
+    assert said.startswith("not adapted: down_proj, gate_proj, k_proj, o_proj, up_proj (")

@@ -21,7 +21,7 @@ from sftx.model.dropout import Clock, KeyedDropout, key_of
 from sftx.model.head import LossHead
 from sftx.model.lean import bitsandbytes
 from sftx.model.lora import speed_up
-from sftx.model.targets import Targets, check_injected, find_targets, injected, share_in_4_bits, size_of
+from sftx.model.targets import Targets, check_injected, find_targets, injected, left_out_by, share_in_4_bits, size_of
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ class Adapter:
     left_out: list[str] = field(default_factory=list)
     """Layers that are not adapted, each with its reason."""
 
+    @property
+    def without_dropout(self) -> list[str]:
+        """The weights that PEFT adapts as parameters, by the ends of their names: it has no dropout for those."""
+        return list(getattr(self.config, "target_parameters", None) or [])
+
 
 class AdaptedModel:
     """A base model and the adapters trained on it; full mode is one adapter that is the model itself."""
@@ -160,12 +165,13 @@ class AdaptedModel:
                 self._targets = find_targets(self.module)
             config = mode.peft_config(self._targets) if start is None else _saved_config(start, mode)
             self._inject(name, config)
+            left_out = self._targets.left_out
             if start is None:
                 check_injected(self.module, name, self._targets)
+            else:
+                left_out = left_out_by(start, injected(self.module, name), self._targets)
             parameters = {n: p for n, p in self.module.named_parameters() if adapter_of(n) == name}
-            adapter = Adapter(
-                name, parameters, clock, config=config, left_out=self._targets.left_out if start is None else []
-            )
+            adapter = Adapter(name, parameters, clock, config=config, left_out=left_out)
             self._initialise(adapter, seed, mode.dropout)
             saved = read_adapter(start, adapter) if start is not None else {}
             for key, parameter in parameters.items():

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -92,6 +93,13 @@ def check_injected(model: nn.Module, adapter: str, targets: Targets) -> None:
         raise ModelError(
             f"PEFT adapts other layers than it was asked to: {len(unlike)} differ, first `{first}` {what}."
         )
+
+
+def left_out_by(start: Path, found: set[str], targets: Targets) -> list[str]:
+    """Return what is not adapted when a saved adapter's own layers are: `found`."""
+    lacking = _leaves(n.removesuffix(".weight") for n in targets.names - found)
+    left_out = [] if found - targets.names else list(targets.left_out)  # it may hold what is usually left out
+    return [*left_out, *([f"{', '.join(lacking)} (of all or some blocks; not in {start})"] if lacking else [])]
 
 
 def injected(model: nn.Module, adapter: str) -> set[str]:
