@@ -196,6 +196,8 @@ def _prepare(
         )
     effective.settings["trust_remote_code"] = trust
     template = load_template(source, family, config.template_name, family_named, trust_remote_code=trust)
+    effective.settings["chat_template"] = template.origin
+    effective.remarks += template.remarks
     data = rows_for(template)
     numerics = build(config.precision).resolve(engine.device, effective)
     attention = attention_of(config)

@@ -88,10 +88,14 @@ def test_train_file_name(make_config, captured, corpus: Path) -> None:
 
 
 def test_template_name(make_config, captured) -> None:
-    run([make_config("template_name=gemma", "max_steps=1")])
+    config = make_config("template_name=qwen2", "max_steps=1")
+    run([config])
     text = captured.session.template.tokenizer.decode(captured.session.rows[0].ids_T)
-    assert text.startswith("<start_of_turn>user\n")
-    assert "<|im_start|>" not in text
+    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+    manifest = json.loads((Path(config.output_dir) / "manifest.json").read_text(encoding="utf-8"))
+    stated = "sftx's qwen2, by template_name=qwen2; not the model's own"
+    assert manifest["effective"]["settings"]["chat_template"] == stated
+    assert f"template  {stated}" in (Path(config.output_dir) / "train.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("mode", ["qlora", "full"])

@@ -248,6 +248,7 @@ def test_a_models_own_template_is_used_and_saved(model: Path) -> None:
     text = template.render([{"role": "user", "content": "hi"}], generation_prompt=True)
     assert text.startswith("own: <|im_start|>user\nhi")
     assert template.tokenizer.chat_template == own
+    assert (template.origin, template.remarks) == ("the model's own", [])
 
 
 def test_the_default_one_of_several_own_templates_is_used(model: Path) -> None:
@@ -262,19 +263,35 @@ def test_the_familys_template_is_used_when_there_is_none(model: Path) -> None:
     template = load_template(find_model(str(model)), QWEN, None, lambda _: None)
     assert template.source == template_source("chatml")
     assert template.tokenizer.chat_template == template.source
+    assert template.origin == "sftx's chatml; the model brings none"
     message = template_refused(model, GENERIC)
     assert "brings no chat template" in message
     assert "template_name=chatml" in message
 
 
 def test_a_template_is_named_by_family_or_by_itself(model: Path) -> None:
-    families = {"llama": Family(["llama"], "llama3", ["<|eot_id|>"])}
-    for name in ("llama", "llama3"):
+    families = {"llama": Family(["llama"], "qwen2", ["<|eot_id|>"])}
+    for name in ("llama", "qwen2"):
         template = load_template(find_model(str(model)), QWEN, name, families.get)
-        assert template.source == template_source("llama3")
+        assert template.source == template_source("qwen2")
         assert template.stop_tokens == QWEN.stop_tokens, "<|eot_id|> is no token of this model"
+        assert template.origin == f"sftx's qwen2, by template_name={name}; not the model's own"
     with pytest.raises(ConfigError, match=r"template_name=llamma.*Did you mean `llama3`"):
         load_template(find_model(str(model)), QWEN, "llamma", families.get)
+
+
+def test_a_template_whose_control_tokens_the_tokenizer_lacks_is_refused(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"by template_name=llama3.*writes <\|eot_id\|>, .* does not have as tokens"):
+        load_template(find_model(str(model)), QWEN, "llama3", lambda _: None)
+    with pytest.raises(ConfigError, match=r"sftx's gemma.*writes <end_of_turn>, <start_of_turn>, which the tokenizer"):
+        load_template(find_model(str(model)), QWEN, "gemma", lambda _: None)
+    own = model / "chat_template.jinja"
+    own.write_text(template_source("llama3"), encoding="utf-8")  # an answer's end would be letters
+    with pytest.raises(ConfigError, match=r"\(the model's own\) writes <\|eot_id\|>"):
+        load_template(find_model(str(model)), QWEN, None, lambda _: None)
+    own.write_text(template_source("chatml").replace("<|im_start|>", "<|turn|>"), encoding="utf-8")
+    template = load_template(find_model(str(model)), QWEN, None, lambda _: None)
+    assert template.remarks == ["the chat template writes <|turn|> as plain text: no tokens of this model."]
 
 
 def test_pad_is_another_token_than_the_end(model: Path) -> None:

@@ -12,7 +12,9 @@ from sftx.config.options import component_of
 from sftx.data.policy import EncodePolicy
 from sftx.data.record import Message, Record
 from sftx.data.template import TEMPLATES, ChatTemplate, template_source
+from sftx.errors import ConfigError
 from sftx.model.family import family_named
+from sftx.model.markers import check_markers
 
 IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 CHATML = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -172,12 +174,13 @@ TALK = tuple(
 )
 
 
-def template_of(name: str) -> ChatTemplate:
+def template_of(name: str, without: str = "") -> ChatTemplate:
     golden = FAMILIES[name]
+    special = [t for t in golden.special if t != without]
     option = {"chatml": "qwen", "llama3": "llama", "phi3": "phi"}.get(name, name)
     family = component_of("model", option)
     assert family["template"] == name
-    return ChatTemplate(byte_tokenizer(*golden.special, **golden.named), template_source(name), family["stop_tokens"])
+    return ChatTemplate(byte_tokenizer(*special, **golden.named), template_source(name), family["stop_tokens"])
 
 
 def spans(template: ChatTemplate, record: Record) -> list[list[str]]:
@@ -225,6 +228,16 @@ def test_what_stands_before_each_answer_is_inferences_prompt(name: str) -> None:
     thinking = False if name == "qwen3" else None
     asked = [{"role": m.role, "content": m.content} for m in TALK]
     assert starts == [template.prompt_ids(asked[:k], thinking=thinking) for k in (2, 4)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_familys_control_tokens_are_those_of_its_tokenizer_and_each_is_missed(name: str) -> None:
+    assert check_markers(template_of(name), model="m", own=False) is None
+    text = FAMILIES[name].prompt + FAMILIES[name].first
+    for token in (t for t in FAMILIES[name].special if t in text and t not in FAMILIES[name].named.values()):
+        if token.startswith("<"):  # [INST] is plain text to many
+            with pytest.raises(ConfigError, match=rf"writes .*{re.escape(token)}"):
+                check_markers(template_of(name, without=token), model="m", own=False)
 
 
 @pytest.mark.parametrize("name", [n for n, g in FAMILIES.items() if g.bare])

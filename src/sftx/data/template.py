@@ -70,6 +70,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, source: str, stop_tokens: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.source = source
+        self.origin = "given"
+        """Which template it is and whose, as the header states it."""
+        self.remarks: list[str] = []
         self.changed: dict[str, str] = {}
         """What `final/` must set over the base's own tokenizer files: `chat_template`, `pad_token`."""
         added = {t.content for t in tokenizer.added_tokens_decoder.values()}

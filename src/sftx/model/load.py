@@ -18,6 +18,7 @@ from sftx.model.attention import register
 from sftx.model.family import Family
 from sftx.model.find import local_folder, missing_files, weight_files
 from sftx.model.lean import compile_patterns_later
+from sftx.model.markers import check_markers
 from sftx.model.targets import kept_whole
 
 if TYPE_CHECKING:
@@ -179,8 +180,8 @@ def load_template(
 ) -> ChatTemplate:
     """Load a model's tokenizer and choose its template: `template_name`, else its own, else the family's.
 
-    Errors:
-        ModelError, ConfigError: no tokenizer, or no template.
+    Raises:
+        ModelError, ConfigError: no tokenizer, no template, or one whose control tokens the tokenizer lacks.
     """
     from transformers import AutoTokenizer
 
@@ -201,18 +202,23 @@ def load_template(
     stops = family.stop_tokens
     if template_name is not None:
         named = family_for(template_name)
-        text = template_source(named.template if named and named.template else template_name)
+        name = named.template if named and named.template else template_name
+        text, origin = template_source(name), f"sftx's {name}, by template_name={template_name}"
+        origin += "" if own is None else "; not the model's own"
         stops = [*(named.stop_tokens if named else []), *stops]
     elif own is not None:
-        text = own
+        text, origin = own, "the model's own"
     elif family.template is not None:
-        text = template_source(family.template)
+        text, origin = template_source(family.template), f"sftx's {family.template}; the model brings none"
     else:
         raise ConfigError(
             f"template_name: {source.folder} brings no chat template and its model_type `{source.model_type}` is "
             f"not in conf/model/: choose one, for example template_name=chatml."
         )
     template = ChatTemplate(tokenizer, text, stops)
+    template.origin = origin
+    if remark := check_markers(template, model=source.name, own=text == own):
+        template.remarks.append(remark)
     tokenizer.chat_template = text
     pad = tokenizer.pad_token
     _choose_pad(tokenizer, template)
