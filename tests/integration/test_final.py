@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from sftx.errors import ModelError
 from sftx.model.builtin import ensure_builtin
 from sftx.model.find import reference_to
 from sftx.run import run
@@ -152,3 +153,46 @@ def used_elsewhere(folder: Path, tmp_path: Path) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+def test_generation_settings_that_transformers_warns_of_are_kept(base: Path, make_config, save_strategy: str) -> None:
+    edit(base / "generation_config.json", temperature=0.9, top_p=0.6, do_sample=False)
+    config = make_config("mode=full", f"model_name_or_path={base}", "max_steps=1", f"save_strategy={save_strategy}")
+    run([config])
+    facts = json.loads((Path(config.output_dir) / "final" / "generation_config.json").read_text())
+    assert (facts["temperature"], facts["top_p"], facts.get("do_sample", False)) == (0.9, 0.6, False)
+
+
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_final_that_cannot_be_saved_is_refused_before_the_first_step(
+    base: Path, make_config, mode: str, save_strategy: str, captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no such tokenizer")
+
+    monkeypatch.setattr("sftx.model.final.copy_tokenizer", fail)
+    config = make_config(f"mode={mode}", f"model_name_or_path={base}", f"save_strategy={save_strategy}")
+    with pytest.raises(ModelError, match=r"final/ cannot be saved \(ValueError: no such tokenizer\)"):
+        run([config])
+    assert captured.session is None, "training was not begun"
+    assert not Path(config.output_dir).exists()
+
+
+def test_what_transformers_refuses_to_save_is_said_before_the_first_step(
+    base: Path, make_config, monkeypatch: pytest.MonkeyPatch, captured
+) -> None:
+    """Some versions refuse what the test above sees kept."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("GenerationConfig is invalid: \n- `temperature`: `do_sample` is not set\n\nFix these issues.")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", refuse)
+    with pytest.raises(
+        ModelError, match=r"final/ cannot be saved \(ValueError: .*`temperature`: `do_sample`"
+    ) as caught:
+        run([make_config("mode=full", f"model_name_or_path={base}")])
+    assert "\n" not in str(caught.value)
+    assert f"Correct {base}" in str(caught.value)
+    assert captured.session is None

@@ -40,12 +40,19 @@ def save_final(
 
     def fill(into: Path) -> None:
         write_weights(into)
-        if not adapter.is_lora:
-            _correct_config(into, DTYPES[final_dtype(base, dtype)])
-            _add_stop_ids(into, model.module.config, template)
-        copy_tokenizer(base, template.tokenizer, template.changed, into, alone=adapter.is_lora)
+        complete(into, model, adapter, template, base, dtype)
 
     write_folder(folder, fill, replace=True, needed=bytes_of(weights))
+
+
+def complete(
+    folder: Path, model: AdaptedModel, adapter: Adapter, template: ChatTemplate, base: Path, dtype: str
+) -> None:
+    """Add to what `weights_writer` wrote the rest of `final/`: configs and tokenizer."""
+    if not adapter.is_lora:
+        _correct_config(folder, DTYPES[final_dtype(base, dtype)])
+        _add_stop_ids(folder, model.module.config, template)
+    copy_tokenizer(base, template.tokenizer, template.changed, folder, alone=adapter.is_lora)
 
 
 def stored_dtypes(folder: Path) -> dict[str, str]:

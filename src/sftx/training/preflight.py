@@ -1,4 +1,4 @@
-"""Before the first step: is there room for what the run will write, and can a checkpoint be written at all?"""
+"""Before the first step: is there room for what the run will write, and can it be written at all?"""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
 
 from sftx.build import build
-from sftx.errors import RunFolderError
+from sftx.errors import ModelError, RunFolderError, SftxError
 from sftx.files import bytes_in, free_bytes, rehearse_folder
+from sftx.model.final import complete
 from sftx.model.targets import size_of
 from sftx.parallel.engine import on_main
 from sftx.runs.effective import Effective
@@ -104,21 +107,36 @@ def _kept(trial: Trial) -> int:
 
 
 def rehearse(trial: Trial, session: Session) -> None:
-    """Write a checkpoint beside where they will be, and remove it again; every rank calls it.
+    """Write a checkpoint and the rest of `final/` beside where they will be, and remove them; every rank calls it.
 
-    It shows in time what cannot be written, and how long it takes.
+    It shows in time what cannot be written, and about how long a checkpoint takes.
 
-    Errors:
-        RunFolderError: it cannot be written.
+    Raises:
+        RunFolderError: the disk refuses it.
+        ModelError: transformers or PEFT refuses it.
     """
     started = time.monotonic()
     taken = snapshot(session, trial)
     seconds: list[float] = []
 
+    def fill(into: Path) -> None:
+        assert taken is not None, "the main rank has it"
+        taken.write(into)
+        complete(into, session.model, trial.adapter, session.template, session.base_folder, trial.config.final_dtype)
+
     def write() -> None:
         assert taken is not None, "the main rank has it"
-        rehearse_folder(trial.folder.path / "rehearsal", taken.write, taken.nbytes)
-        seconds.append(time.monotonic() - started)
+        try:
+            rehearse_folder(trial.folder.path / "rehearsal", fill, taken.nbytes)
+            seconds.append(time.monotonic() - started)
+        except SftxError:
+            raise
+        except Exception as error:
+            reason = shorten(f"{type(error).__name__}: {error}", 300)
+            raise ModelError(
+                f"final/ cannot be saved ({reason}). It was tried before the first step, and nothing was trained. "
+                f"Correct {session.base_folder}, or train a corrected copy of it."
+            ) from error
 
     on_main(session.engine, write)
     for one in seconds:
