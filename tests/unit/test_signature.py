@@ -1,10 +1,11 @@
 """A component's arguments, read from its source: what a user's own class may look like."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
-from sftx.config.signature import TargetNotFound, read_signature
+from sftx.config.signature import TargetNotFound, module_file, read_signature
 
 OWN = '''
 import abc
@@ -149,3 +150,15 @@ def test_target_not_found(target, said):
 @pytest.mark.parametrize("target", ["builtins.dict", "math.sqrt", "_json.make_encoder"])
 def test_compiled_code_is_left_to_python(target):
     assert read_signature(target) is None
+
+
+def test_a_module_in_folders_without_init_files_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without `__init__.py` inside a package, and inside such a folder."""
+    file = tmp_path / "a_package" / "plain" / "deeper" / "parts.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("class Mine:\n    def __init__(self, x: int) -> None: ...\n")
+    (tmp_path / "a_package" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert module_file("a_package.plain.deeper.parts") == file
+    assert module_file("a_package.plain.deeper.missing") is None
+    assert module_file("a_package.plain") is None

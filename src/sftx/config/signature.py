@@ -104,11 +104,9 @@ def module_file(module: str) -> Path | None:
         spec = find_spec(first)  # a top-level name: nothing is imported
     except (ImportError, ValueError):
         return None
-    done = first
     for part in rest:
-        done = f"{done}.{part}"
         search = list((spec and spec.submodule_search_locations) or [])
-        spec = PathFinder.find_spec(done, search) if search else None
+        spec = PathFinder.find_spec(part, search) if search else None  # the whole name would need its parent imported
     if spec is None or not spec.has_location or spec.origin is None:
         return None
     return Path(spec.origin)
