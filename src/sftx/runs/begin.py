@@ -20,6 +20,7 @@ from sftx.runs.effective import Effective
 from sftx.runs.folder import RunFolder, RunLog
 from sftx.runs.header import as_text, count, header, length_line
 from sftx.runs.metrics import Recorder, Tracker, drop_after
+from sftx.runs.origin import foreign_adapter, foreign_checkpoint
 from sftx.runs.result import Result
 from sftx.runs.resume import finished, refuse_shorter, remark_on_length
 from sftx.secrets import scrub
@@ -60,6 +61,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting, who: dict[str, 
     rehearse(trial, session)
     if not session.engine.is_main:
         return None
+    _remark_on_origin(config, source, who, effective)
     attempt = {"from_step": trial.step, "command": setting.command, "started": setting.environment["started"]}
     folder.open(
         config,
@@ -120,6 +122,14 @@ def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> s
     if chosen.resolve().parent == trial.folder.checkpoints.resolve():
         trial.saved_step = trial.step
     return "\n".join([*said, f"resumed from {chosen} (step {trial.step} of {trial.steps.total})"])
+
+
+def _remark_on_origin(config: TrainConfig, source: Source, who: dict[str, Any], effective: Effective) -> None:
+    """State where an adapter or a checkpoint comes from that another run made, with another base or other data."""
+    if config.adapter and (said := foreign_adapter(Path(config.adapter), source, who["model"])):
+        effective.remark(said)
+    if config.resume not in ("auto", "never") and (said := foreign_checkpoint(Path(config.resume), who)):
+        effective.remark(said)
 
 
 def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effective: Effective) -> None:
