@@ -25,7 +25,7 @@ PACKAGES_swift := ms-swift bitsandbytes
 PACKAGES_litgpt := litgpt requests bitsandbytes
 
 .DEFAULT_GOAL := help
-.PHONY: help train install install-dev test test-baseline test-slow faults faults-kill faults-others test-gpu lint format docs smollm2 bench-peers lock clean
+.PHONY: help train install install-dev test test-baseline test-slow faults faults-kill faults-others test-gpu test-triton lint format docs smollm2 bench-peers lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -57,6 +57,9 @@ faults-kill faults-others:
 
 test-gpu: install-dev ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-triton: $(VENV)/triton ## the Triton kernel, compiled and interpreted without a GPU
+	PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/fake_gpu/test_triton.py $(ARGS)
 
 lint: install-dev ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -100,6 +103,11 @@ $(VENV)/.installed-slow: $(VENV)/.installed-dev
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet $(INDEX) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# In a folder of its own: the other tests run without it, as on a machine without a GPU.
+$(VENV)/triton: constraints.txt | $(VENV)/.installed-dev
+	$(PIP) install --quiet $(INDEX) -c constraints.txt --no-deps --upgrade --target $@ triton
 	@touch $@
 
 # torch again beside the trainer, so that it stays; the others of its family are for CUDA, and LLaMA-Factory loads them.

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = """\
 # Every package that sftx can install, pinned; made by `make lock` from the extras of pyproject.toml.
 # torch carries no local suffix (+cpu, +cu128): which build is installed is chosen by TORCH_INDEX (see the Makefile),
-# and torch itself brings the nvidia packages that fit it.
+# and torch itself brings the nvidia packages that fit it. triton is the one that torch's CUDA builds require: change
+# both by hand, together.
 """
 
 
@@ -23,9 +24,8 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(d for name, group in extras.items() if name != "gpu" for d in group)]
-    pinned = [
-        line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")
-    ]
+    lines = (ROOT / "constraints.txt").read_text().split()
+    pinned = [line for line in lines if line.startswith(("torch==", "triton=="))]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
@@ -34,11 +34,7 @@ def main() -> None:
         found = json.loads(report.read_text())["install"]
     versions = {i["metadata"]["name"].lower().replace("_", "-"): i["metadata"]["version"] for i in found}
     versions |= {d.split(">=")[0]: d.split(">=")[1] for d in extras["gpu"] if d.split(">=")[0] not in versions}
-    kept = {
-        n: v.split("+")[0]
-        for n, v in versions.items()
-        if not n.startswith("nvidia") and n not in ("triton", "setuptools")
-    }
+    kept = {n: v.split("+")[0] for n, v in versions.items() if not n.startswith("nvidia") and n != "setuptools"}
     print(HEAD + "\n".join(f"{n}=={v}" for n, v in sorted(kept.items())))
 
 
