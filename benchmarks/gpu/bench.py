@@ -7,7 +7,9 @@ Models have the shapes of Qwen2.5 and random weights; rows are all as long as `-
 padding out. sftx runs through `train.py` and its own metrics are read. Prints a JSON line a run: tokens a second
 (over the steps after the first four, without a stop between them), MFU (operations counted alike for all,
 src/sftx/training/flops.py; recomputed ones do not count) and peak memory; then one line with sftx's ratio to each
-other. What did not fit or was not run is a line that says so. `--set compile=true` and the like go to sftx alone.
+other. `sftx` has the settings of the others: bf16, torch's AdamW, no dropout, no checkpointing; `defaults` is sftx as
+it comes: fp16, paged AdamW, dropout, checkpointing, 16 rows a step, in micro-batches of as many as fit. What did not
+fit or was not run is a line that says so. `--set compile=true` and the like go to sftx alone.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BATCH = {"toy": 2, "0.5b": 8, "7b": 2}
 """Rows of a micro-batch, which is a step."""
+OWN, DEFAULTS = "sftx", "defaults"
+DEFAULT_STEP = 16
+"""Rows of a step by default."""
 RANK, ALPHA = 16, 32
 WARM = 4
 """Steps that are not counted, and those between two records of sftx."""
@@ -53,23 +58,24 @@ def main() -> int:
     """Run what was asked for, as far as the time goes."""
     asked = _arguments()
     if asked.part:
-        print(json.dumps(PARTS[asked.part](asked)))
+        print(json.dumps(PARTS[asked.part](asked)), flush=True)
         return 0
     end = time.monotonic() + 60 * asked.minutes
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for shape in asked.shapes.split(","):
             asked.folder = Path(scratch) / shape
-            _make_model(asked.folder, SHAPES[shape])
-            rows = _make_rows(asked.folder, asked.length, asked.steps * BATCH[shape])
+            made = [sys.executable, __file__, "--part", "model", "--folder", str(asked.folder), "--shapes", shape]
+            done = subprocess.run(made, check=True, stdout=subprocess.PIPE, text=True)  # here, it would stay on the GPU
+            device = json.loads(done.stdout.splitlines()[-1])
             for mode, peer in ((m, p) for m in asked.modes.split(",") for p in asked.trainers.split(",")):
                 case = {"benchmark": "gpu", "shape": shape, "mode": mode, "trainer": peer, "length": asked.length}
                 left = end - time.monotonic()
-                reason = "the time was over" if left <= 0 else _too_large(asked.folder, mode)
-                found = _measured(asked, case, rows, left) if reason is None else {"not_run": reason}
+                reason = "the time was over" if left <= 0 else _too_large(asked.folder, mode, device["memory"])
+                found = _measured(asked, case, left) if reason is None else {"not_run": reason}
                 results.append(case | found)
                 print(json.dumps(results[-1]), flush=True)
-    print(json.dumps({"benchmark": "gpu", "device": _device(), "ratios": _ratios(results)}))
+    print(json.dumps({"benchmark": "gpu", "device": device["name"], "ratios": _ratios(results)}))
     return 0
 
 
@@ -81,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--checkpointing", default="false", help="gradient_checkpointing of all")
-    parser.add_argument("--trainers", default="sftx,plain,trl")
+    parser.add_argument("--trainers", default="sftx,defaults,plain,trl")
     parser.add_argument("--set", nargs="*", default=[], help="more settings of sftx")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -94,20 +100,24 @@ def _arguments() -> argparse.Namespace:
     return asked
 
 
-def _make_model(folder: Path, shape: dict[str, Any]) -> None:
+def model_part(asked: argparse.Namespace) -> dict[str, Any]:
+    """Save a model of random weights."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     from sftx.model.builtin import ensure_builtin
 
     tokenizer = AutoTokenizer.from_pretrained(ensure_builtin())
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(asked.folder)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = Qwen2Config(**shape, max_position_embeddings=32768, bos_token_id=None, **ids)
+    config = Qwen2Config(**SHAPES[asked.shapes], max_position_embeddings=32768, bos_token_id=None, **ids)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    model.save_pretrained(asked.folder)
+    if not torch.cuda.is_available():
+        return {"name": f"CPU, {os.cpu_count()} cores", "memory": None}
+    return {"name": torch.cuda.get_device_name(), "memory": torch.cuda.get_device_properties(0).total_memory}
 
 
 def _make_rows(folder: Path, length: int, count: int) -> Path:
@@ -124,30 +134,25 @@ def _make_rows(folder: Path, length: int, count: int) -> Path:
     return file
 
 
-def _too_large(folder: Path, mode: str) -> str | None:
+def _too_large(folder: Path, mode: str, memory: int | None) -> str | None:
     """Return why a mode cannot fit into the GPU's memory, or None."""
-    import torch
-
-    if mode != "full" or not torch.cuda.is_available():
+    if mode != "full" or memory is None:
         return None
     parameters = sum(f.stat().st_size for f in folder.glob("*.safetensors")) // 2  # held in bf16
-    memory = torch.cuda.get_device_properties(0).total_memory
     needed = FULL_BYTES * parameters
     return None if needed < memory else f"it needs {needed / 1e9:.0f} GB, and the GPU has {memory / 1e9:.0f}"
 
 
-def _measured(asked: argparse.Namespace, case: dict[str, Any], rows: Path, seconds: float) -> dict[str, Any]:
+def _measured(asked: argparse.Namespace, case: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Run one trainer in a process of its own."""
-    batch = BATCH[case["shape"]]
+    own, defaults = case["trainer"] in (OWN, DEFAULTS), case["trainer"] == DEFAULTS
+    batch = DEFAULT_STEP if defaults else BATCH[case["shape"]]
+    rows = _make_rows(asked.folder, asked.length, asked.steps * batch)
     with tempfile.TemporaryDirectory() as out:
-        if case["trainer"] == "sftx":
-            command = [
-                sys.executable,
-                "train.py",
-                *_settings(asked, case["mode"], rows, batch),
-                *asked.set,
-                f"output_dir={out}/run",
-            ]
+        if own:
+            settings = _settings(asked, case["mode"], rows)
+            settings += _like_the_others(asked, batch) if not defaults else ["per_device_train_batch_size=auto"]
+            command = [sys.executable, "train.py", *settings, *asked.set, f"output_dir={out}/run"]
         else:
             command = [sys.executable, __file__, "--part", case["trainer"], "--folder", str(asked.folder)]
             command += ["--mode", case["mode"], "--rows", str(rows), "--batch", str(batch)]
@@ -158,18 +163,24 @@ def _measured(asked: argparse.Namespace, case: dict[str, Any], rows: Path, secon
             return {"not_run": "the time was over"}
         if done.returncode:
             return {"failed": (done.stderr.strip().splitlines() or ["?"])[-1][:300]}
-        if case["trainer"] == "sftx":
+        if own:
             return _of_metrics(Path(out) / "run" / "metrics.jsonl")
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _settings(asked: argparse.Namespace, mode: str, rows: Path, batch: int) -> list[str]:
+def _settings(asked: argparse.Namespace, mode: str, rows: Path) -> list[str]:
     return [
-        f"mode={mode}", f"model_name_or_path={asked.folder}", f"train_file_path={rows.parent}", "precision=bf16",
-        f"train_file_name={rows.name}", f"max_seq_length={asked.length}", f"per_device_train_batch_size={batch}",
-        "gradient_accumulation_steps=1", f"lora_rank={RANK}", f"lora_alpha={ALPHA}", "lora_dropout=0", "optim=adamw",
-        f"gradient_checkpointing={asked.checkpointing}", "eval_ratio=0", "save_strategy=no", "tracker=none",
-        f"logging_steps={WARM}", "warmup_steps=0", "disable_tqdm=true", "max_grad_norm=1.0", "learning_rate=1e-5",
+        f"mode={mode}", f"model_name_or_path={asked.folder}", f"train_file_path={rows.parent}",
+        f"train_file_name={rows.name}", f"max_seq_length={asked.length}", "eval_ratio=0", "save_strategy=no",
+        "tracker=none", f"logging_steps={WARM}", "warmup_steps=0", "disable_tqdm=true", "learning_rate=1e-5",
+    ]  # fmt: skip
+
+
+def _like_the_others(asked: argparse.Namespace, batch: int) -> list[str]:
+    return [
+        "precision=bf16", f"per_device_train_batch_size={batch}", "gradient_accumulation_steps=1", f"lora_rank={RANK}",
+        f"lora_alpha={ALPHA}", "lora_dropout=0", "optim=adamw", f"gradient_checkpointing={asked.checkpointing}",
+        "max_grad_norm=1.0",
     ]  # fmt: skip
 
 
@@ -299,7 +310,7 @@ def trl_part(asked: argparse.Namespace) -> dict[str, Any]:
     return _of_steps(model, times, tokens, next(r["loss"] for r in trainer.state.log_history if "loss" in r))
 
 
-PARTS = {"plain": plain_part, "trl": trl_part}
+PARTS = {"model": model_part, "plain": plain_part, "trl": trl_part}
 
 
 def _wait() -> None:
@@ -337,14 +348,8 @@ def _ratios(results: list[dict[str, Any]]) -> dict[str, float]:
     return {
         f"{shape} {mode} / {trainer}": round(rates[shape, mode, "sftx"] / rate, 2)
         for (shape, mode, trainer), rate in rates.items()
-        if trainer != "sftx" and rate and rates[shape, mode, "sftx"]
+        if trainer != "sftx" and rate and rates.get((shape, mode, "sftx"))
     }
-
-
-def _device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

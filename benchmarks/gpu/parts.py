@@ -3,8 +3,8 @@
     python benchmarks/gpu/parts.py [--shapes 0.5b,7b] [--tokens 4096] [--length 2048]
     python benchmarks/gpu/parts.py --shapes toy --tokens 64 --length 32      # the same on a CPU, in seconds
 
-Shapes of Qwen2.5, bf16 (on a CPU fp32), LoRA: the base and the head are frozen. Prints a JSON line a part: for each way
-the median of ten passes, or why it could not be taken. What sftx picks follows from these.
+Shapes of Qwen2.5, bf16 under autocast (on a CPU fp32), LoRA: the base and the head are frozen. Prints a JSON line a
+part: for each way the median of ten passes, or why it could not be taken. What sftx picks follows from these.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,22 @@ def _random(*shape: int, grad: bool = False) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=DTYPE).requires_grad_(grad)
 
 
+def _autocast(enabled: bool = True) -> AbstractContextManager[object]:
+    """Return the context of a step's forward pass."""
+    return torch.autocast("cuda", DTYPE, enabled) if DEVICE.type == "cuda" else nullcontext()
+
+
+def _as_in_a_step(function: Callable[..., Any]) -> Callable[..., Any]:
+    def within(*leaves: torch.Tensor) -> Any:
+        with _autocast():
+            return function(*leaves)
+
+    return within
+
+
 def _passes(function: Callable[..., Any], *leaves: torch.Tensor) -> Way:
     """Return a forward and a backward pass of a function of leaves; those without a gradient need none."""
+    function = _as_in_a_step(function)
     outs = function(*leaves)
     outs = outs if isinstance(outs, tuple) else (outs,)
     grads = [torch.randn_like(o) for o in outs]
@@ -102,10 +117,18 @@ def norm(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
 
         return _passes(lambda x: LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False), x)
 
+    def torchs(autocast: bool) -> Way:
+        def kernel(x: torch.Tensor) -> torch.Tensor:
+            with _autocast(autocast):
+                return F.rms_norm(x, (width,), weight, 1e-6)
+
+        return _passes(kernel, x)
+
     return {
         "transformers": lambda: _passes(module, x),
         "function of sftx": lambda: _passes(lambda x: _RMSNorm.apply(x, weight, 1e-6), x),
-        "torch": lambda: _passes(lambda x: F.rms_norm(x, (width,), weight, 1e-6), x),
+        "torch, in fp32 by autocast": lambda: torchs(True),
+        "torch, outside autocast": lambda: torchs(False),
         "liger": liger,
     }
 
@@ -267,7 +290,7 @@ def four_bits(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]
         import bitsandbytes as bnb
 
         layer = bnb.nn.Linear4bit(inner, outer, bias=False, compute_dtype=DTYPE, quant_type="nf4")
-        return layer.to(DEVICE)
+        return layer.to(DTYPE).to(DEVICE)  # quantized on its way there: unfolded, it has the dtype that it had before
 
     def peft() -> Way:
         layer = base()

@@ -25,8 +25,8 @@ def test_gpu_at_toy_size() -> None:
         "benchmarks/gpu/bench.py", "--shapes", "toy", "--length", "64", "--steps", "6", "--modes", "lora"
     )
     by_trainer = {run["trainer"]: run for run in runs}
-    assert by_trainer.keys() == {"sftx", "plain", "trl"}
-    for trainer in ("sftx", "plain"):
+    assert by_trainer.keys() == {"sftx", "defaults", "plain", "trl"}
+    for trainer in ("sftx", "defaults", "plain"):
         run = by_trainer[trainer]
         assert run["tokens_per_second"] > 0
         assert 0 < run["mfu"] < 2
@@ -35,6 +35,14 @@ def test_gpu_at_toy_size() -> None:
     trl = by_trainer["trl"]
     assert "tokens_per_second" in trl or "trl" in trl["failed"]
     assert last["ratios"]["toy lora / plain"] > 0
+
+
+def test_parts_of_a_gpu_step_at_toy_size() -> None:
+    """Each way was timed, but for what needs a GPU or another package."""
+    lines = printed("benchmarks/gpu/parts.py", "--shapes", "toy", "--tokens", "64", "--length", "32")
+    ways = {f"{line['part']}: {way}": found for line in lines for way, found in line.items()}
+    for way in ("norm: torch, outside autocast", "linear: sftx", "four_bits: sftx", "four_bits: unfolding alone"):
+        assert isinstance(ways[way], float), ways[way]
 
 
 def test_limit() -> None:
