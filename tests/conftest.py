@@ -122,7 +122,10 @@ def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from sftx.training.precision import Numerics, Precision
 
-    monkeypatch.setattr(Precision, "resolve", lambda self, device, effective: Numerics(torch.float16, device))
+    def resolve(self: Precision, device: torch.device, effective: object, *, sharded: bool) -> Numerics:
+        return Numerics(torch.float16, device, sharded)
+
+    monkeypatch.setattr(Precision, "resolve", resolve)
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def _prepare(
     effective.settings["chat_template"] = template.origin
     effective.remarks += template.remarks
     data = rows_for(template)
-    numerics = build(config.precision).resolve(engine.device, effective)
+    numerics = build(config.precision).resolve(engine.device, effective, sharded=engine.sharded)
     attention = attention_of(config)
     effective.settings["attn_implementation"] = attention
     effective.settings |= {"device": engine.device.type, "deterministic": config.deterministic}

@@ -74,7 +74,8 @@ def simulate(case: Case) -> dict[str, Any]:
     with gpu.running():
         model, adapter = _model(case, gpu)
         loaded = gpu.bytes
-        numerics = Precision(case.dtype, tf32=False).resolve(gpu.device, Effective())  # type: ignore[arg-type]
+        precision = Precision(case.dtype, tf32=False)  # type: ignore[arg-type]
+        numerics = precision.resolve(gpu.device, Effective(), sharded=False)
         probed = _probe(model, numerics, gpu)
         model.module.train()
         optimizer = AdamW(32, False, (0.9, 0.999), 1e-8, 0.0).build(adapter.parameters, 1e-4, Effective())

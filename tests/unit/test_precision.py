@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from sftx.runs.effective import Effective
-from sftx.training.precision import Precision
+from sftx.training.precision import Numerics, Precision
 
 
 @pytest.mark.parametrize(
@@ -20,5 +22,13 @@ from sftx.training.precision import Precision
 )
 def test_a_cpu_computes_in_fp32_and_says_so(precision: Precision, keys: list[str]) -> None:
     effective = Effective()
-    assert precision.resolve(torch.device("cpu"), effective).dtype == torch.float32
+    assert precision.resolve(torch.device("cpu"), effective, sharded=False).dtype == torch.float32
     assert [f.key for f in effective.fallbacks] == keys
+
+
+def test_sharded_weights_are_not_cast() -> None:
+    """DeepSpeed computes in the weights' own format: it warns of an autocast around it, and turns that off."""
+    for dtype in (torch.float16, torch.bfloat16):
+        assert isinstance(Numerics(dtype, torch.device("cpu")).autocast(), torch.autocast)
+    numerics = Precision("float16", tf32=False).resolve(torch.device("cuda"), Effective(), sharded=True)
+    assert isinstance(numerics.autocast(), nullcontext)

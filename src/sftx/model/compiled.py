@@ -11,8 +11,10 @@ import logging
 import os
 import re
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -30,9 +32,18 @@ def missing_for_compiling(device: torch.device, *, sharded: bool) -> str | None:
     """Return why nothing can be compiled here, or None."""
     if sharded:
         return "DeepSpeed gathers each layer's parameters by hooks"
-    if shutil.which(os.environ.get("CXX") or "g++") or any(map(shutil.which, COMPILERS)):
-        return None
-    return "TorchInductor needs a C++ compiler (g++)" + (", also for a GPU" if device.type == "cuda" else "")
+    if not (shutil.which(os.environ.get("CXX") or "g++") or any(map(shutil.which, COMPILERS))):
+        return "TorchInductor needs a C++ compiler (g++)" + (", also for a GPU" if device.type == "cuda" else "")
+    return _missing_for_triton() if device.type == "cuda" else None
+
+
+def _missing_for_triton() -> str | None:
+    """Return what Triton lacks to build the modules that launch its kernels, or None."""
+    chosen = os.environ.get("CC")
+    if not any(map(shutil.which, [chosen] if chosen else ["gcc", "clang"])):
+        return "Triton needs a C compiler (gcc)" + (f": there is no `{chosen}`, which CC names" if chosen else "")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return None if header.is_file() else f"Triton needs Python's header {header} (python3-dev)"
 
 
 def compile_blocks(model: AdaptedModel, attention: str, trials: int) -> None:

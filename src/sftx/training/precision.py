@@ -18,10 +18,12 @@ class Numerics:
 
     dtype: torch.dtype
     device: torch.device
+    sharded: bool = False
+    """DeepSpeed's weights are in `dtype` themselves; it warns of an autocast around it, and turns that off."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context that the forward pass runs in."""
-        if self.dtype == torch.float32:
+        if self.sharded or self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -33,7 +35,7 @@ class Precision:
     dtype: Literal["float16", "bfloat16", "float32"]
     tf32: bool
 
-    def resolve(self, device: torch.device, effective: Effective) -> Numerics:
+    def resolve(self, device: torch.device, effective: Effective, *, sharded: bool) -> Numerics:
         """Return what the device can do, recording a fallback.
 
         Raises:
@@ -52,4 +54,4 @@ class Precision:
         elif self.tf32:
             effective.fall_back("precision.tf32", True, "false", "TF32 is a format of NVIDIA GPUs")
         effective.settings["compute_dtype"] = str(asked).removeprefix("torch.")
-        return Numerics(asked, device)
+        return Numerics(asked, device, sharded)
