@@ -31,7 +31,7 @@ from sftx.model.family import family_named, family_of
 from sftx.model.final import final_dtype
 from sftx.model.fused import use_liger
 from sftx.model.lean import import_peft
-from sftx.model.limits import check_rows
+from sftx.model.limits import check_model
 from sftx.model.load import Source, find_model, load_base, load_template, refuse_quantized
 from sftx.model.rotation import rotate_lean, use_rotation
 from sftx.model.shortcuts import lean_norms
@@ -223,7 +223,7 @@ def _prepare(
             trust_remote_code=trust,
             sharded=engine.sharded,
         )
-    check_rows(base, data, template.tokenizer, config)
+    effective.remarks += check_model(base, source, data, template.tokenizer, config)
     if not engine.sharded:
         lean_norms(base)
     if isinstance(mode, Lora):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from transformers import (
     Gemma2Config,
     Glm4MoeConfig,
     GPT2Config,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
     Mamba2Config,
     OPTConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -175,3 +179,67 @@ def test_what_a_saved_adapter_does_not_adapt_is_stated(make_config, make_model, 
     run([config])
     (said,) = (r for r in manifest_of(config)["effective"]["remarks"] if r.startswith("not adapted: "))
     assert said.startswith("not adapted: down_proj, gate_proj, k_proj, o_proj, up_proj (")
+
+
+def remarks_of(config: Any, word: str) -> list[str]:
+    return [r for r in manifest_of(config)["effective"]["remarks"] if word in r]
+
+
+def test_rows_longer_than_the_model_was_trained_on_are_stated(make_config, make_model) -> None:
+    folder = make_model(Qwen2Config, max_position_embeddings=64)
+    found = []
+    for length in (96, 64):
+        config = make_config(
+            f"model_name_or_path={folder}", f"max_seq_length={length}", "max_steps=1", output=f"{length}"
+        )
+        run([config])
+        found.append(remarks_of(config, "max_position_embeddings"))
+    (said,), nothing = found
+    assert re.fullmatch(
+        r"max_seq_length=96 is above the model's max_position_embeddings=64: [1-9]\d* of 31 rows are longer\.", said
+    )
+    assert not nothing
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_what_depends_on_the_batch_is_stated_where_rope_does(make_config, make_model, kind: str) -> None:
+    if kind == "longrope":
+        scaling = {"type": kind, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+        limits = {"original_max_position_embeddings": 64, "max_position_embeddings": 512, "rope_scaling": scaling}
+        folder = make_model(Phi3Config, **limits)
+    else:
+        rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0}
+        folder = make_model(Qwen2Config, max_position_embeddings=64, rope_parameters=rope)
+    config = make_config(f"model_name_or_path={folder}", "max_steps=1", output="long")
+    run([config])
+    (said,) = remarks_of(config, "RoPE")
+    assert said.startswith(f"RoPE {kind}: a batch with a row beyond 64 tokens is rotated as a whole ")
+    assert re.search(r"\([1-9]\d* of 31 rows are longer\)", said)
+    short = make_config(f"model_name_or_path={folder}", "max_seq_length=64", "max_steps=1", output="short")
+    run([short])
+    assert not remarks_of(short, "RoPE"), "no row reaches the length from which it depends on the batch"
+
+
+def test_a_vision_tower_that_a_full_final_leaves_out_is_stated(make_config, make_model, tmp_path: Path) -> None:
+    text = make_model(Qwen2Config, "text")  # its tokenizer
+    size = len(AutoTokenizer.from_pretrained(text))
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+    }  # fmt: skip
+    language = {
+        "vocab_size": size, "hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "head_dim": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2,
+        "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+    }  # fmt: skip
+    folder = tmp_path / "both"
+    Llama4ForConditionalGeneration(Llama4Config(text_config=language, vision_config=vision)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(text).save_pretrained(folder)
+    found = []
+    for mode in ("full", "lora"):
+        config = make_config(f"model_name_or_path={folder}", f"mode={mode}", "max_steps=1", output=mode)
+        run([config])
+        found.append(remarks_of(config, "other parts"))
+    (said,), nothing = found
+    assert "has other parts (vision), which are not loaded: final/ will hold the language model alone" in said
+    assert not nothing

@@ -1,7 +1,8 @@
-"""What a model's tables hold, compared with the rows that it is to be trained on."""
+"""What a loaded model holds, compared with its folder and with the rows that it is to be trained on."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,23 @@ from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
 from sftx.data.store import Rows
 from sftx.errors import ModelError
+from sftx.model.load import Source
 
 
-def check_rows(model: Any, data: Data, tokenizer: Any, config: TrainConfig) -> None:
+def check_model(model: Any, source: Source, data: Data, tokenizer: Any, config: TrainConfig) -> list[str]:
+    """Compare a loaded model with its rows and its folder; return what is to be stated.
+
+    Raises:
+        ModelError: a row has a token id or a position that the model has no embedding for.
+    """
+    _check_rows(model, data, tokenizer, config)
+    found = [*_beyond_training(model, data, config), *_batch_dependent_rope(model, data, config)]
+    if config.train_mode == "full":
+        found += _parts_left_out(model, source)
+    return found
+
+
+def _check_rows(model: Any, data: Data, tokenizer: Any, config: TrainConfig) -> None:
     """Raise if a row has a token id without an embedding, or is longer than the model's table of positions.
 
     Of a corpus that is streamed the rows are not known: its tokenizer and `max_seq_length` must fit the model.
@@ -22,7 +37,7 @@ def check_rows(model: Any, data: Data, tokenizer: Any, config: TrainConfig) -> N
         ModelError: a row does not fit; it is named.
     """
     size, length = vocabulary_of(model), positions_of(model)
-    known = [data.held_out] if data.stream else [data.train, data.held_out]
+    known = _known(data)
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= size:
         where = f"the tokenizer of {config.model_name_or_path}"
@@ -70,6 +85,79 @@ def positions_of(model: Any) -> int | None:
         ):
             return int(limit)
     return None
+
+
+def _beyond_training(model: Any, data: Data, config: TrainConfig) -> list[str]:
+    """State that rows may be longer than the model's `max_position_embeddings`, or than its scaled RoPE reaches."""
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or config.max_seq_length
+    scaled = [r.get("factor", 1) * r.get("original_max_position_embeddings", 0) for r in _ropes(text)]
+    if config.max_seq_length <= max([limit, *scaled]):
+        return []
+    return [
+        f"max_seq_length={config.max_seq_length} is above the model's max_position_embeddings={limit}: "
+        f"{_longer(data, limit)}."
+    ]
+
+
+def _batch_dependent_rope(model: Any, data: Data, config: TrainConfig) -> list[str]:
+    """State what depends on the batch where RoPE is chosen by the longest row of a batch.
+
+    Padding does not help: the positions of the whole batch count. Rows up to the threshold never change it.
+    """
+    text, found = model.config.get_text_config(), []
+    for rope in _ropes(text):
+        kind = rope.get("rope_type")
+        threshold = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", 0)
+        reach = config.max_seq_length if data.stream else max(int(r.lengths.max()) for r in _known(data) if len(r))
+        if kind not in ("longrope", "dynamic") or not threshold or reach <= threshold:
+            continue
+        if kind == "longrope":
+            how = "is rotated as a whole with the long factors, another one with the short ones"
+        else:
+            how = (
+                "is rotated as a whole by the longest row until then, also of earlier batches, so that a resumed run "
+                "is not bitwise equal"
+            )
+        apart = "batching=padding_free and " if config.batching == "packed" else ""
+        found.append(
+            f"RoPE {kind}: a batch with a row beyond {threshold} tokens {how} ({_longer(data, threshold)}). The loss "
+            f"of a row depends on the rows beside it, however they are padded. {apart}per_device_train_batch_size=1 "
+            f"keeps them apart in training; evaluation groups rows of like length."
+        )
+    return list(dict.fromkeys(found))
+
+
+def _parts_left_out(model: Any, source: Source) -> list[str]:
+    """State the parts of a model, such as a vision tower, that are not loaded and that a full final/ leaves out."""
+    stored = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    usual = {"text_config", "quantization_config"}
+    parts = [k for k, v in stored.items() if k.endswith("_config") and isinstance(v, dict) and k not in usual]
+    parts = [k.removesuffix("_config") for k in parts if not hasattr(model.config, k)]
+    if not parts:
+        return []
+    return [
+        f"mode=full: {source.name} has other parts ({', '.join(parts)}), which are not loaded: final/ will hold the "
+        f"language model alone ({type(model).__name__}, model_type {model.config.model_type})."
+    ]
+
+
+def _ropes(text: Any) -> list[dict[str, Any]]:
+    """Return a configuration's RoPE parameters: one set, or one for each type of layer."""
+    found = getattr(text, "rope_parameters", None) or {}
+    return [found] if "rope_type" in found else [r for r in found.values() if isinstance(r, dict)]
+
+
+def _longer(data: Data, limit: int) -> str:
+    """Count the rows beyond a length."""
+    if data.stream:
+        return "of a streamed corpus it is not known how many rows are longer"
+    rows = data.train.lengths
+    return f"{int((rows > limit).sum())} of {len(rows)} rows are longer"
+
+
+def _known(data: Data) -> list[Rows]:
+    return [data.held_out] if data.stream else [data.train, data.held_out]
 
 
 def _largest_id(known: list[Rows]) -> tuple[str, int]:
