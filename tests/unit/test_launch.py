@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from sftx.config.check import config_from
 from sftx.config.compose import prepare
 from sftx.config.safety import unlisted
 from sftx.errors import ConfigError, RankError
-from sftx.parallel import rank
+from sftx.parallel import rank, supervisor
 from sftx.run import run
 from sftx.runs import launch
 from sftx.runs.folder import RunFolder
@@ -127,3 +129,32 @@ def test_the_end_of_a_killed_run_is_noted_once(tmp_path: Path, before: str, afte
     assert not (tmp_path / ".lock").exists()
     RunFolder(tmp_path / "none").note_end("failed", RankError("x"))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="issue 10/15: the supervisor's ranks all see every GPU")
+def test_each_rank_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that takes `cuda:0` then takes the rank's own, and none keeps a context on another's."""
+    environments: list[Mapping[str, str]] = []
+
+    def started(number: int, count: int, order: object, environment: Mapping[str, str], *_: object) -> SimpleNamespace:
+        environments.append(environment)
+        nothing = {name: lambda *_: None for name in ("kill", "reap", "close", "read")}
+        return SimpleNamespace(number=number, runs=False, told={}, ended=0, finished=True, **nothing)
+
+    monkeypatch.setattr(supervisor, "Started", started)
+    supervisor.Supervisor(2, hang_seconds=None, timeout_seconds=60).run({}, {"CUDA_VISIBLE_DEVICES": "2,3"})
+    assert [one["LOCAL_RANK"] for one in environments] == ["0", "1"]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments] == ["2", "3"]
+
+
+class _MustNotStart:
+    def __init__(self, *_: object, **__: object) -> None:
+        pytest.fail("a process was started")
+
+
+@pytest.mark.xfail(strict=True, reason="issue 10/15: each rank finds out by itself, after all have started")
+def test_more_processes_than_gpus_are_refused_before_any_starts(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_count_gpus", lambda: 2)
+    monkeypatch.setattr(launch, "Supervisor", _MustNotStart)
+    with pytest.raises(ConfigError, match=r"num_processes.*4.*2 GPUs"):
+        launch.launch(make_config("parallel=ddp", "parallel.num_processes=4"), [], "")
