@@ -15,9 +15,9 @@ def _dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     resolve = Precision.resolve
 
-    def half(self: Precision, device, effective) -> Numerics:  # type: ignore[no-untyped-def]
+    def half(self: Precision, device, effective, **settings) -> Numerics:  # type: ignore[no-untyped-def]
         dtype = {"float16": HALF["fp16"], "bfloat16": HALF["bf16"]}.get(self.dtype)
-        return Numerics(dtype, DEVICE) if dtype else resolve(self, device, effective)
+        return Numerics(dtype, DEVICE) if dtype else resolve(self, device, effective, **settings)
 
     monkeypatch.setattr(Precision, "resolve", half)
     monkeypatch.setattr(SingleEngine, "reads_late", True)

@@ -57,6 +57,20 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_config, captured, t
         assert all(getattr(t, "is_paged", False) for t in moments if t.numel() >= 100_000)
 
 
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_deterministic_run_is_resumed_to_the_last_bit(make_config, mode: str) -> None:
+    """Attention's backward pass and the embedding's gradient sum in a fixed order then."""
+    shared = [
+        f"mode={mode}", "deterministic=true", "optim=adamw", "precision=bf16", "scheduler=constant", "lora_dropout=0.1",
+        "eval_ratio=0", "save_strategy=steps", "save_steps=2", "per_device_train_batch_size=2",
+    ]  # fmt: skip
+    run([whole := make_config(*shared, "max_steps=4", output="whole")])
+    run([make_config(*shared, "max_steps=2", output="stopped")])
+    run([resumed := make_config(*shared, "max_steps=4", output="stopped")])
+    for key in ("train/loss", "train/grad_norm"):
+        assert losses(resumed, key) == losses(whole, key)
+
+
 def test_the_micro_batch_is_halved_when_the_gpu_is_out_of_memory(
     make_config, captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

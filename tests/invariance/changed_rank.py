@@ -20,7 +20,7 @@ from sftx.training.precision import Numerics, Precision
 
 def bf16() -> None:
     """Compute in bf16 on a CPU."""
-    Precision.resolve = lambda self, device, effective: Numerics(torch.bfloat16, device)  # type: ignore[method-assign]
+    Precision.resolve = lambda self, device, *_, **__: Numerics(torch.bfloat16, device)  # type: ignore[method-assign]
 
 
 def spike() -> None:
