@@ -223,7 +223,7 @@ def _prepare(
             trust_remote_code=trust,
             sharded=engine.sharded,
         )
-    effective.remarks += check_model(base, source, data, template.tokenizer, config)
+    effective.remarks += check_model(base, source, data, template, config)
     if not engine.sharded:
         lean_norms(base)
     if isinstance(mode, Lora):

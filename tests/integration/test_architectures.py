@@ -124,7 +124,8 @@ def test_a_row_beyond_the_models_learned_positions_is_refused(make_config, make_
         run([make_config(named)])
     with pytest.raises(ModelError, match=r"^max_seq_length=96: .* learned positions for 64 tokens only"):
         run([make_config(named, "data.streaming=true", "eval_ratio=0", "max_steps=1")])
-    assert run([make_config(named, mode, "max_seq_length=64", "max_steps=1")])[0].steps == 1
+    sampled = "callback=generate_samples", "callback.generate_samples.max_new_tokens=64"
+    assert run([make_config(named, mode, "max_seq_length=64", "max_steps=1", *sampled)])[0].steps == 1
 
 
 MAMBA = {
@@ -243,3 +244,16 @@ def test_a_vision_tower_that_a_full_final_leaves_out_is_stated(make_config, make
     (said,), nothing = found
     assert "has other parts (vision), which are not loaded: final/ will hold the language model alone" in said
     assert not nothing
+
+
+def test_a_pad_token_without_an_embedding_is_not_used(make_config, make_model, captured) -> None:
+    folder = make_model(Qwen2Config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<added_pad>"})
+    tokenizer.save_pretrained(folder)
+    for batching in ("padded", "padding_free"):
+        more = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2", f"batching={batching}")
+        config = make_config(f"model_name_or_path={folder}", "max_steps=1", *more, output=batching)
+        assert run([config])[0].steps == 1
+        assert len(remarks_of(config, "pad token <added_pad> has no embedding in this model: <|im_end|> pads")) == 1
+    assert AutoTokenizer.from_pretrained(Path(config.output_dir, "final")).pad_token == "<|im_end|>"

@@ -11,21 +11,34 @@ from torch import nn
 from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
 from sftx.data.store import Rows
+from sftx.data.template import ChatTemplate
 from sftx.errors import ModelError
 from sftx.model.load import Source
 
 
-def check_model(model: Any, source: Source, data: Data, tokenizer: Any, config: TrainConfig) -> list[str]:
+def check_model(model: Any, source: Source, data: Data, template: ChatTemplate, config: TrainConfig) -> list[str]:
     """Compare a loaded model with its rows and its folder; return what is to be stated.
 
     Raises:
         ModelError: a row has a token id or a position that the model has no embedding for.
     """
-    _check_rows(model, data, tokenizer, config)
-    found = [*_beyond_training(model, data, config), *_batch_dependent_rope(model, data, config)]
+    padding = _pad_within(model, template)
+    _check_rows(model, data, template.tokenizer, config)
+    found = [*padding, *_beyond_training(model, data, config), *_batch_dependent_rope(model, data, config)]
     if config.train_mode == "full":
         found += _parts_left_out(model, source)
     return found
+
+
+def _pad_within(model: Any, template: ChatTemplate) -> list[str]:
+    """Pad with the token that ends a turn where the tokenizer's pad token has no embedding; state it."""
+    tokenizer, size = template.tokenizer, vocabulary_of(model)
+    pad, end = tokenizer.pad_token, template.stop_tokens[0]
+    if tokenizer.convert_tokens_to_ids(pad) < size or tokenizer.convert_tokens_to_ids(end) >= size:
+        return []
+    tokenizer.pad_token = end
+    template.changed["pad_token"] = end
+    return [f"the tokenizer's pad token {pad} has no embedding in this model: {end} pads instead, masked by position."]
 
 
 def _check_rows(model: Any, data: Data, tokenizer: Any, config: TrainConfig) -> None:

@@ -15,6 +15,7 @@ from sftx.config.bounds import Bounds
 from sftx.data.loader import Batch
 from sftx.errors import ConfigError
 from sftx.files import append_line, write_text
+from sftx.model.limits import positions_of
 from sftx.training.evaluate import Evaluation
 from sftx.training.profile import parts_of, report_of, table_of
 from sftx.training.trial import Session, Trial
@@ -120,8 +121,12 @@ class GenerateSamples(Callback):
 
 @torch.no_grad()
 def generate(session: Session, prompt_ids: list[int], max_new_tokens: int) -> str:
-    """Return the active adapter's greedy answer to a prompt, without control tokens."""
+    """Return the active adapter's greedy answer to a prompt, without control tokens, up to the model's positions."""
     module = session.model.module
+    if (positions := positions_of(module)) is not None:
+        max_new_tokens = min(max_new_tokens, positions - len(prompt_ids))
+        if max_new_tokens < 1:
+            return f"(none: the prompt has {len(prompt_ids)} tokens, the model {positions} positions)"
     module.eval()
     ids_BT = torch.tensor([prompt_ids], device=session.engine.device)
     with session.numerics.autocast():
