@@ -55,10 +55,10 @@ def finish_trial(trial: Trial, session: Session) -> Result:
                 "rollbacks": trial.faults.rollbacks,
                 "loss_spikes": trial.faults.spikes,
             }
-            trial.folder.update(status="completed", result=facts)
             thinking = session.template.thinking_of(session.rows)
-            card = model_card(config, trial.folder.manifest, final, thinking=thinking)
+            card = model_card(config, trial.folder.manifest | {"result": facts}, final, thinking=thinking)
             write_text(trial.folder.path / "README.md", card)
+            trial.folder.update(status="completed", result=facts)  # last: a completed run is not opened again
             log.info("%s", _closing(trial, result, chosen))
     session.engine.barrier()
     return result
