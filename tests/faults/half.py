@@ -14,5 +14,5 @@ from sftx.training.precision import Numerics, Precision
 class Half(Precision):
     """Resolves to fp16 on a CPU too."""
 
-    def resolve(self, device: torch.device, effective: Effective) -> Numerics:
-        return Numerics(torch.float16, device)
+    def resolve(self, device: torch.device, effective: Effective, *, sharded: bool) -> Numerics:
+        return Numerics(torch.float16, device, sharded)
