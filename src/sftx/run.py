@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,16 +23,11 @@ from sftx.data.plan import Plan
 from sftx.data.prepare import Data, open_data
 from sftx.errors import ConfigError, StoppedError
 from sftx.model.adapt import AdaptedModel, Lora
-from sftx.model.attention import VARLEN, attend_row_by_row, use_varlen
-from sftx.model.compiled import compile_blocks, limits_noticed, missing_for_compiling
-from sftx.model.cross_entropy import use_kernel
 from sftx.model.family import family_named, family_of
 from sftx.model.final import final_dtype
-from sftx.model.fused import use_liger
 from sftx.model.lean import import_peft
 from sftx.model.limits import check_model
 from sftx.model.load import Source, find_model, load_base, load_template, refuse_quantized
-from sftx.model.rotation import rotate_lean, use_rotation
 from sftx.model.shortcuts import lean_norms
 from sftx.parallel import watch
 from sftx.parallel.engine import Engine
@@ -43,23 +37,23 @@ from sftx.runs.begin import Setting, open_trial
 from sftx.runs.effective import Effective
 from sftx.runs.end import finish_trial, note_failure
 from sftx.runs.folder import ONLY, RunFolder, RunLog
-from sftx.runs.library_log import LibraryLog
 from sftx.runs.metrics import SilentRecorder
 from sftx.runs.result import Result
 from sftx.runs.resume import identity_of, open_folders, resume_command
+from sftx.runs.third_party_log import ThirdPartyLog
 from sftx.training.allocator import keep_freed_memory
 from sftx.training.determinism import deterministic_kernels
 from sftx.training.flops import work_of
 from sftx.training.loop import train
 from sftx.training.memory import memory_explained
 from sftx.training.perf import reset_peak_memory
+from sftx.training.precision import Numerics
 from sftx.training.preflight import check_room
+from sftx.training.probing import compile_limits_noted, compile_model, probe
 from sftx.training.saving import Pace, Saver
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
-from sftx.training.tried import Tried, documents_leak, last_block_shortened
 
-log = logging.getLogger("sftx")
 PER_TRIAL = {
     "output_dir", "learning_rate", "lora_rank", "lora_alpha", "lora_dropout", "seed", "weight_decay", "max_grad_norm",
     "warmup_steps", "lr_scheduler_type", "optim", "mode", "optimizer", "scheduler", "num_train_epochs", "max_steps",
@@ -71,24 +65,24 @@ PER_TRIAL = {
 
 
 def run(configs: Sequence[TrainConfig], notes: Sequence[str] = (), command: str = "") -> list[Result]:
-    """Train one trial for each configuration, over one base, and return what each came to.
+    """Train one trial for each configuration, over one base, and return their results.
 
-    Errors:
-        SftxError: whatever the user can mend, before anything is written where that is possible.
+    Raises:
+        SftxError: an error that the user can fix, before anything is written where that is possible.
     """
     deterministic = deterministic_kernels(configs[0].deterministic)
-    with LibraryLog() as libraries, Signals() as signals, deterministic, memory_explained():
+    with ThirdPartyLog() as third_party, Signals() as signals, deterministic, memory_explained():
         _check_shared(configs)
-        return _run(configs, notes, command, signals, libraries)
+        return _run(configs, notes, command, signals, third_party)
 
 
 def _run(
-    configs: Sequence[TrainConfig], notes: Sequence[str], command: str, signals: Signals, libraries: LibraryLog
+    configs: Sequence[TrainConfig], notes: Sequence[str], command: str, signals: Signals, third_party: ThirdPartyLog
 ) -> list[Result]:
     first = configs[0]
     engine: Engine = build(first.parallel).start(first.device)
     reset_peak_memory(engine.device)
-    run_log = RunLog(libraries, is_main=engine.is_main)
+    run_log = RunLog(third_party, is_main=engine.is_main)
     saver = Saver(asynchronous=first.async_save)
     folders: list[RunFolder] = []
     trials: list[Trial] = []
@@ -108,28 +102,15 @@ def _run(
             _trial(c, f, session, data, effective.copy(), adapter_id)
             for c, f, adapter_id in zip(configs, folders, ids, strict=True)
         ]
-        _try_out(configs[0], session, trials)
+        probe(configs[0], session, trials)
         session.work = work_of(session.model)
-        _compile(configs[0], session, trials)
+        compile_model(configs[0], session, trials)
         check_room(trials, session)
         command = command or manifest.command_line()
         setting = Setting(data, source, command, manifest.environment(), run_log)
-        results: dict[str, Result] = {}
-        for trial, who in zip(trials, identities, strict=True):
-            with trial.active(session):
-                result = open_trial(trial, session, setting, who)
-            if result is not None:
-                results[trial.name] = result
-        watch.tell(folders=[str(folder.path) for folder in folders])
-        engine.barrier()  # the main rank has made folders and started trackers
-        gc.enable()  # whoever started this may have put it off
-        unfinished = [trial for trial in trials if trial.name not in results]
-        if unfinished:
-            with limits_noticed(lambda function: _note_uncompiled(function, session, unfinished)):
-                train(session, unfinished)
-        results |= {trial.name: finish_trial(trial, session) for trial in unfinished}
+        results = _train(session, trials, setting, identities)
         finished = True
-        return [results[trial.name] for trial in trials]
+        return results
     except BaseException as error:
         stopped = isinstance(error, StoppedError) or signals.received is not None
         if stopped or not watch.failed_by_another(error):
@@ -143,6 +124,27 @@ def _run(
             folder.unlock()
         run_log.close()
         engine.close(together=finished)
+
+
+def _train(
+    session: Session, trials: Sequence[Trial], setting: Setting, identities: Sequence[dict[str, Any]]
+) -> list[Result]:
+    """Train the trials that are not finished already, and return the results of all."""
+    results: dict[str, Result] = {}
+    for trial, who in zip(trials, identities, strict=True):
+        with trial.active(session):
+            result = open_trial(trial, session, setting, who)
+        if result is not None:
+            results[trial.name] = result
+    watch.tell(folders=[str(trial.folder.path) for trial in trials])
+    session.engine.barrier()  # the main rank has made folders and started trackers
+    gc.enable()  # disabled at startup
+    unfinished = [trial for trial in trials if trial.name not in results]
+    if unfinished:
+        with compile_limits_noted(session, unfinished):
+            train(session, unfinished)
+    results |= {trial.name: finish_trial(trial, session) for trial in unfinished}
+    return [results[trial.name] for trial in trials]
 
 
 def _check_shared(configs: Sequence[TrainConfig]) -> None:
@@ -200,33 +202,12 @@ def _prepare(
     effective.remarks += template.remarks
     data = rows_for(template)
     numerics = build(config.precision).resolve(engine.device, effective, sharded=engine.sharded)
-    attention = attention_of(config)
-    effective.settings["attn_implementation"] = attention
     effective.settings |= {"device": engine.device.type, "deterministic": config.deterministic}
-
-    def use_eager(reason: str) -> None:
-        effective.settings["attn_implementation"] = "eager"
-        effective.fall_back("attn_implementation", "auto", "eager", reason)
-
-    mode = build(config.mode)
-    if isinstance(mode, Lora):
-        import_peft()
-    dtype = numerics.dtype if engine.sharded else mode.weights_dtype(numerics.dtype)
-    with engine.loading(dtype):
-        base = load_base(
-            source,
-            dtype=dtype,
-            quantization=mode.quantization(numerics.dtype),
-            device=engine.device,
-            attention=attention,
-            on_eager=use_eager if config.attn_implementation == "auto" else None,
-            trust_remote_code=trust,
-            sharded=engine.sharded,
-        )
+    base = _load(config, source, engine, numerics, effective)
     effective.remarks += check_model(base, source, data, template, config)
     if not engine.sharded:
         lean_norms(base)
-    if isinstance(mode, Lora):
+    if build(config.mode).adapts:
         base.requires_grad_(False)
     model = AdaptedModel(
         base,
@@ -236,6 +217,32 @@ def _prepare(
     )
     session = Session(engine, model, numerics, template, data.train, data.held_out, source.folder, saver, signals)
     return session, data, source
+
+
+def _load(config: TrainConfig, source: Source, engine: Engine, numerics: Numerics, effective: Effective) -> Any:
+    """Load the base as the mode wants it."""
+
+    def use_eager(reason: str) -> None:
+        effective.settings["attn_implementation"] = "eager"
+        effective.fall_back("attn_implementation", "auto", "eager", reason)
+
+    attention = attention_of(config)
+    effective.settings["attn_implementation"] = attention
+    mode = build(config.mode)
+    if isinstance(mode, Lora):
+        import_peft()
+    dtype = numerics.dtype if engine.sharded else mode.weights_dtype(numerics.dtype)
+    with engine.loading(dtype):
+        return load_base(
+            source,
+            dtype=dtype,
+            quantization=mode.quantization(numerics.dtype),
+            device=engine.device,
+            attention=attention,
+            on_eager=use_eager if config.attn_implementation == "auto" else None,
+            trust_remote_code=config.trust_remote_code,
+            sharded=engine.sharded,
+        )
 
 
 def _checkpointing(config: TrainConfig, engine: Engine, effective: Effective) -> bool | str:
@@ -296,84 +303,6 @@ def _planned(config: TrainConfig, session: Session, world_size: int) -> PlannedF
         config.seed,
     )
     return PlannedFeed(session.rows, plan, config.dataloader_num_workers)
-
-
-def _try_out(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
-    """Find out what the model can do without, and take the short ways."""
-    attend_row_by_row()
-    lean = None if config.compile or session.engine.sharded else rotate_lean
-    use_rotation(session.model.module, session.engine.device, session.numerics.dtype, lean)
-    if session.engine.device.type == "cuda":
-        _use_kernels(config, session, trials)
-    tried = Tried(session.model, session.numerics, session.engine.device)
-    session.flat = _laid_end_to_end(config, session, trials, tried)
-    session.model.loss_head = tried.loss_head()
-    if not config.compile:  # what it leaves out would be compiled anew for every batch
-        session.model.keeps_early = last_block_shortened(tried)
-
-
-def _use_kernels(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
-    """Let one kernel do what several operations do, where that gives the same and takes no longer."""
-    device, dtype = session.engine.device, session.numerics.dtype
-    vocabulary = session.model.module.config.get_text_config().vocab_size
-    reasons = {"cross entropy": use_kernel(device, dtype, vocabulary)}
-    if not (config.compile or session.engine.sharded):
-        reasons |= use_liger(session.model.module, device, dtype)
-    for trial in trials:
-        trial.effective.settings["kernels"] = [name for name, reason in reasons.items() if reason is None]
-        for name, reason in reasons.items():
-            if reason is not None:
-                trial.effective.remark(f"{name}: no kernel of its own, {reason}.")
-
-
-def _laid_end_to_end(config: TrainConfig, session: Session, trials: Sequence[Trial], tried: Tried) -> bool:
-    """Tell whether rows are laid end to end, which the model must prove to keep apart.
-
-    Errors:
-        ConfigError: rows were to be packed, and the model does not keep them apart.
-    """
-    if config.batching not in ("padding_free", "packed"):
-        return False
-    sdpa = trials[0].effective.settings["attn_implementation"] == "sdpa"
-    if config.attn_implementation == "auto" and sdpa and session.engine.device.type == "cuda":
-        reason = use_varlen(session.model.module.config, session.engine.device, session.numerics.dtype)
-        for trial in trials:
-            trial.effective.settings["attn_implementation"] = "sdpa" if reason else VARLEN
-            if reason:
-                trial.effective.fall_back("attn_implementation", VARLEN, "sdpa, a call a row", reason)
-    reason = documents_leak(tried)
-    if reason is None:
-        return True
-    if config.batching == "packed":
-        raise ConfigError(f"`batching=packed`: this model cannot keep rows apart: {reason}. Use batching=padded.")
-    for trial in trials:
-        trial.effective.fall_back("batching", "padding_free", "padded", f"this model cannot keep rows apart: {reason}")
-    return False
-
-
-def _compile(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
-    """Compile the model's blocks where that is asked for and can be."""
-    if not config.compile:
-        return
-    reason = missing_for_compiling(session.engine.device, sharded=session.engine.sharded)
-    if reason is None:
-        eager = trials[0].effective.settings["attn_implementation"] == "eager"
-        compile_blocks(session.model, "eager" if eager else "sdpa", len(trials))
-    for trial in trials:
-        trial.effective.settings["compile"] = reason is None
-        if reason is not None:
-            trial.effective.fall_back("compile", "true", "false", reason)
-
-
-def _note_uncompiled(function: str, session: Session, trials: Sequence[Trial]) -> None:
-    """Record that a function runs uncompiled where its inputs are of another kind than those so far."""
-    reason = f"torch compiled {function} as often as it may, and runs it uncompiled for other inputs"
-    log.warning("compile=true: %s", reason)
-    for trial in trials:
-        trial.effective.settings["compile"] = "in part"
-        trial.effective.fall_back("compile", "true", "in part", reason)
-        if session.engine.is_main:
-            trial.folder.update(effective=trial.effective.facts())
 
 
 def attention_of(config: TrainConfig) -> str:

@@ -22,7 +22,7 @@ from tests.faults.test_kill import straight as straight
 from sftx.errors import RunFolderError
 from sftx.files import check_writable, remove_folder, write_folder, write_text
 from sftx.runs.folder import RunLog
-from sftx.runs.library_log import LibraryLog
+from sftx.runs.third_party_log import ThirdPartyLog
 from sftx.training import checkpoint
 
 CAUSES = {
@@ -267,7 +267,7 @@ def test_a_folder_that_cannot_be_removed_is_left_whole(tmp_path: Path, monkeypat
 def test_a_log_that_the_disk_refuses_is_done_without(capsys: pytest.CaptureFixture[str]) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    log = RunLog(LibraryLog(), is_main=True)
+    log = RunLog(ThirdPartyLog(), is_main=True)
     log.to_file(Path("/dev/full"), "default")
     for number in range(3):
         log.logger.info("message %d", number)

@@ -44,7 +44,9 @@ def test_the_fast_ways_are_taken_and_give_the_same(
     assert found["attn_implementation"] == "varlen"
     liger = ["SwiGLU", "rotation"] if importlib.util.find_spec("liger_kernel") else []
     assert found["kernels"] == ["cross entropy", *liger]
-    monkeypatch.setattr("sftx.run._use_kernels", lambda *_: cross_entropy.__dict__.update(_uses_kernel=False))
+    monkeypatch.setattr(
+        "sftx.training.probing.use_kernels", lambda *_: cross_entropy.__dict__.update(_uses_kernel=False)
+    )
     plain = make_config(*shared, "attn_implementation=sdpa", output="plain")
     run([plain])
     assert not attention._together

@@ -13,6 +13,7 @@ from transformers.models.qwen2 import modeling_qwen2
 
 import sftx.run
 from sftx.model import compare, cross_entropy, fused, rotation
+from sftx.training import probing
 
 CPU = torch.device("cpu")
 IDS = torch.arange(12)[None]
@@ -112,15 +113,15 @@ def test_no_kernel_without_a_gpu() -> None:
 def test_a_resumed_run_keeps_the_kernels_that_were_chosen(make_config, captured, monkeypatch) -> None:
     """The second timing says otherwise, on a GPU with other things to do: the run must go on with the same rounding."""
     timed = iter((None, "it takes 2 ms here, without it 1"))
-    monkeypatch.setattr(sftx.run, "use_kernel", lambda *_: next(timed))
-    monkeypatch.setattr(sftx.run, "use_liger", lambda *_: {})
-    try_out = sftx.run._try_out
+    monkeypatch.setattr(probing, "use_kernel", lambda *_: next(timed))
+    monkeypatch.setattr(probing, "use_liger", lambda *_: {})
+    probe = probing.probe
 
     def as_on_a_gpu(config: Any, session: Any, trials: Any) -> None:
-        try_out(config, session, trials)
-        sftx.run._use_kernels(config, session, trials)
+        probe(config, session, trials)
+        probing.use_kernels(config, session, trials)
 
-    monkeypatch.setattr(sftx.run, "_try_out", as_on_a_gpu)
+    monkeypatch.setattr(sftx.run, "probe", as_on_a_gpu)
     for steps in (1, 2):
         sftx.run.run([make_config(f"max_steps={steps}", "save_strategy=steps", "save_steps=1", "eval_ratio=0")])
         assert captured.trial.step == steps, "it was continued"

@@ -18,7 +18,7 @@ from sftx.config.check import freeze
 from sftx.config.compose import compose_checked, prepare
 from sftx.runs import trackers
 from sftx.runs.folder import RunFolder, RunLog
-from sftx.runs.library_log import LibraryLog
+from sftx.runs.third_party_log import ThirdPartyLog
 from sftx.runs.trials import _scrub_record
 from sftx.secrets import HIDDEN, known_secrets, scrub, scrub_text
 
@@ -132,7 +132,7 @@ def test_no_secret_survives_in_any_text(before: str, after: str, secret: str) ->
 
 
 def test_the_log_holds_no_secret(secrets: dict[str, str], tmp_path: Path) -> None:
-    log = RunLog(LibraryLog(), is_main=True)
+    log = RunLog(ThirdPartyLog(), is_main=True)
     try:
         log.to_file(tmp_path / "train.log", "default")
         logging.getLogger("sftx").info("fetching %s", secrets["HF_TOKEN"])

@@ -21,7 +21,7 @@ from sftx.config.derive import differences
 from sftx.config.schema import TrainConfig
 from sftx.errors import RunFolderError, SftxError, other_format, summary
 from sftx.files import TEMPORARY, Lock, append_line, check_writable, explained, sweep, write_json, write_text
-from sftx.runs.library_log import LibraryLog
+from sftx.runs.third_party_log import ThirdPartyLog
 from sftx.secrets import scrub, scrub_text
 
 MANIFEST, LOCK = "manifest.json", ".lock"
@@ -218,8 +218,8 @@ class LogFile(logging.FileHandler):
 class RunLog:
     """The run's messages: on the terminal, and in each trial's `train.log` with the time."""
 
-    def __init__(self, libraries: LibraryLog, *, is_main: bool) -> None:
-        self.libraries = libraries
+    def __init__(self, third_party: ThirdPartyLog, *, is_main: bool) -> None:
+        self.third_party = third_party
         self.logger = logging.getLogger("sftx")
         self.logger.setLevel(logging.INFO if is_main else logging.ERROR)
         self.logger.propagate = False
@@ -237,7 +237,7 @@ class RunLog:
         handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
         handler.addFilter(lambda record: _speaking.get() in (None, trial))
         self.logger.addHandler(handler)
-        self.libraries.to(handler)
+        self.third_party.to(handler)
 
     def close(self) -> None:
         """Let go of all handlers."""

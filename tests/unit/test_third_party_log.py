@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from sftx.runs.folder import RunLog
-from sftx.runs.library_log import LibraryLog
+from sftx.runs.third_party_log import ThirdPartyLog
 
 
 def test_other_packages_write_to_the_log_file_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from sftx.model.load import log_through_root
 
     log_through_root()
-    with LibraryLog() as libraries:
-        write(RunLog(libraries, is_main=True), tmp_path / "train.log")
+    with ThirdPartyLog() as third_party:
+        write(RunLog(third_party, is_main=True), tmp_path / "train.log")
     written = (tmp_path / "train.log").read_text()
     for text in ("before the file is open", "of transformers", "of Python", "of sftx"):
         assert written.count(text) == 1, text

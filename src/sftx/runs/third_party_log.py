@@ -8,7 +8,7 @@ MOST_RECORDS = 1000
 """Messages kept for a `train.log` that is not open yet."""
 
 
-class LibraryLog(logging.Handler):
+class ThirdPartyLog(logging.Handler):
     """Receives what other packages log inside the block, and Python's warnings, for each file that is opened."""
 
     def __init__(self) -> None:
@@ -16,7 +16,7 @@ class LibraryLog(logging.Handler):
         self._records: list[logging.LogRecord] = []
         self._files: list[logging.Handler] = []
 
-    def __enter__(self) -> LibraryLog:
+    def __enter__(self) -> ThirdPartyLog:
         logging.getLogger().addHandler(self)
         logging.captureWarnings(True)
         return self
