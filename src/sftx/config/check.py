@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx.config.options import option_keys, options
+from sftx.config.other_trainers import counterpart
 from sftx.config.rules import broken_rules
 from sftx.config.safety import pattern_problem, refusal, unlisted
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TrainConfig
@@ -158,16 +159,22 @@ def _hint(value: Any, annotation: str) -> str:
 
 
 def _unknown_key(key: str, value: Any, origin: Origin) -> str:
+    head = f"{origin(key)}: unknown key `{key}` (value {show(value)})."
+    if row := counterpart(key):
+        return f"{head} {row.answer()}"
     hint = did_you_mean(key, [*KNOBS, *GROUPS, *OVERLAYS])
     deeper = [f"{g}.{key}" for g in GROUPS if key in _keys_of_options(g)]
     if deeper:
         hint = f" Did you mean `{deeper[0]}`?"
-    return f"{origin(key)}: unknown key `{key}` (value {show(value)}).{hint} All keys: python train.py --help"
+    return f"{head}{hint} All keys: python train.py --help"
 
 
 def _elsewhere(group: str, name: str) -> str:
-    """Say which other options of a group have a key of about this name."""
+    """Return which other options of a group have a key of about this name, or what it is called elsewhere in sftx."""
     keys = _keys_of_options(group) if group in GROUPS else {}
+    row = counterpart(name)
+    if row and name not in keys:
+        return f" {row.answer()}"
     near = nearest(name, keys)
     if near is None:
         return ""

@@ -73,6 +73,8 @@ def unknown_option(group: str, option: Any, origin: str) -> str | None:
     if isinstance(option, str) and option in known:
         return None
     hint = did_you_mean(show(option), [*known, *OTHER_NAMES.get(group, {})])
+    if group == "model":
+        hint += f" `model` is its family; the model itself is model_name_or_path={show(option)}."
     return (
         f"{origin}: `{group}` has no option {show(option)!r}.{hint}\nAllowed: {', '.join(known) or '(none here yet)'}."
     )

@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Glob
 from sftx.config.argsfile import read_args_file
 from sftx.config.grammar import Deleted, Sweep, grammar, read_override, unwritable_name
 from sftx.config.options import ALL_GROUPS, options
+from sftx.config.other_trainers import counterpart
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS
 from sftx.config.spellings import plain_name, rewrite, settle, show
 from sftx.config.strangers import file_problems
@@ -108,13 +109,26 @@ def _sort_words(argv: list[str], line: CommandLine) -> tuple[list[str], list[str
         elif name == "args_file":
             files.append(value.strip("'\""))
         elif word.startswith("--") or (word.startswith("-") and not equals):
-            hint = did_you_mean(name, [*actions, *ARGS_FILE])
-            line.problems.append(
-                f"command line: `{word}` is no option of train.py; settings are typed as key=value.{hint}"
-            )
+            line.problems.append(_unknown_flag(word, words, [*actions, *ARGS_FILE]))
         else:
             texts.append(word)
     return texts, files
+
+
+def _unknown_flag(word: str, words: list[str], flags: list[str]) -> str:
+    """Return the message for `--lora_rank 8`, as other trainers are called; the value is taken from `words`."""
+    name, equals, value = word.partition("=")
+    key = name.lstrip("-").replace("-", "_")
+    row = counterpart(key)
+    if key not in KNOBS and row is None:
+        hint = did_you_mean(name, flags)
+        return f"command line: `{word}` is no option of train.py; settings are typed as key=value.{hint}"
+    if not equals and words and "=" not in words[0] and not words[0].startswith("--"):
+        value = words.pop(0)
+    head = f"command line: `{word}`: settings are typed without dashes"
+    return (
+        f"{head}: {key}={value or 'VALUE'}" if key in KNOBS or row is None else f"{head}, as key=value. {row.answer()}"
+    )
 
 
 def _take_flag(word: str, action: Any, words: list[str], line: CommandLine) -> None:

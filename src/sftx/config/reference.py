@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sftx.config.options import CONF, component_of, file_of, option_keys, options
+from sftx.config.other_trainers import TABLE
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS
 from sftx.config.signature import TargetNotFound, read_signature
 from sftx.config.spellings import GROUP_OF_KEY, MIRRORS, OTHER_NAMES, PRECISIONS, show
@@ -53,7 +54,23 @@ def parameters() -> str:
         lines += _group(name, group.metadata["en"], group.metadata["zh"])
     for name, (en, zh) in OVERLAYS.items():
         lines += _group(name, en, zh)
+    lines += _other_trainers()
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _other_trainers() -> Iterator[str]:
+    yield "## Names from other trainers / 其他训练框架的参数名"
+    yield ""
+    yield (
+        "From Hugging Face, TRL, PEFT, LLaMA-Factory, axolotl and ms-swift; typing one of them is answered with "
+        "sftx's. 取自 Hugging Face、TRL、PEFT、LLaMA-Factory、axolotl 与 ms-swift；误用时报错会给出 sftx 的写法。"
+    )
+    yield ""
+    yield "| there | in sftx | remark | 说明 |"
+    yield "|---|---|---|---|"
+    for row in TABLE:
+        names = ", ".join(f"`{name}`" for name in row.names.split())
+        yield _row([names, f"`{row.ours}`" if row.ours else "none / 无", _prose(row.note), _prose(row.note_zh)])
 
 
 def _group(name: str, en: str, zh: str) -> Iterator[str]:
