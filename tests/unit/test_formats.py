@@ -312,7 +312,7 @@ def test_skipped_rows_are_told_and_the_file_is_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
 def test_latin1_is_only_taken_when_it_is_given(tmp_path: Path, encoding: str) -> None:
     path = write(tmp_path, "category,human,assistant\nmot,Où est le garçon ?,À l'école.\n".encode(encoding), "a.csv")
-    refused(path, "Any bytes are valid Latin-1", "data.encoding=latin-1 (or cp1252) is only ever taken when you say so")
+    refused(path, "data.encoding=cp1252 reads it as `mot,Où est le garçon")
     assert back(path, encoding=encoding) == [
         {"category": "mot", "human": "Où est le garçon ?", "assistant": "À l'école."}
     ]
@@ -327,7 +327,8 @@ def test_characters_and_bad_bytes_at_the_border_of_two_chunks(
     raw = ("category,human,assistant\r\n" + 3 * row).encode(codec)
     for size in (1, 2, 3, 5, 7):
         monkeypatch.setattr("sftx.data.blob.CHUNK", size)
-        reading = read_file(write(tmp_path, raw, "a.csv"))
+        given = codec if codec in text else "auto"
+        reading = read_file(write(tmp_path, raw, "a.csv"), encoding=given)
         assert reading.records[0].category == text.get(codec, "请问我们的一")
         if codec in ("utf-8", "gb18030"):
             refused(

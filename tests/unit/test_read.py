@@ -79,39 +79,76 @@ def test_each_encoding_with_each_newline(tmp_path: Path, codec: str, mark: bytes
 
 
 @pytest.mark.parametrize(
-    ("text", "codec", "said"),
+    ("text", "codec", "proposed"),
     [
-        (BIG5_TEXT, "big5", "big5hkscs"),
+        (JAPANESE, "euc_jp", "gb18030"),
+        (JAPANESE * 40, "shift_jis", "cp932"),
+        (BIG5_TEXT, "big5", "big5"),
+        (BIG5_TEXT * 40, "big5", "big5"),
         (BIG5_TEXT, "gb18030", "gb18030"),
-        (JAPANESE, "shift_jis", "cp932"),
         (KOREAN, "cp949", "cp949"),
+        (KOREAN * 40, "euc_kr", "cp949"),
+        ("faq,제품 청소 방법,제품을 청소\n", "euc_kr", "cp949"),
+        ("mot,Les élèves étonnés ?,Où est le garçon\n", "cp1252", "cp1252"),
+        ("versand,Wie kann ich es zurückschicken?,Bitte drücken\n", "cp1252", "cp1252"),
+        ("pytanie,Zażółć gęślą jaźń,Dziękuję bardzo\n" * 9, "cp1250", "cp1250"),
+        ("слово,Привет как дела?,Сегодня хорошая погода\n", "cp1251", "cp1251"),
+        ("слово,Привет как дела?,Сегодня хорошая погода\n" * 5, "koi8_r", "koi8_r"),
+        ("λέξη,Τι κάνεις σήμερα;,Πολύ καλά ευχαριστώ\n", "cp1253", "cp1253"),
+        ("x,玫瑰,芍药\n", "gb18030", "gb18030"),
+        ("x,你好吗,我很好\n", "gb18030", "gb18030"),
     ],
 )
-def test_other_legacy_encodings_by_their_letters(tmp_path: Path, text: str, codec: str, said: str) -> None:
-    reading = read_file(write(tmp_path, HEADER + text, encoding=codec))
-    assert triples(reading) == [tuple(text.strip().split(","))]
-    assert reading.encoding == said
+def test_an_encoding_that_is_not_proved_is_refused_with_proposals(
+    tmp_path: Path, text: str, codec: str, proposed: str
+) -> None:
+    path = write(tmp_path, HEADER + text, encoding=codec)
+    check_one_line(path, 2, "is not valid utf-8", "byte 0x", "Save the file as UTF-8", f"data.encoding={proposed} ")
+    with pytest.raises(DataError, match="is not valid utf-8"):
+        read_file(write(tmp_path, '{"a": "' + text.replace("\n", " ") + '"}', "a.jsonl", codec))
+    assert triples(read_file(path, encoding=codec)) == [tuple(line.split(",")) for line in text.split("\n") if line]
+
+
+def test_one_letter_in_english_is_no_proof_of_chinese(tmp_path: Path) -> None:
+    text = HEADER + "travel,Where is Rome?,In Italy.\n" * 200 + "travel,Where is Kraków airport?,Near it.\n"
+    (found,) = refused(write(tmp_path, text, encoding="cp1252"))
+    assert found.startswith("202: ")
+    assert "data.encoding=cp1252 reads it as `l,Where is Kraków airport?" in found
+    assert "data.encoding=gb18030 reads it as" in found
+
+
+def test_a_private_use_letter_disproves_gb18030(tmp_path: Path) -> None:
+    assert read_file(write(tmp_path, HEADER + CHINESE * 9, encoding="gb18030")).encoding == "gb18030"
+    raw = (HEADER + CHINESE * 9).encode("gb18030") + b"a,\xaa\xa1,c\n"
+    assert "data.encoding=" in refused(write(tmp_path, raw))[0]
+
+
+@pytest.mark.parametrize("codec", ["utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_utf_32_is_named(tmp_path: Path, codec: str, name: str) -> None:
+    text = HEADER + CHINESE if name == "a.csv" else '{"category": "c", "human": "q", "assistant": "a"}\n'
+    path = write(tmp_path, text, name, codec)
+    with pytest.raises(DataError, match=r"this is UTF-32; save it as UTF-8, or set data\.encoding=utf-32"):
+        read_file(path)
+    assert len(read_file(path, encoding=codec).records) == text.count("\n") - (name == "a.csv")
 
 
 @pytest.mark.parametrize(
-    ("text", "codec"),
+    ("raw", "said"),
     [
-        (JAPANESE, "euc_jp"),
-        ("mot,Les élèves étonnés ?,Où est le garçon\n", "cp1252"),
-        ("слово,Привет как дела?,Сегодня хорошая погода\n", "cp1251"),
-        ("x,玫瑰,芍药\n", "gb18030"),
+        (b"<!DOCTYPE html><html>", "this is HTML"),
+        (b"\xef\xbb\xbf\r\n<html xmlns:o=", "this is HTML"),
+        (b"<table><tr><td>category", "this is HTML"),
+        (b"<?xml version='1.0'?>", "HTML or XML"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "old Excel"),
+        (b"%PDF-1.7", "this is a PDF"),
+        (b"PK\x03\x04\x14\0\x06\0", "Excel workbook or a zip"),
     ],
 )
-def test_an_encoding_that_is_not_proved_is_refused_not_guessed(tmp_path: Path, text: str, codec: str) -> None:
-    path = write(tmp_path, HEADER + text, encoding=codec)
-    check_one_line(path, 2, "is not valid utf-8", "byte 0x", "save the whole file as UTF-8", "give its encoding")
-    assert triples(read_file(path, encoding=codec)) == [tuple(text.strip().split(","))]
-
-
-def test_the_refusal_names_the_likely_encoding(tmp_path: Path) -> None:
-    path = write(tmp_path, HEADER + "слово,Привет как дела? Сегодня хорошая погода,Да\n" * 5, encoding="cp1251")
-    assert "it may be cp1251" in refused(path)[0] or "it may be mac_cyrillic" in refused(path)[0]
-    assert "it may be gb18030" in refused(write(tmp_path, HEADER + "x,玫瑰,芍药\n", encoding="gb18030"))[0]
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_what_is_no_text_is_named(tmp_path: Path, raw: bytes, said: str, name: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read_file(write(tmp_path, raw, name))
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -119,7 +156,7 @@ def test_an_odd_bad_byte_in_utf8_is_an_error_with_its_place(tmp_path: Path, newl
     good = (HEADER + CHINESE).replace("\n", newline).encode()
     raw = good + b"a,b\xff,c\n"
     check_one_line(
-        write(tmp_path, raw), 4, f"byte 0xFF at byte offset {len(good) + 3}", "not valid utf-8", "mend that place"
+        write(tmp_path, raw), 4, f"byte 0xFF at byte offset {len(good) + 3}", "not valid utf-8", "fix that place"
     )
 
 
@@ -175,11 +212,6 @@ def test_nul_characters(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in found] == ["2", "4"]
     assert all("NUL character" in line for line in found)
     assert refused(write(tmp_path, '{"human": "a\0"}\n', "a.jsonl"))[0].startswith("1: a NUL character")
-
-
-def test_a_workbook_is_called_one(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Excel workbook or a zip"):
-        read_file(write(tmp_path, b"PK\x03\x04\x14\0\x06\0"))
 
 
 # Cells

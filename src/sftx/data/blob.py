@@ -17,7 +17,12 @@ from sftx.errors import DataError
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 CHUNK = 1 << 20
 MAGICS = (
-    (b"PK\x03\x04", "this is an Excel workbook or a zip file, not text; save it as CSV in UTF-8"),
+    (
+        b"PK\x03\x04",
+        "this is an Excel workbook or a zip file; name a workbook *.xlsx, or save it as CSV in UTF-8",
+    ),
+    (b"\xd0\xcf\x11\xe0", "this is an old Excel or Word file (.xls, .doc); save it as CSV in UTF-8"),
+    (b"%PDF", "this is a PDF; only tables of text can be read"),
     (b"\x1f\x8b", "this is compressed by gzip; name it *.gz"),
     (b"\x28\xb5\x2f\xfd", "this is compressed by zstd; name it *.zst"),
     (b"PAR1", "this is Parquet; name it *.parquet or set data.format=parquet"),

@@ -1,4 +1,4 @@
-"""Bytes to text: which encoding a file proves to be in, told in bounded memory.
+"""Bytes to text: which encoding a file proves to be in, found in bounded memory.
 
 Nothing is repaired: no byte becomes a replacement character.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import codecs
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import NoReturn, cast
+from typing import cast
 
 from sftx.data.blob import MAGICS, Blob
 from sftx.errors import DataError, did_you_mean
@@ -21,24 +22,31 @@ from sftx.errors import DataError, did_you_mean
 MAX_BAD_SHARE = 0.2
 SAMPLE = 20_000
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-# A strict decode proves little (GB18030 takes most Big5, Korean and Japanese bytes), so a legacy
-# encoding must also yield enough of the letters that any text of its language is full of.
-_CHINESE = frozenset(
+_COMMON_HANZI = frozenset(
     "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种事成方多经么去"
     "法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无力它与长把机十民第公此已工使情明性知全三又关点"
     "正业外将两高间由问很最重并物手应战向头文体政美相见被利什二等产或新己制身果加西斯月话合回特代内信表化老给世位次度门任常先海通教儿"
-    "這個們來時國說對學會過發後麼為與間問題從現進種關樣點還機體無業內開當沒動實長將兩應頭見產話給門東聲員論處義幾條係氣電數報結務場計"
 )
-_KANA = frozenset(map(chr, range(0x3041, 0x30FF)))
-_HANGUL = frozenset("이다는을의에가고지하기로사한를은도서리나어대해인있수들자시아그일니요것정보원장안과만으")
-# Encoding, letters, least share of them. Other encodings measure up to 0.06 as GB18030, 0.21 as Big5.
-LEGACY = (
-    ("gb18030", _CHINESE, 0.15),
-    ("big5hkscs", _CHINESE, 0.4),
-    ("cp932", _KANA, 0.4),
-    ("cp949", _HANGUL, 0.3),
-)
+# A strict decode proves little: GB18030 accepts most bytes of Big5, Korean, Japanese and one-byte encodings.
+MIN_HANZI = 12
+MIN_HANZI_SHARE = 0.8
+"""Of all letters that are not ASCII."""
+MIN_HIGH_BYTES = 0.95
+"""Share of second bytes from 0xA1 up (GB2312): real simplified Chinese has nearly no others."""
+MIN_BEYOND_HANGUL = 0.15
+"""Share of first bytes from 0xC9 up, where KS X 1001 has no Hangul: Chinese has about 0.4, Korean none."""
+MIN_COMMON = 0.25
+"""Share of common hanzi: Chinese has 0.4 to 0.6, other text read as GB18030 at most 0.1."""
+# What charset-normalizer may propose, as Python spells it; the rest of its list is rare or a subset.
+PROPOSABLE = {
+    "big5": "big5", "big5hkscs": "big5hkscs", "cp949": "cp949", "euc_kr": "cp949",
+    "shift_jis": "cp932", "cp932": "cp932",
+    "euc_jp": "euc_jp", "euc_jis_2004": "euc_jp", "gb18030": "gb18030", "gbk": "gb18030", "gb2312": "gb18030",
+    "koi8_r": "koi8_r", "cp874": "cp874", "latin_1": "cp1252", **{f"cp125{i}": f"cp125{i}" for i in range(9)},
+}  # fmt: skip
 _FOREIGN_LETTER = re.compile(r"[^\W\x00-\x7f]")
+_MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|table|\?xml|head|body)\b", re.I)
+_PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010fffd]")
 
 
 @dataclass(frozen=True)
@@ -63,30 +71,41 @@ class BadByteError(Exception):
 
 
 def survey(blob: Blob, encoding: str, *, utf8_only: str | None, names: Iterable[str]) -> Survey:
-    """Tell a file's encoding, unless it is given; raises DataError when its bytes do not prove one.
+    """Find a file's encoding, unless it is given, and decode all of it once.
 
-    `utf8_only` names a format that must be UTF-8; `names` are columns by which UTF-16 is recognised.
+    `utf8_only` names a format that must be UTF-8; `names` are columns by which UTF-16 and UTF-32 are recognised.
+
+    Raises:
+        DataError: the file is no text, or its bytes do not prove an encoding.
     """
     head = blob.head(4096)
     for magic, message in MAGICS:
         if head.startswith(magic):
             raise DataError(f"{blob.path}: {message}")
+    if _MARKUP.match(head):
+        raise DataError(f"{blob.path}: this is HTML or XML (some programs export it as .xls or .csv); save it as CSV")
     if encoding != "auto":
         return _strict(blob, _known(blob, encoding))
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or _wide(head, names, "utf-32-le", "utf-32-be"):
+        raise DataError(f"{blob.path}: this is UTF-32; save it as UTF-8, or set data.encoding=utf-32")
     for mark, name in BOMS:
         if head.startswith(mark):
             if utf8_only and name != "utf-8-sig":
                 raise DataError(
-                    f"{blob.path}: {utf8_only} must be UTF-8, this is {name}; save it as UTF-8 or give its encoding"
+                    f"{blob.path}: {utf8_only} must be UTF-8, this is {name}; save it as UTF-8 or set data.encoding="
                 )
             return _strict(blob, name)
-    wide = None if utf8_only else _utf16_without_bom(head, names)
-    if utf8_only or wide:
-        return _strict(blob, wide or "utf-8")
+    wide = None if utf8_only else _wide(head, names, "utf-16-le", "utf-16-be")
+    if wide:
+        return _strict(blob, wide)
     try:
         return _survey(blob, "utf-8")
     except BadByteError as error:
-        return _legacy(blob, error)
+        if not utf8_only:
+            return _legacy(blob, error)
+        if _bad_share(blob, "utf-8") <= MAX_BAD_SHARE:
+            raise DataError(_bad_byte(blob, error)) from error
+        raise _undecided(blob, error) from error
 
 
 @contextmanager
@@ -189,46 +208,85 @@ def _known(blob: Blob, encoding: str) -> str:
     return encoding
 
 
-def _utf16_without_bom(head: bytes, names: Iterable[str]) -> str | None:
-    """Recognise UTF-16 by a known name in the header, each letter with its NUL."""
+def _wide(head: bytes, names: Iterable[str], *codecs_: str) -> str | None:
+    """Return the encoding of several bytes a letter in which the beginning of a file has a known name."""
     if b"\0" not in head:
         return None
-    lowered = head.lower()
-    for codec in ("utf-16-le", "utf-16-be"):
-        # In the other byte order the same bytes stand at an odd offset; "not found" (-1) is odd too.
-        if any(lowered.find(name.encode(codec).lower()) % 2 == 0 for name in names):
+    lowered, names = head.lower(), list(names)
+    for codec in codecs_:
+        width = 4 if "32" in codec else 2
+        # In the other byte order the same bytes stand at another offset; "not found" (-1) is none of ours.
+        if any(lowered.find(name.encode(codec).lower()) % width == 0 for name in names):
             return codec
     return None
 
 
 def _legacy(blob: Blob, error: BadByteError) -> Survey:
-    """Return the first legacy encoding that proves itself for what is not UTF-8; else raise DataError."""
+    """Return the survey as GB18030 of a file that is not UTF-8, or raise DataError that proposes encodings."""
     if _bad_share(blob, "utf-8") <= MAX_BAD_SHARE:
         raise DataError(_bad_byte(blob, error)) from error
-    possible: list[str] = []
-    for name, letters, share in LEGACY:
-        try:
-            found = _survey(blob, name)
-        except BadByteError as bad:
-            if _bad_share(blob, name) <= MAX_BAD_SHARE and _looks_like(_sample(blob, name), letters, share):
-                raise DataError(_bad_byte(blob, bad)) from bad
-        else:
-            if _looks_like(found.sample, letters, share):
-                return found
-            possible.append(name)
-    _undecided(blob, error, possible)
+    try:
+        found = _survey(blob, "gb18030")
+    except BadByteError as bad:
+        if _bad_share(blob, "gb18030") <= MAX_BAD_SHARE and _is_chinese(_sample(blob, "gb18030")):
+            raise DataError(_bad_byte(blob, bad)) from bad
+    else:
+        if _is_chinese(found.sample) and not any(map(_PRIVATE_USE.search, _texts(blob, "gb18030"))):
+            return found
+    raise _undecided(blob, error) from error
 
 
-def _undecided(blob: Blob, error: BadByteError, possible: list[str]) -> NoReturn:
+def _is_chinese(sample: str) -> bool:
+    """Return True if letters decoded as GB18030 can hardly be anything but simplified Chinese."""
+    hanzi = [letter for letter in sample if "\u4e00" <= letter <= "\u9fff"]
+    if len(hanzi) < max(MIN_HANZI, MIN_HANZI_SHARE * len(sample)):
+        return False
+    pairs = [letter.encode("gb18030") for letter in hanzi]
+    high = sum(pair[1] >= 0xA1 for pair in pairs)
+    beyond_hangul = sum(pair[0] >= 0xC9 for pair in pairs)
+    common = sum(letter in _COMMON_HANZI for letter in hanzi)
+    n = len(hanzi)
+    return high >= MIN_HIGH_BYTES * n and beyond_hangul >= MIN_BEYOND_HANGUL * n and common >= MIN_COMMON * n
+
+
+def _undecided(blob: Blob, error: BadByteError) -> DataError:
+    """Return a refusal that shows how the first line that is not UTF-8 reads in each likely encoding."""
+    start = max(error.offset - 65536, 0)
+    raw = _window(blob, start, 131072)
+    at = error.offset - start
+    begin = max(raw.rfind(b"\n", 0, at), raw.rfind(b"\r", 0, at)) + 1
+    line = re.split(rb"[\r\n]", raw[begin:], maxsplit=1)[0]
+    readings = {name: text for name in _proposals(raw) if (text := _reading(line, name))}
+    place = f"{blob.path}:{line_of(blob, error.encoding, error.offset)}"
+    if not readings:
+        return DataError(f"{_bad_byte(blob, error)}, or set data.encoding=")
+    shown = ", ".join(f"data.encoding={name} reads it as `{text}`" for name, text in list(readings.items())[:4])
+    return DataError(
+        f"{place}: {error.args[0]}, and nothing proves another encoding. Save the file as UTF-8, or set the encoding "
+        f"that reads this line correctly: {shown}"
+    )
+
+
+def _proposals(raw: bytes) -> list[str]:
+    """Return encodings that charset-normalizer proposes, and those that are mistaken for them most often."""
     import charset_normalizer  # only an undecided file pays for it
 
-    guess = charset_normalizer.from_bytes(_window(blob, max(error.offset - 4096, 0), 65536)).best()
-    likely = dict.fromkeys(possible[:1] + ([guess.encoding] if guess else []))
-    hint = f" (it may be {' or '.join(likely)})" if likely else ""
-    raise DataError(
-        f"{_bad_byte(blob, error)}, or give its encoding{hint}: it cannot be told for sure. "
-        "Any bytes are valid Latin-1, so data.encoding=latin-1 (or cp1252) is only ever taken when you say so"
-    )
+    found = [PROPOSABLE[m.encoding] for m in charset_normalizer.from_bytes(raw) if m.encoding in PROPOSABLE]
+    found = list(dict.fromkeys(found))[:2]
+    western = not found or any(name[:4] == "cp12" for name in found)
+    return list(dict.fromkeys([*(["cp1252"] if western else []), *found, "gb18030"]))
+
+
+def _reading(line: bytes, encoding: str) -> str | None:
+    """Return what stands around a line's first letter that is not ASCII, or None if the encoding does not allow it."""
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(line)  # its last letter may be cut
+    except UnicodeDecodeError:
+        return None
+    at = next((i for i, letter in enumerate(text) if not letter.isascii()), 0)
+    if any(unicodedata.category(letter) in ("Cc", "Co", "Cn") for letter in text if letter != "\t"):
+        return None
+    return text[max(at - 15, 0) : at + 15].strip()
 
 
 def _window(blob: Blob, start: int, size: int) -> bytes:
@@ -255,10 +313,6 @@ def _sample(blob: Blob, encoding: str) -> str:
     return "".join(islice(letters, SAMPLE))
 
 
-def _looks_like(sample: str, letters: frozenset[str], share: float) -> bool:
-    return bool(sample) and sum(letter in letters for letter in sample) >= share * len(sample)
-
-
 def _bad_byte(blob: Blob, error: BadByteError) -> str:
     line = line_of(blob, error.encoding, error.offset)
-    return f"{blob.path}:{line}: {cast('str', error.args[0])}; mend that place, or save the whole file as UTF-8"
+    return f"{blob.path}:{line}: {cast('str', error.args[0])}; fix that place, or save the whole file as UTF-8"
