@@ -1,4 +1,4 @@
-"""`sftx`: what there is beside training. `sftx diff A B`; every command: `sftx --help`.
+"""`sftx`: training and the commands around it. `sftx train mode=qlora`; every command: `sftx --help`.
 
 A command is a module of `sftx.commands` with a function `add(groups)`; it is listed in COMMANDS, and
 imports what is heavy only when it runs.
@@ -11,17 +11,17 @@ import sys
 from collections.abc import Sequence
 
 from sftx import __version__
-from sftx.commands import data_cache, data_check, data_convert, diff, repro
+from sftx.commands import data_cache, data_check, data_convert, diff, repro, train
 from sftx.errors import reported
 
 GROUPS = {"data": "look at corpora, and at what is kept of them"}
 """Words that stand before a command's own name."""
-COMMANDS = (data_check, data_convert, data_cache, diff, repro)
+COMMANDS = (train, data_check, data_convert, data_cache, diff, repro)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; the command chosen is its `run`."""
-    top = argparse.ArgumentParser(prog="sftx", description="Supervised fine-tuning; to train: python train.py.")
+    top = argparse.ArgumentParser(prog="sftx", description="Supervised fine-tuning.")
     top.add_argument("--version", action="version", version=f"sftx {__version__}")
     words = top.add_subparsers(required=True, metavar="COMMAND")
     groups = {
@@ -53,5 +53,8 @@ def run(words: Sequence[str]) -> int:
 
 def main() -> None:
     """Run what the command line asks for."""
+    if sys.argv[1:2] == ["train"]:
+        train.start(sys.argv[2:])
+        return
     with reported():
         sys.exit(run(sys.argv[1:]))

@@ -54,7 +54,7 @@ def test_flags_with_dashes_are_answered_with_how_it_is_typed():
         "command line: `--learning_rate`: settings are typed without dashes: learning_rate=1e-4",
         "command line: `--lora-r=8`: settings are typed without dashes, as key=value. In sftx it is `lora_rank`.",
         "command line: `--max_steps`: settings are typed without dashes: max_steps=2",
-        "command line: `--nonsense` is no option of train.py; settings are typed as key=value.",
+        "command line: `--nonsense` is not an option of python train.py; settings are typed as key=value.",
     ]
 
 

@@ -161,6 +161,9 @@ def test_the_command_that_continues_has_the_folder_and_no_other_resume() -> None
     assert resume_command("python train.py output_dir=x", composed("output_dir=x"), Path("x")) == (
         "python train.py output_dir=x"
     )
+    assert resume_command("sftx train seed=1", composed("seed=1"), folder) == (
+        "sftx train seed=1 output_dir=outputs/runs/x"
+    )
     assert resume_command("sftx repro x --output_dir y", composed("output_dir=y"), Path("y")) == (
         "sftx repro x --output_dir y"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from sftx import EMBEDDED_DATA
 from sftx.data.corpus import Corpus, LoadedFile
 from sftx.data.sources import Source, fetch, find_sources
 from sftx.errors import DataError
@@ -92,6 +93,21 @@ def test_a_folder_gives_its_corpus_files(tmp_path: Path) -> None:
     assert found(tmp_path, "q") == ["csv/q/z.csv"]
     (tmp_path / "none").mkdir()
     refused(tmp_path, "none", "train_file_name=none: the folder", "holds no corpus file. Files there: none.")
+
+
+def test_the_embedded_corpus_is_found_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "aspcoder_train.csv"
+    assert [s.path for s in find_sources("data", name, key=KEY)] == [EMBEDDED_DATA / name]
+    put(tmp_path / "data/mine.csv")
+    assert [s.path for s in find_sources("data", name, key=KEY)] == [EMBEDDED_DATA / name]
+    assert [s.path for s in find_sources("data", "mine.csv", key=KEY)] == [Path("data/mine.csv")]
+    refused(Path("data"), "mein.csv", "Did you mean `mine.csv`?")
+    put(tmp_path / "data" / name)
+    assert [s.path for s in find_sources("data", name, key=KEY)] == [Path("data") / name]
+    refused(Path("other"), name, "there is no such folder")
 
 
 def test_several_files_are_one_corpus(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_plain_run_imports_nothing_that_it_does_not_use(mode: str, tmp_path) -
 import sys
 sys.argv = ["train.py", *{words!r}]
 import train
-train.main()
+train.main(sys.argv[1:])
 from sftx.standins import MODULES, StandIn
 used = {"bitsandbytes", "bitsandbytes.nn"} if "mode=qlora" in sys.argv else set()
 heavy = [*MODULES.keys() - used, "torch._dynamo", "torch._inductor", "torch.export", "torch.fx.experimental.symbolic_shapes"]

@@ -21,7 +21,7 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
     parser = groups["data"].add_parser(
         "check",
         help="read files as training would, and say what is in them",
-        description="Read files as training would, and say what is in them. Settings are typed as for train.py, "
+        description="Read files as training would, and say what is in them. Settings are typed as for `sftx train`, "
         "for example model_name_or_path=models/smollm2-135m max_seq_length=512 data.on_bad_rows=skip. "
         "The exit code is 2 when something would be refused.",
     )

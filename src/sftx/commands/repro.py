@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sftx import PROJECT_ROOT
+from sftx import INSTALLED, PROJECT_ROOT
 from sftx.errors import EXIT_FAULT
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
 def _repro(asked: argparse.Namespace) -> int:
     from sftx.runs.past import open_run
 
-    if str(PROJECT_ROOT) not in sys.path:  # a module of the user's own beside train.py is found, as train.py finds it
-        sys.path.insert(0, str(PROJECT_ROOT))
+    beside = str(Path.cwd() if INSTALLED else PROJECT_ROOT)  # the user's own modules are found as training finds them
+    if beside not in sys.path:
+        sys.path.append(beside)
     run = open_run(asked.folder)
     from sftx.runs.recipe import check_ranks, command, from_its_directory, ranks_here, recipe, typed_keys
 

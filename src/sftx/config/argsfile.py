@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sftx import train_command
 from sftx.config.grammar import KEY
 
 
@@ -72,7 +73,7 @@ def _flatten(pairs: _Pairs, head: str, path: Path, text: str, out: ArgsFile) -> 
                 "as YAML, and choose it by experiment=mine."
             )
         elif match is None or match["prefix"]:
-            out.problems.append(f"{place}: unknown key {dotted!r}. All keys: python train.py --help")
+            out.problems.append(f"{place}: unknown key {dotted!r}. All keys: {train_command()} --help")
         elif isinstance(value, _Pairs) and value:
             _flatten(value, f"{dotted}.", path, text, out)
         else:

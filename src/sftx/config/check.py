@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sftx import train_command
 from sftx.config.options import option_keys, options
 from sftx.config.other_trainers import counterpart
 from sftx.config.rules import broken_rules
@@ -166,7 +167,7 @@ def _unknown_key(key: str, value: Any, origin: Origin) -> str:
     deeper = [f"{g}.{key}" for g in GROUPS if key in _keys_of_options(g)]
     if deeper:
         hint = f" Did you mean `{deeper[0]}`?"
-    return f"{head}{hint} All keys: python train.py --help"
+    return f"{head}{hint} All keys: {train_command()} --help"
 
 
 def _elsewhere(group: str, name: str) -> str:

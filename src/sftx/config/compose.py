@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig, OmegaConf
 
+from sftx import train_command
 from sftx.config import source
 from sftx.config.by_hydra import COMPOSITION_ERRORS, CONFIG_NAME, first_sentence, load, register_sources, whole
 from sftx.config.grammar import Deleted, Sweep, read_override
@@ -40,7 +41,7 @@ class Request:
     multirun: bool
     overrides: list[str] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
-    """The words after `train.py` as the user typed them."""
+    """The words after the program as the user typed them."""
     privileges: dict[str, Any] = field(default_factory=lambda: dict(TYPED_ONLY))
     """What only a person may set, as it was typed: `allow_targets`, `trust_remote_code`."""
     shown: str | None = None
@@ -50,7 +51,7 @@ class Request:
 
     def command(self) -> str:
         """Return the command, ready to be typed again."""
-        return shlex.join(["python", "train.py", *self.typed])
+        return f"{train_command()} {shlex.join(self.typed)}".rstrip()
 
 
 def prepare(argv: list[str]) -> Request:

@@ -1,4 +1,4 @@
-"""`python train.py --help`: every key with its default and meaning, in English or, by LANG, in Chinese."""
+"""`sftx train --help`: every key with its default and meaning, in English or, by LANG, in Chinese."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import os
 import textwrap
 from collections.abc import Sequence
 
-from sftx import __version__
+from sftx import __version__, train_command
 from sftx.config.options import options
 from sftx.config.reference import defaults, knob_defaults
 from sftx.config.schema import GROUPS, KNOBS, OVERLAYS
 from sftx.config.spellings import show
 from sftx.config.types import bounds_of, options_of
+
+EXAMPLES = (
+    ("-m learning_rate=1e-4,2e-4 lora_rank=8,16", "a sweep: comma lists and -m", "多组试验"),
+    ("args_file=my.json", "the manual's JSON argument file", "手册的 JSON 参数文件"),
+    ("--cfg job", "print the configuration, run nothing", "只打印配置"),
+)
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
@@ -26,18 +32,13 @@ def chinese() -> bool:
 
 def help_text() -> str:
     """Return the whole help."""
-    zh = chinese()
+    zh, program = chinese(), train_command()
     values, (_, choices) = knob_defaults(), defaults()
     lines = [
         f"sftx {__version__} - " + ("有监督微调" if zh else "supervised fine-tuning"),
         "",
-        "  python train.py mode=qlora lora_rank=32",
-        "  python train.py -m learning_rate=1e-4,2e-4 lora_rank=8,16        "
-        + ("多组试验" if zh else "a sweep: comma lists and -m"),
-        "  python train.py args_file=my.json                                "
-        + ("手册的 JSON 参数文件" if zh else "the manual's JSON argument file"),
-        "  python train.py --cfg job                                        "
-        + ("只打印配置" if zh else "print the configuration, run nothing"),
+        f"  {program} mode=qlora lora_rank=32",
+        *(f"  {f'{program} {words}':<65}{zh_text if zh else en}" for words, en, zh_text in EXAMPLES),
         "",
         "参数（键=默认值）" if zh else "Keys (key=default)",
     ]

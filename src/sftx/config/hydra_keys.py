@@ -11,6 +11,7 @@ from hydra.conf import HydraConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sftx import train_command
 from sftx.config.spellings import found
 from sftx.errors import did_you_mean
 
@@ -38,7 +39,7 @@ def check_key(key: str, value: Any, origin: str) -> str | None:
         if part not in known:
             return (
                 f"{origin}: unknown key `{done}.{part}`.{did_you_mean(part, known)} "
-                f"All of Hydra's keys: python train.py --cfg hydra"
+                f"All of Hydra's keys: {train_command()} --cfg hydra"
             )
         node, done = known[part].default_factory, f"{done}.{part}"
     if key.partition(".")[0] in OPEN:

@@ -10,6 +10,7 @@ from typing import Any
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Glob
 
+from sftx import train_command
 from sftx.config.argsfile import read_args_file
 from sftx.config.grammar import Deleted, Sweep, grammar, read_override, unwritable_name
 from sftx.config.options import ALL_GROUPS, options
@@ -122,7 +123,7 @@ def _unknown_flag(word: str, words: list[str], flags: list[str]) -> str:
     row = counterpart(key)
     if key not in KNOBS and row is None:
         hint = did_you_mean(name, flags)
-        return f"command line: `{word}` is no option of train.py; settings are typed as key=value.{hint}"
+        return f"command line: `{word}` is not an option of {train_command()}; settings are typed as key=value.{hint}"
     if not equals and words and "=" not in words[0] and not words[0].startswith("--"):
         value = words.pop(0)
     head = f"command line: `{word}`: settings are typed without dashes"

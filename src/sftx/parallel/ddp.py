@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from sftx import train_command
 from sftx.config.bounds import Bounds
 from sftx.errors import ConfigError
 from sftx.parallel import watch
@@ -71,7 +72,7 @@ def refuse_alone(option: str, asked: int | None) -> None:
     """
     if asked is not None and asked > 1:
         raise ConfigError(
-            f"`parallel.num_processes={asked}`: this process trains alone. python train.py parallel={option} starts "
+            f"`parallel.num_processes={asked}`: this process trains alone. {train_command()} parallel={option} starts "
             f"{asked} processes; in a program of your own, use parallel=single."
         )
 

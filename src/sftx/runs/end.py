@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 
+from sftx import INSTALLED, train_command
 from sftx.errors import CheckpointError, SftxError
 from sftx.files import write_text
 from sftx.model.export import read_weights
@@ -19,6 +20,8 @@ from sftx.training import checkpoint
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
+SMOLLM2 = "python -m sftx.model.smollm2 models/smollm2-135m" if INSTALLED else "make smollm2"
+"""The command that fetches a small real model."""
 
 
 def finish_trial(trial: Trial, session: Session) -> Result:
@@ -85,8 +88,8 @@ def _closing(trial: Trial, result: Result, chosen: int) -> str:
         lines.append(f"See the curves:  tensorboard --logdir {trial.folder.path}")
     if trial.config.model_name_or_path == "qwen-tiny":
         lines += [
-            "Next:            make smollm2 && python train.py model=smollm2 mode=qlora lora_rank=32   (a real model)",
-            "                 python train.py train_file_path=<folder> train_file_name=<your.csv>     (your data)",
+            f"Next:            {SMOLLM2} && {train_command()} model=smollm2 mode=qlora lora_rank=32   (a real model)",
+            f"                 {train_command()} train_file_path=<folder> train_file_name=<your.csv>     (your data)",
         ]
     return "\n".join(lines)
 

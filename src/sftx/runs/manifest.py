@@ -11,7 +11,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from sftx import PROJECT_ROOT, __version__
+from sftx import INSTALLED, PROJECT_ROOT, __version__
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors", "hydra-core",
@@ -52,7 +52,9 @@ def command_line() -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the checkout's commit and the changes on top of it; empty when there is no git."""
+    """Return the checkout's commit and the changes on top of it; empty without a checkout or without git."""
+    if INSTALLED:
+        return {}
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {}

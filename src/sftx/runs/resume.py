@@ -31,7 +31,7 @@ from sftx.training.trial import Trial
 log = logging.getLogger("sftx")
 ANCESTORS = 6
 """Parent processes that are searched for the command as it was typed."""
-TRAIN = ["python", "train.py"]
+TRAIN = (["python", "train.py"], ["sftx", "train"])
 """How the command of a run begins that `sftx repro` did not start."""
 
 
@@ -201,7 +201,7 @@ def resume_command(command: str, config: TrainConfig, folder: Path) -> str:
     """
     words = shlex.split(command)
     start, typed = as_typed(words), words[2:]
-    if words[:2] == TRAIN:
+    if words[:2] in TRAIN:
         changed = {"resume"} | ({"output_dir"} if config.output_dir is None else set())
         typed = [word for word in typed if bare(word.partition("=")[0]) not in changed]
         if config.output_dir is None:
