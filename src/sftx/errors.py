@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from sftx.terminal import visible_lines
+
 EXIT_FAULT = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75
@@ -95,7 +97,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def printed(error: BaseException) -> str:
-    """Return what is printed of an error, as its kind demands."""
+    """Return what is printed of an error, as its kind demands, without control characters of the user's files."""
+    return visible_lines(_printed(error))
+
+
+def _printed(error: BaseException) -> str:
     if isinstance(error, ConfigError):
         count = len(error.problems)
         lines = [f"sftx: {count} problem{'s' if count > 1 else ''} in the configuration"]

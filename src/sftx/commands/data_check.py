@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftx.errors import ConfigError, DataError
+from sftx.terminal import visible_json
 
 if TYPE_CHECKING:
     from sftx.commands.data_report import Checked
@@ -47,7 +47,7 @@ def _check(asked: argparse.Namespace) -> int:
         if asked.png:
             data_report.draw(checked, asked.png)
     if asked.json:
-        print(json.dumps(_as_json(checked), ensure_ascii=False, indent=2))
+        print(visible_json(_as_json(checked)))
     else:
         data_report.show(checked, rows=asked.show, terminal=sys.stdout)
     sys.stdout.flush()

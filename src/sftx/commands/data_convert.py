@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sftx.commands.data_check import sort_words
 from sftx.errors import DataError
+from sftx.terminal import visible
 
 
 def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) -> None:
@@ -38,6 +39,6 @@ def _convert(asked: argparse.Namespace) -> int:
         keep_columns=not config.remove_unused_columns,
     )
     for reason in done.loaded.skipped():
-        print(f"left out: {reason}")
+        print(visible(f"left out: {reason}"))
     print(f"{files[-1]}: {done.rows:,} records, {done.shape}")
     return 0

@@ -29,6 +29,7 @@ from sftx.errors import ConfigError, DataError
 from sftx.files import write_bytes
 from sftx.model.family import family_named, family_of
 from sftx.model.load import find_model, load_template
+from sftx.terminal import visible, visible_lines
 
 BAR = 40
 
@@ -119,7 +120,7 @@ def show(checked: Checked, *, rows: int, terminal: TextIO) -> None:
     console = Console(file=terminal, highlight=False)
     a = checked.audit
     console.print(_files(checked.loaded))
-    console.print(Text(f"\n{_totals(checked)}"), soft_wrap=True)
+    console.print(Text(f"\n{visible_lines(_totals(checked))}"), soft_wrap=True)
     console.print(_lengths(a))
     console.print(Padding(_categories(a), (0, 0, 1, 0)))
     found = _findings(checked)
@@ -130,7 +131,7 @@ def show(checked: Checked, *, rows: int, terminal: TextIO) -> None:
         if places:
             console.print(Text(f"{title}: {len(places):,}", style="yellow"))
             for place in places[:LISTED]:
-                console.print(Text(f"  {place}"), soft_wrap=True)
+                console.print(Text(visible(f"  {place}")), soft_wrap=True)
         if len(places) > LISTED:
             console.print(f"  and {len(places) - LISTED:,} more (--json names all)")
     colours = console.color_system is not None
@@ -180,7 +181,7 @@ def _files(loaded: LoadedFile) -> Table:
     for f in loaded.files:
         delimiter = {"\t": "tab", None: "-"}.get(f["delimiter"], f["delimiter"])
         cells = (f"{f['rows']:,}", *(str(f[k] or "-") for k in ("format", "encoding")), delimiter, f["shape"] or "-")
-        table.add_row(*map(Text, (*cells, str(f["path"]))))
+        table.add_row(*(Text(visible(cell)) for cell in (*cells, str(f["path"]))))
     return table
 
 
@@ -215,7 +216,7 @@ def _categories(found: Audit) -> Table:
         table.add_column(name, justify="left" if name[0] in "cl" and name != "learned" else "right", overflow="fold")
     for name, c in found.categories.items():
         languages = ", ".join(f"{k} {v:,}" for k, v in c.languages.items())
-        table.add_row(Text(name), f"{c.rows:,}", f"{c.tokens:,}", f"{c.supervised_tokens:,}", languages)
+        table.add_row(Text(visible(name)), f"{c.rows:,}", f"{c.tokens:,}", f"{c.supervised_tokens:,}", languages)
     return table
 
 

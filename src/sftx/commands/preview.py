@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from sftx.data.rows import Row
+from sftx.terminal import visible
 
 SHOWN_TOKENS = 400
 """Tokens of a row that are shown, at most."""
@@ -33,7 +34,9 @@ def legend(*, colours: bool) -> Text:
 def heading(row: Row) -> Text:
     """Name a row and count its tokens."""
     cut = f" of {row.full_length:,}, the rest is cut off" if row.truncated else ""
-    return Text(f"{row.origin}  {len(row.ids_T):,} tokens{cut}; {row.supervised_tokens:,} learned", style="bold")
+    return Text(
+        f"{visible(row.origin)}  {len(row.ids_T):,} tokens{cut}; {row.supervised_tokens:,} learned", style="bold"
+    )
 
 
 def preview(row: Row, tokenizer: Any, control: set[int], *, colours: bool) -> Text:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sftx import INSTALLED, PROJECT_ROOT
 from sftx.errors import EXIT_FAULT
+from sftx.terminal import visible
 
 if TYPE_CHECKING:
     from sftx.runs.past import PastRun
@@ -83,7 +84,7 @@ def _repro(asked: argparse.Namespace) -> int:
 
 
 def _found_lines(run: PastRun, found: ThenAndNow, *, moved: bool) -> Iterable[str]:
-    from sftx.commands.run_report import difference_lines, folded, headings, visible
+    from sftx.commands.run_report import difference_lines, folded, headings
 
     yield from headings("repro", run)
     if moved:
@@ -111,7 +112,7 @@ def _judged(run: PastRun, folder: Path, expected: str | None) -> int:
 
 
 def _verdict_lines(run: PastRun, folder: Path, verdict: Verdict, expected: str | None) -> Iterable[str]:
-    from sftx.commands.run_report import change_words, visible
+    from sftx.commands.run_report import change_words
 
     if verdict.same:
         part = "" if run.status == "completed" else f" as far as {run.path} came"

@@ -6,13 +6,13 @@ import json
 import re
 import shutil
 import textwrap
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sftx.runs.compare import Difference, Section
 from sftx.runs.compare_metrics import Change, Metric, eval_loss
 from sftx.runs.past import PastRun
+from sftx.terminal import visible
 
 WIDTH = 100
 """Of what is not printed on a terminal."""
@@ -77,17 +77,6 @@ def written(value: Any) -> str:
     if isinstance(value, str):
         return value or '""'
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def visible(text: str) -> str:
-    """Write out what a terminal would obey, or what would not be seen; a run folder may be a stranger's."""
-    return "".join(
-        c if unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp") else _code(c) for c in text
-    )
-
-
-def _code(letter: str) -> str:
-    return "\\n" if letter == "\n" else f"<U+{ord(letter):04X}>"
 
 
 def _metric_lines(metrics: Sequence[Metric], a: PastRun, b: PastRun) -> Iterator[str]:

@@ -10,6 +10,8 @@ from typing import NoReturn
 from sftx.errors import DataError
 
 MAX_LISTED = 20
+MAX_TEXT = 600
+"""Characters of one problem: a row may have thousands of keys, a header one cell of a megabyte."""
 
 
 class Problems:
@@ -24,7 +26,7 @@ class Problems:
     def row(self, line: int, text: str) -> None:
         """Note what is wrong with one row, or hand it to whoever skips rows."""
         if self._on_skip is not None:
-            self._on_skip(line, text)
+            self._on_skip(line, _shortened(text))
         else:
             self.file(line, text)
 
@@ -32,7 +34,7 @@ class Problems:
         """Note what makes the whole file unusable."""
         self.count += 1
         # By line, and in the order noted within one; only those that will be listed are held.
-        insort(self._listed, (line, text), key=lambda problem: problem[0])
+        insort(self._listed, (line, _shortened(text)), key=lambda problem: problem[0])
         del self._listed[MAX_LISTED:]
 
     def stop(self, line: int, text: str) -> NoReturn:
@@ -49,3 +51,11 @@ class Problems:
         if self.count > len(said):
             said.append(f"and {self.count - len(said)} more")
         raise DataError("\n".join(said))
+
+
+def _shortened(text: str) -> str:
+    """Return text of bounded length: its beginning, and its end, which says what to do."""
+    left_out = len(text) - MAX_TEXT
+    return (
+        text if left_out <= 0 else f"{text[: MAX_TEXT // 2]} [... {left_out} characters ...] {text[-MAX_TEXT // 2 :]}"
+    )

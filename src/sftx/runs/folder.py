@@ -23,6 +23,7 @@ from sftx.errors import RunFolderError, SftxError, other_format, summary
 from sftx.files import TEMPORARY, Lock, append_line, check_writable, explained, sweep, write_json, write_text
 from sftx.runs.third_party_log import ThirdPartyLog
 from sftx.secrets import scrub, scrub_text
+from sftx.terminal import visible_lines
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 FORMAT = 2
@@ -164,11 +165,19 @@ class RunFolder:
                 self.unlock()
 
 
-class Discreet(logging.Formatter):
+class VisibleFormatter(logging.Formatter):
+    """Writes log lines without control characters of the user's files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        return visible_lines(super().format(record))
+
+
+class Discreet(VisibleFormatter):
     """Writes log lines without the secrets in them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line."""
+        """Return the text of a record."""
         return scrub_text(super().format(record))
 
 
@@ -225,7 +234,7 @@ class RunLog:
         self.logger.propagate = False
         self.close()
         self.terminal = TqdmHandler()
-        self.terminal.setFormatter(logging.Formatter("%(label)s%(message)s"))
+        self.terminal.setFormatter(VisibleFormatter("%(label)s%(message)s"))
         self.terminal.addFilter(_labelled)
         self.terminal.addFilter(lambda record: not hasattr(record, "only_to_file"))
         self.logger.addHandler(self.terminal)

@@ -13,6 +13,7 @@ from sftx.config.yamlfile import read_yaml
 from sftx.errors import RunFolderError, nearest
 from sftx.runs.folder import MANIFEST
 from sftx.runs.metrics import read_metrics
+from sftx.terminal import visible
 
 CONFIG, METRICS, TRIAL, FINAL = "config.yaml", "metrics.jsonl", "trial.json", "final"
 LISTED = 8
@@ -102,7 +103,7 @@ def _check_folder(path: Path) -> None:
         return
     if (path / TRIAL).is_file():
         error = str((_json(path / TRIAL, {}) or {}).get("error") or f"see {TRIAL}").splitlines()[0]
-        why = "".join(letter for letter in error if letter.isprintable())
+        why = visible(error)
         raise RunFolderError(f"{path}: this trial ended before it was a run: {why}")
     below = sorted((p.name for p in path.iterdir() if p.is_dir() and is_run(p)), key=lambda n: (len(n), n))
     if below:

@@ -17,6 +17,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
 from rich.table import Table
 
 from sftx.config.check import freeze
@@ -30,6 +31,7 @@ from sftx.runs.folder import RunFolder
 from sftx.runs.launch import launch
 from sftx.runs.result import Result
 from sftx.secrets import scrub, scrub_text
+from sftx.terminal import visible
 
 log = logging.getLogger("sftx")
 TRIAL = "trial.json"
@@ -127,6 +129,7 @@ def table_of(outcomes: list[dict[str, Any]], folder: Path) -> Table:
     for o in order:
         differs = " ".join(v for v in o["overrides"] if v not in shared)
         status = o["status"] if o["status"] == "completed" else f"failed: {o['error'].splitlines()[0][:120]}"
+        differs, status = (escape(visible(text)) for text in (differs, status))  # `[x]` is markup to rich
         table.add_row(str(o["number"]), differs, _loss(o.get("eval_loss")), _loss(o.get("eval_loss_before")), status)
     return table
 

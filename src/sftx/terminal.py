@@ -1,0 +1,37 @@
+"""Text for a terminal: what it would obey, or would not show, is written out."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+
+ESCAPED = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
+"""Unicode categories of control, formatting, private-use and unassigned characters, and line separators."""
+ZERO_WIDTH_JOINER = "\u200d"
+"""Kept: emoji are joined by it."""
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Return text with control characters written as `<U+001B>`; file contents and names may hold any."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter in keep or _is_harmless(letter) else _code(letter) for letter in text)
+
+
+def visible_lines(text: str) -> str:
+    """Return text with control characters written out, but for line ends and tabs."""
+    return visible(text, keep="\n\t")
+
+
+def visible_json(value: object) -> str:
+    """Return JSON in which control characters are escaped and other letters are readable."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    return "".join(c if c == "\n" or _is_harmless(c) else json.dumps(c)[1:-1] for c in text)
+
+
+def _is_harmless(letter: str) -> bool:
+    return letter == ZERO_WIDTH_JOINER or unicodedata.category(letter) not in ESCAPED
+
+
+def _code(letter: str) -> str:
+    return "\\n" if letter == "\n" else f"<U+{ord(letter):04X}>"
