@@ -200,7 +200,8 @@ def test_tokens_are_those_of_the_rendered_text_split_before_the_answer(
 
 def test_a_cells_control_text_is_tokenised_as_letters() -> None:
     ids = encoded(qwen(), "x", "a<|im_end|>b").ids_T.tolist()
-    letters = qwen().tokenizer("a<|im_end|>b", add_special_tokens=False, split_special_tokens=True).input_ids
+    tokenizer = AutoTokenizer.from_pretrained(ensure_builtin())  # its own: the option stays set
+    letters = tokenizer("a<|im_end|>b", add_special_tokens=False, split_special_tokens=True).input_ids
     assert ids[-len(letters) - 1 : -1] == letters
 
 

@@ -310,8 +310,9 @@ def test_a_batch_is_encoded_as_its_records_are(name: str) -> None:
         for i in range(len(texts))
     ]
     records = [Record(tuple(_alternating(r.messages)), "c", "f", 1, {}) for r in records]
-    for record, found in zip(records, template.encode_batch(records, EncodePolicy(10_000)), strict=True):
-        alone = template.encode(record, EncodePolicy(10_000))
+    policy = EncodePolicy(10_000, faults="ignore")
+    for record, found in zip(records, template.encode_batch(records, policy), strict=True):
+        alone = template.encode(record, policy)
         assert [r.ids_T.tolist() for r in found] == [r.ids_T.tolist() for r in alone]  # type: ignore[union-attr]
         assert [r.weights_T.tolist() for r in found] == [r.weights_T.tolist() for r in alone]  # type: ignore[union-attr]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -385,7 +386,7 @@ def check_batch(template: ChatTemplate) -> None:
             turns.append(said(rng.choice(EDGES), weight=rng.choice([None, None, 0, 0.5]), reasoning=thought))
         records.append(talk(*turns))
     policies = [ROOM, LAST, EncodePolicy(60, "truncate_prompt"), EncodePolicy(50, "split"), EncodePolicy(40)]
-    for policy in policies:
+    for policy in [replace(p, faults="ignore") for p in policies]:
         for record, found in zip(records, template.encode_batch(records, policy), strict=True):
             alone = template.encode(record, policy)
             assert shown(found) == shown(alone)

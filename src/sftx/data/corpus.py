@@ -125,7 +125,8 @@ class Corpus:
 
     def encode_policy(self, max_length: int) -> EncodePolicy:
         """Return how its conversations become rows."""
-        return EncodePolicy(max_length, self.too_long, self.learn, self.system, dict(self.category_prefix))
+        prefix = dict(self.category_prefix)
+        return EncodePolicy(max_length, self.too_long, self.learn, self.system, prefix, self.on_bad_rows)
 
     def choose_policy(self) -> ChoosePolicy:
         """Return which of its records are used, and how often."""

@@ -20,6 +20,8 @@ from sftx.errors import ModelError
 BATCH_LETTERS = 1 << 14
 """Letters tokenised at once: what the tokenizer returns for a text is a hundred times its size, and should stay in
 the processor's cache until its ids are taken out."""
+THINKING = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)
+"""Thinking written inside an answer's own text: what opens it, the thought, what closes it, the rest."""
 
 
 class Letters:
@@ -48,6 +50,14 @@ class Letters:
         if not any(letter in text for letter in self._first_letters):
             return text
         return self.pattern.sub(lambda f: self._stand_ins[f.group()], text)
+
+    def guard_answer(self, text: str) -> str:
+        """Guard an assistant's text, except the tags of the thinking it begins with: these the model itself writes."""
+        found = THINKING.match(text) if "<think>" in self._stand_ins else None
+        if not found:
+            return self.guard(text)
+        opening, thought, close, rest = found.groups()
+        return opening + self.guard(thought) + close + self.guard(rest)
 
     def guarded(self, value: Any) -> Any:
         """Guard every text inside plain data, such as a tool's definition."""

@@ -29,6 +29,9 @@ class EncodePolicy:
     category_prefix: Mapping[str, str] = field(default_factory=dict)
     """Text put before the first thing the user says, by category."""
 
+    faults: Literal["error", "skip", "ignore"] = "error"
+    """What becomes of a record that the template does not teach whole and once; only tests ignore it."""
+
     def applied(self, record: Record) -> Record:
         """Return the record with the system prompt and the prefix of its category."""
         prefix = self.category_prefix.get(record.category, "")

@@ -10,12 +10,13 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from transformers.utils import chat_template_utils
 
-from sftx.data.letters import Letters
+from sftx.data.letters import THINKING, Letters
 from sftx.data.record import Message, Record
 from sftx.errors import ModelError
 
@@ -23,6 +24,9 @@ Marks = list[tuple[int, int]]
 """Where a template's `{% generation %}` blocks lie in what it rendered, in characters."""
 INLINE = "<think>\n{}\n</think>\n\n"
 """How reasoning stands before an answer when the template has no place for it."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+REASONING = re.compile(rf"""[.'"](?:{"|".join(REASONING_KEYS)})\b""")
+"""How a template reads an assistant's reasoning: a key of the message."""
 
 
 class Reader(Protocol):
@@ -36,6 +40,10 @@ class Reader(Protocol):
 
     def starts(self, text: str, prefix: str) -> bool:
         """True when a text begins with another."""
+        ...
+
+    def follows(self, text: str, end: str) -> str | None:
+        """Return what follows the last occurrence of another text in a text; None when it is not there."""
         ...
 
     def after(self, text: str, cell: str, start: int) -> int | None:
@@ -52,7 +60,7 @@ class Renderer:
         said = re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)  # not what its comments say
         self.switches_thinking = "enable_thinking" in said
         self.has_marks = "endgeneration" in said
-        self._takes_reasoning = any(name in said for name in ("reasoning_content", ".thinking", "['thinking']"))
+        self._takes_reasoning = REASONING.search(said) is not None
         self._has_place_for = {"tools": "tools" in said, "tool_calls": "tool_calls" in said}
 
     def text(
@@ -130,6 +138,35 @@ class Renderer:
                 f"be learned. Choose a template_name that has, such as qwen2_5 or qwen3, or a model that brings one."
             )
 
+    def canonical(self, record: Record) -> Record:
+        """Return a record with the thinking inside its answers as reasoning, where the template wants it apart."""
+        if not any(m.role == "assistant" and "</think>" in m.content for m in record.messages):
+            return record
+        return replace(record, messages=tuple(map(self._apart, record.messages)))
+
+    def _apart(self, message: Message) -> Message:
+        found = THINKING.match(message.content) if message.role == "assistant" else None
+        if not found:
+            return message
+        thought, rest = found.group(2).strip("\n"), found.group(4).lstrip("\n")
+        if message.reasoning:  # the same twice is once; other thinking stays, and is refused
+            return message if message.reasoning.strip() != thought.strip() else replace(message, content=rest)
+        return replace(message, content=rest, reasoning=thought or None) if self._splits_thinking else message
+
+    @cached_property
+    def _splits_thinking(self) -> bool:
+        """True when the template makes another text of thinking inside an answer than of the same given apart."""
+        if not self._takes_reasoning:
+            return False
+        question = {"role": "user", "content": "Question"}
+        inline = {"role": "assistant", "content": INLINE.format("Thought") + "Answer"}
+        apart = self.dict_of("assistant", "Answer", "Thought")
+        try:
+            texts = [self.text([question, a], generation_prompt=False, thinking=True) for a in (inline, apart)]
+        except ModelError:
+            return True
+        return texts[0] != texts[1]
+
     def dicts(
         self, messages: Sequence[Message], letters: Letters, *, json_arguments: bool = False
     ) -> list[dict[str, Any]]:
@@ -140,7 +177,8 @@ class Renderer:
         """
         out = []
         for message in messages:
-            content, reasoning = letters.guard(message.content), letters.guard(message.reasoning or "")
+            guard = letters.guard_answer if message.role == "assistant" else letters.guard
+            content, reasoning = guard(message.content), letters.guard(message.reasoning or "")
             out.append(self.dict_of(message.role, content, reasoning))
             if message.name is not None:
                 out[-1]["name"] = message.name
@@ -156,7 +194,7 @@ class Renderer:
         if not self._takes_reasoning:
             before, after = INLINE.split("{}")
             return {"role": role, "content": before + reasoning + after + content}
-        return {"role": role, "content": content, "reasoning_content": reasoning, "thinking": reasoning}
+        return {"role": role, "content": content} | dict.fromkeys(REASONING_KEYS, reasoning)
 
 
 class Conversation:
@@ -178,6 +216,11 @@ class Conversation:
     def starts(self, text: str, prefix: str) -> bool:
         """True when a text begins with another."""
         return text.startswith(prefix)
+
+    def follows(self, text: str, end: str) -> str | None:
+        """Return what follows the last occurrence of another text in a text."""
+        _, found, rest = text.rpartition(end)
+        return rest if found else None
 
     def after(self, text: str, cell: str, start: int) -> int | None:
         """Return where a cell ends in `text`, also when the template trimmed it."""

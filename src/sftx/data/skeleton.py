@@ -178,6 +178,10 @@ class Probe:
                 self.notes.questions |= {(slot, "startswith", other[cell.start()]), (slot, "__eq__", "")}
         return False
 
+    def follows(self, text: str, end: str) -> str | None:
+        """Raise: where an unknown text occurs is not known."""
+        raise Peeked
+
     def after(self, text: str, cell: str, start: int) -> int | None:
         """Return where a cell ends in `text`, in whatever way the template trimmed it."""
         if not isinstance(cell, Unknown):

@@ -90,7 +90,7 @@ class TurnReader:
         if self.switches_thinking:
             thinking = "reasoning_content" in message or "</think>" in message["content"]
         prompt, completion, marks = self.rendered(messages, index, thinking)
-        kept = self._kept(messages, index, prompt, completion)
+        kept = self._kept(messages, index, prompt, completion, thinking)
         if marks is not None:
             marks = _within(marks, len(prompt), self._end_of(kept), len(kept))
         return Turn(index, prompt, kept, marks)
@@ -108,13 +108,29 @@ class TurnReader:
         opened = OPEN_THINK.search(prompt)
         if opened and self.reader.starts(whole, prompt[: opened.start()]):
             return prompt, self._closed(messages[index], whole[opened.start() :]), None
+        if (answer := self._after_other_history(messages, index, whole, prompt)) is not None:
+            return prompt, answer, None
         raise ModelError(
             "the chat template renders another text before the answer in training than at inference, so what is "
             f"learned would never be asked for. Prompt ends with {prompt[-40:]!r}; choose another template_name."
         )
 
+    def _after_other_history(self, messages: list[dict[str, Any]], index: int, whole: str, prompt: str) -> str | None:
+        """Return the answer where the template renders earlier turns otherwise once it is there, as gpt-oss's does.
+
+        It follows the message before it, rendered as at inference; the prompt stays what inference sees.
+        """
+        if index < 2:
+            return None
+        before, _ = self.reader.render(messages[: index - 1], generation_prompt=False, thinking=None)
+        if not self.reader.starts(prompt, before) or len(prompt) == len(before):
+            return None
+        return self.reader.follows(whole, prompt[len(before) :])
+
     def _closed(self, message: dict[str, Any], rest: str) -> str:
         """Finish the thinking that a prompt opens (DeepSeek-R1's), where the template leaves it out of an answer."""
+        if rest.startswith("<think>"):  # it is there, only with other white space
+            return rest.removeprefix("<think>").lstrip("\n")
         if "reasoning_content" in message:
             thought = message["reasoning_content"]
         elif "</think>" in message["content"]:
@@ -123,26 +139,43 @@ class TurnReader:
             thought = ""
         return thought.strip("\n") + "\n</think>\n\n" + rest.lstrip("\n")
 
-    def _kept(self, messages: list[dict[str, Any]], index: int, prompt: str, completion: str) -> str:
+    def _kept(
+        self, messages: list[dict[str, Any]], index: int, prompt: str, completion: str, thinking: bool | None
+    ) -> str:
         """Return a completion up to and with the token that ends the turn."""
         start = 0
         for cell in ("reasoning_content", "content"):
             start = self.reader.after(completion, messages[index].get(cell, ""), start) or start
-        ends = list(self.control.finditer(completion, start))
-        end = next((m for m in ends if m.group() in self.stop_tokens), ends[0] if ends else None)
+        end = next((m for m in self.control.finditer(completion, start) if m.group() in self.stop_tokens), None)
         if end is not None:
             return completion[: end.end()]
         kept = completion[:start] + completion[start:].rstrip()
-        return kept + self._next_stop(messages, index, prompt + kept)
+        return kept + self._next_stop(messages, index, prompt, kept, thinking)
 
-    def _next_stop(self, messages: list[dict[str, Any]], index: int, text: str) -> str:
-        """Return what ends a turn that the template does not end: the token of whoever speaks next, as ChatGLM's."""
-        if index + 1 < len(messages) and len(self.stop_tokens) > 1:
-            longer, _ = self.reader.render(messages[: index + 2], generation_prompt=False, thinking=None)
-            follows = self.control.match(longer, len(text)) if self.reader.starts(longer, text) else None
-            if follows and follows.group() in self.stop_tokens:
-                return follows.group()
-        return self.stop_tokens[0]
+    def _next_stop(
+        self, messages: list[dict[str, Any]], index: int, prompt: str, kept: str, thinking: bool | None
+    ) -> str:
+        """Return what ends a turn that the template does not end: the token of whoever speaks next, as GLM's.
+
+        Nothing after another control token: then the template does end the turn, at a token that stops nothing.
+        """
+        text = "Question"
+        calls = messages[index].get("tool_calls")
+        role = messages[index + 1]["role"] if index + 1 < len(messages) else "tool" if calls else "user"
+        speaks: dict[str, Any] = {"role": role, "content": text}
+        if calls:
+            speaks["name"] = calls[-1].get("function", calls[-1])["name"]
+        try:
+            longer, _ = self.reader.render([*messages[: index + 1], speaks], generation_prompt=False, thinking=thinking)
+        except ModelError:
+            longer = ""
+        before, after = (
+            [t for t in self.control.findall(rendered) if t in self.stop_tokens]
+            for rendered in (prompt, longer.rpartition(text)[0])
+        )
+        if len(after) > len(before):
+            return after[-1]
+        return "" if last_cut(kept, self.control) else self.stop_tokens[0]
 
     def _end_of(self, answer: str) -> int:
         """Return where an answer's last control token begins."""

@@ -11,8 +11,9 @@ once where the template allows it, and tokenises many texts at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sftx.data.render import Conversation, Renderer
 from sftx.data.rows import Row
 from sftx.data.skeleton import Probe, Skeleton, Slot, can_probe, skeleton
 from sftx.data.spans import Piece, TurnReader, pieces
+from sftx.data.supervised import fault_in
 from sftx.errors import ConfigError, ModelError, did_you_mean
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -41,6 +43,17 @@ TRIALS = 2
 Pieces = list[list[Piece]]
 Weights = Sequence[float]
 PAIR = (0.0, 1.0)
+Read = Callable[[Record, Weights], "Pieces | str"]
+
+
+@dataclass
+class _Tried:
+    """A record on its way to rows; `rows` is the reason when there are none."""
+
+    record: Record
+    weights: Weights = ()
+    rows: Pieces | str = ""
+    drafts: list[Draft] = field(default_factory=list)
 
 
 def template_source(name: str) -> str:
@@ -108,6 +121,10 @@ class ChatTemplate:
         """Keep a part of the words that one process would: others keep as many."""
         self._letters.words.most //= processes
 
+    @cached_property
+    def _stop_ids(self) -> set[int]:
+        return set(self.stop_ids())
+
     def stop_ids(self) -> list[int]:
         """Return the ids at which generation ends."""
         return [self.tokenizer.convert_tokens_to_ids(t) for t in self.stop_tokens]
@@ -161,41 +178,75 @@ class ChatTemplate:
     def encode(self, record: Record, policy: EncodePolicy) -> list[Row] | str:
         """Return a record's rows, or the reason why it cannot be learned from.
 
-        Learned are the learned turns' tokens and the token that ends each; nothing else.
+        Supervised are the supervised turns' tokens and the token that ends each; nothing else.
+
+        Raises:
+            ModelError: the template does not teach a turn whole and once, unless the policy skips such records.
         """
-        record = policy.applied(record)
-        weights = _weights(record, policy)
-        return self._fitted(record, weights, policy, self._drafts(record, weights))
+        return self._encoded([record], policy, self._rendered)[0]
 
     def encode_batch(self, records: Sequence[Record], policy: EncodePolicy) -> list[list[Row] | str]:
         """Return what `encode` returns for each record, faster."""
-        out: list[list[Row] | str] = []
-        for start in range(0, len(records), CHUNK):
-            chunk = [policy.applied(r) for r in records[start : start + CHUNK]]
-            weights = [_weights(r, policy) for r in chunk]
-            found = [self._filled(r, w) for r, w in zip(chunk, weights, strict=True)]
-            ids = self._tokenised(row for p in found if not isinstance(p, str) for row in p)
-            for record, weighed, rows in zip(chunk, weights, found, strict=True):
-                drafts = rows if isinstance(rows, str) else self._drafted(rows, weighed, ids)
-                out.append(self._fitted(record, weighed, policy, drafts))
-        return out
+        return [
+            rows
+            for start in range(0, len(records), CHUNK)
+            for rows in self._encoded(records[start : start + CHUNK], policy, self._filled)
+        ]
 
-    def _fitted(
-        self, record: Record, weights: Weights, policy: EncodePolicy, drafts: list[Draft] | str
-    ) -> list[Row] | str:
-        if isinstance(drafts, str):
-            return drafts
-        if all(len(d) <= policy.max_length for d in drafts):
-            return [d.row(record) for d in drafts]
-        weighed = [replace(m, weight=w) for m, w in zip(record.messages, weights, strict=True)]
+    def _encoded(self, records: Sequence[Record], policy: EncodePolicy, read: Read) -> list[list[Row] | str]:
+        tried = [_Tried(policy.applied(record)) for record in records]
+        for one in tried:
+            with self._refusing(one, policy):
+                one.record = self._renderer.canonical(one.record)
+                one.weights = _weights(one.record, policy)
+                one.rows = read(one.record, one.weights)
+        ids = self._tokenised(row for one in tried if not isinstance(one.rows, str) for row in one.rows)
+        for one in tried:
+            with self._refusing(one, policy):
+                if not isinstance(one.rows, str):
+                    one.drafts = self._drafted(one.rows, one.weights, ids)
+                    if policy.faults != "ignore":
+                        self._check(one)
+        return [self._fitted(one, policy) for one in tried]
+
+    @contextmanager
+    def _refusing(self, one: _Tried, policy: EncodePolicy) -> Iterator[None]:
+        try:
+            yield
+        except ModelError as error:
+            if policy.faults != "skip":
+                raise ModelError(f"{one.record.origin}: {error}") from error
+            one.rows = str(error)
+
+    def _check(self, one: _Tried) -> None:
+        """Raise if a supervised turn would not be taught whole, once and with an end.
+
+        Raises:
+            ModelError: it would not; the message says what was found.
+        """
+
+        def answer_of(other: Record, index: int) -> str:
+            found = self._rendered(other, one.weights)
+            return "" if isinstance(found, str) else next(p.answer for r in found for p in r if p.message == index)
+
+        assert not isinstance(one.rows, str)
+        if fault := fault_in(one.record, one.rows, one.drafts, self._letters, self._stop_ids, answer_of):
+            raise ModelError(f"{fault}.")
+
+    def _fitted(self, one: _Tried, policy: EncodePolicy) -> list[Row] | str:
+        if isinstance(one.rows, str):
+            return one.rows
+        record = one.record
+        if all(len(d) <= policy.max_length for d in one.drafts):
+            return [d.row(record) for d in one.drafts]
+        weighed = [replace(m, weight=w) for m, w in zip(record.messages, one.weights, strict=True)]
 
         def again(messages: Sequence[Message]) -> list[Draft] | str:
             if not any(m.weight for m in messages):
                 return []
-            part = replace(record, messages=tuple(messages))
-            return self._drafts(part, [m.weight or 0.0 for m in messages])
+            return self._drafts(replace(record, messages=tuple(messages)), [m.weight or 0.0 for m in messages])
 
-        return fit(drafts, replace(record, messages=tuple(weighed)), policy, again)
+        return fit(one.drafts, replace(record, messages=tuple(weighed)), policy, again)
 
     def _drafts(self, record: Record, weights: Weights) -> list[Draft] | str:
         """Return a record's rows at full length, from what the template renders of it."""
@@ -211,18 +262,15 @@ class ChatTemplate:
             return "it begins with an answer: there is no prompt to learn it after"
         tools = self._letters.guarded(record.tools)
         reader = self._reader(Conversation(self._renderer, tools))
+        self._renderer.check_tools(record)
         failed: list[ModelError] = []
-        try:
-            self._renderer.check_tools(record)
-        except ModelError as error:
-            raise ModelError(f"{record.origin}: {error}") from error
         for json_arguments in (False, True) if any(m.tool_calls for m in record.messages) else (False,):
             messages = self._renderer.dicts(record.messages, self._letters, json_arguments=json_arguments)
             try:
                 return self._cut(reader, messages, learned)
             except ModelError as error:
                 failed.append(error)
-        raise ModelError(f"{record.origin}: {failed[0]}") from failed[0]
+        raise failed[0]
 
     def _cut(self, reader: TurnReader, messages: list[dict[str, Any]], learned: Sequence[int]) -> Pieces:
         turns = [reader.turn(messages, i) for i in learned]
@@ -235,7 +283,8 @@ class ChatTemplate:
         for m, weight in zip(record.messages, weights, strict=True):
             if m.tool_calls or m.name is not None or (weight and m.content.isspace()):
                 return self._rendered(record, weights)
-            cells += (self._letters.guard(m.content), self._letters.guard(m.reasoning) if m.reasoning else "")
+            guard = self._letters.guard_answer if m.role == "assistant" else self._letters.guard
+            cells += (guard(m.content), self._letters.guard(m.reasoning) if m.reasoning else "")
             shape.append((m.role, bool(weight), bool(m.content), bool(m.reasoning)))
         if not self._can_probe or record.tools:
             return self._rendered(record, weights)
