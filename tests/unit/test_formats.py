@@ -20,7 +20,7 @@ from sftx.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
     {"category": "数学", "human": " 问\n\u2028?\r\n", "assistant": 'NULL "x"', "id": 7, "tags": ["a", {"b": None}]},
-    {"category": "", "human": "😀", "assistant": "NaN", "id": None, "tags": []},
+    {"category": " -", "human": "😀", "assistant": "NaN", "id": None, "tags": []},
     {"category": "NULL", "human": "null", "assistant": "N/A", "id": -1, "tags": ["a"]},
 ]
 PLAIN = [{"category": r["category"], "human": r["human"], "assistant": r["assistant"]} for r in ROWS]
@@ -140,11 +140,11 @@ def test_json_refusals(tmp_path: Path, text: str, line: int, fragments: list[str
 def test_json_goes_on_behind_a_bad_value(tmp_path: Path) -> None:
     text = f'[{GOOD},\n{{"a": NaN}},\n5,\n{{"b": 1, "b": 1}},\n{{"human": 1}},\n{GOOD}]'
     path = write(tmp_path, text, "a.json")
-    assert [line.split(":")[0] for line in refused(path).split("\n")] == ["2", "3", "4", "5", "5"]
+    assert [line.split(":")[0] for line in refused(path).split("\n")] == ["2", "3", "4", "5"]
     skipped: list[tuple[int, str]] = []
     reader = FileReader(path, How(), on_skip=lambda *found: skipped.append(found))
     assert [r.line for r in reader] == [1, 6]
-    assert [line for line, _ in skipped] == [2, 3, 4, 5, 5]
+    assert [line for line, _ in skipped] == [2, 3, 4, 5]
 
 
 def test_json_is_utf8(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_table_of_conversations(tmp_path: Path, kind: str) -> None:
     [
         ([{"category": "c", "human": "q", "assistnat": "a"}], [":1: no column `assistant`", "nearest is `assistnat`"]),
         ([{"category": "c", "human": "q", "Human": "q", "assistant": "a"}], [":1: the header name `Human` is repeated"]),
-        ([*PLAIN, {"category": None, "human": "q", "assistant": "a"}], [":4: `category` is null, not a string"]),
+        ([*PLAIN, {"category": None, "human": "q", "assistant": "a"}], [":4: the `category` of this row is empty"]),
         ([*PLAIN, {"category": "c", "human": " ", "assistant": ""}], [":4: the `human` of", ":4: the `assistant` of"]),
         ([*PLAIN, {"category": "c", "human": "q", "assistant": "a\0"}], [":4: `assistant` holds \\u0000"]),
         ([{"category": 1, "human": "q", "assistant": "a"}], [":1: `category` is 1, not a string"]),

@@ -27,7 +27,7 @@ LOOKALIKES = st.sampled_from(
 )
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20) | LOOKALIKES
 FILLED = TEXT.filter(lambda text: bool(text.strip()))
-ROW = st.tuples(TEXT, FILLED, FILLED, TEXT)
+ROW = st.tuples(FILLED, FILLED, FILLED, TEXT)
 ROWS = st.lists(ROW, min_size=1, max_size=6)
 NAMES = ("category", "human", "assistant", "note")
 JSON = st.recursive(
@@ -91,7 +91,7 @@ def test_gb18030_is_recognised_by_its_letters(rows: list[tuple[str, ...]]) -> No
 
 
 @given(
-    st.lists(st.tuples(TEXT, FILLED, FILLED, JSON), min_size=1, max_size=6), st.booleans(), st.sampled_from([None, 1])
+    st.lists(st.tuples(FILLED, FILLED, FILLED, JSON), min_size=1, max_size=6), st.booleans(), st.sampled_from([None, 1])
 )
 @QUICK
 def test_json_and_jsonl(rows: list[tuple[Any, ...]], ascii_: bool, indent: int | None) -> None:
@@ -121,20 +121,20 @@ def test_tables(kind: str, rows: list[tuple[str, ...]], size: int) -> None:
 @QUICK
 def test_blank_cells_are_refused_at_their_lines_and_no_others(rows: list[tuple[str, ...]]) -> None:
     objects = "".join(json.dumps(dict(zip(NAMES, row, strict=True))) + "\n" for row in rows)
-    wanted = [i for i, row in enumerate(rows, 1) for cell in row[1:3] if not cell.strip()]
+    wanted = [i for i, row in enumerate(rows, 1) if not all(cell.strip() for cell in row[:3])]
     skipped: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.jsonl")
         path.write_text(objects, encoding="utf-8")
         reader = FileReader(path, How(), on_skip=lambda line, _: skipped.append(line))
-        good = [row for row in rows if row[1].strip() and row[2].strip()]
+        good = [row for row in rows if all(cell.strip() for cell in row[:3])]
         if good:
             assert [(r.category, r.human, r.assistant, r.extra["note"]) for r in reader] == good
-            assert skipped == wanted
+            assert sorted({*skipped}) == wanted
         if wanted:
             with pytest.raises(DataError) as caught:
                 read_file(path)
-            assert [int(line.split(":")[1]) for line in str(caught.value).split("\n")] == wanted
+            assert sorted({int(line.split(":")[1]) for line in str(caught.value).split("\n")}) == wanted
 
 
 PIECES = st.sampled_from(

@@ -76,4 +76,4 @@ def test_messages_are_short_however_many_columns_a_file_has(tmp_path: Path) -> N
     for line in str(caught.value).split("\n"):
         assert len(line) < len(str(path)) + MAX_TEXT + 60
         assert "no column" in line
-        assert "add `" in line
+        assert "data.columns=" in line

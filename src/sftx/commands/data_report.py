@@ -120,6 +120,8 @@ def show(checked: Checked, *, rows: int, terminal: TextIO) -> None:
     console = Console(file=terminal, highlight=False)
     a = checked.audit
     console.print(_files(checked.loaded))
+    for said in checked.loaded.columns:
+        console.print(Text(f"columns: {visible(said)}"), soft_wrap=True)
     console.print(Text(f"\n{visible_lines(_totals(checked))}"), soft_wrap=True)
     console.print(_lengths(a))
     console.print(Padding(_categories(a), (0, 0, 1, 0)))
@@ -146,10 +148,9 @@ def show(checked: Checked, *, rows: int, terminal: TextIO) -> None:
 
 def _totals(checked: Checked) -> str:
     a, config, epoch = checked.audit, checked.config, checked.epoch
-    template = f"template {config.template_name}" if config.template_name else "its own chat template"
     lines = [
         f"{a.records:,} records -> {a.rows:,} rows, {a.tokens:,} tokens, {a.supervised_tokens:,} of them learned "
-        f"({config.model_name_or_path}, {template})"
+        f"({config.model_name_or_path}; template: {checked.template.origin})"
     ]
     if epoch:
         held = f"{epoch.held_out_rows:,} held out" if epoch.held_out_rows else "nothing held out"

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal
 
 from sftx.config.bounds import Bounds
 from sftx.data.choose import ChoosePolicy
+from sftx.data.columns import RESERVED
 from sftx.data.digests import Stamp, keep_sha256, known_sha256, stamp
 from sftx.data.policy import EncodePolicy
 from sftx.data.read import FileReader, How, sha256_file, suffixes
 from sftx.data.record import Record
 from sftx.data.record_store import INDEX, RECORDS, RecordStore, json_line, message_dict, write_store
+from sftx.data.shapes import said_of_columns
 from sftx.data.sources import Source, fetch, find_file, find_sources
 from sftx.data.split import split
 from sftx.data.stream_files import StreamedFiles, described
@@ -25,7 +27,7 @@ from sftx.files import cache_root, locked, write_chunks, write_folder, write_tex
 
 __all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources", "split"]
 
-READER_VERSION = 5
+READER_VERSION = 6
 """Part of the cache key: raise it when the same file would be read differently."""
 FACTS, SKIPPED = "facts.json", "skipped.jsonl"
 
@@ -39,7 +41,7 @@ class LoadedFile:
     jsonl: Path
     sha256: str
     files: tuple[dict[str, Any], ...]
-    """Of each file: path, source, sha256, rows, format, encoding, delimiter, shape."""
+    """Of each file: path, source, sha256, rows, format, encoding, delimiter, shape, and what became of its columns."""
     records: RecordStore
     skipped_rows: int = 0
 
@@ -68,6 +70,11 @@ class LoadedFile:
         """What was detected, as it is said."""
         return described(self.format, self.encoding, self.delimiter)
 
+    @property
+    def columns(self) -> list[str]:
+        """What became of the columns, as it is said; once for files that have the same."""
+        return list(dict.fromkeys(said_of_columns(file["columns"]) for file in self.files))
+
     def _all(self, name: str) -> str | None:
         return ", ".join(dict.fromkeys(str(file[name]) for file in self.files if file[name] is not None)) or None
 
@@ -89,6 +96,7 @@ class LoadedFile:
             "encoding": self.encoding,
             "delimiter": self.delimiter,
             "shape": self.shape,
+            "columns": self.columns,
             "jsonl": str(self.jsonl),
         }
         if self.skipped_rows:
@@ -216,7 +224,7 @@ class Corpus:
                     rows += 1
                     yield number, record
                 told = {"format": reader.format, "encoding": reader.encoding, "delimiter": reader.delimiter}
-                files.append({"rows": rows} | told | {"shape": reader.shape})
+                files.append({"rows": rows} | told | {"shape": reader.shape, "columns": reader.used.facts()})
 
         with (into / SKIPPED).open("wb") as reasons:
             facts = write_store(into, records())
@@ -278,7 +286,7 @@ def _row(record: Record, *, plain: bool) -> dict[str, object]:
         made |= {"tools": list(record.tools)} if record.tools else {}
     made |= {"weight": record.weight} if record.weight != 1.0 else {}
     for name in record.extra:
-        if name.casefold() in {"category", "human", "assistant", "messages", "tools", "weight", "system"}:
+        if name.casefold() in RESERVED:
             raise DataError(
                 f"{record.origin}: the column `{name}` would be taken for something else in the result; rename it, "
                 "or convert without the other columns"

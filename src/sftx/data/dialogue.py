@@ -3,87 +3,47 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from sftx.data.jsontext import no_constant, strict_object
+from sftx.data.cells import (
+    FLAGS,
+    WEIGHTS,
+    RowError,
+    filled,
+    is_empty,
+    is_sound,
+    parsed,
+    quoted,
+    show,
+    text_of,
+    weight_from,
+)
 from sftx.data.record import Message, Role
 from sftx.errors import did_you_mean
 
 ROLE_NAMES: dict[str, Role] = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool",
+    "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "function_call": "assistant", "tool_call": "assistant", "tool": "tool", "function": "tool",
+    "observation": "tool", "tool_response": "tool", "function_response": "tool",
 }  # fmt: skip
-TURN_KEYS = {"role": ("role", "from"), "content": ("content", "value"), "reasoning": ("reasoning_content", "reasoning")}
-
-
-class RowError(Exception):
-    """What is wrong with a row; the text is the reason."""
-
-
-def show(value: object) -> str:
-    """Quote the beginning of a value."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-        text.encode("utf-8")
-    except (TypeError, ValueError):
-        text = ascii(value)
-    return text if len(text) <= 40 else text[:40]
-
-
-def is_sound(text: str) -> bool:
-    """Tell whether text can be trained on and written: no NUL, no half of a surrogate pair."""
-    if "\0" in text:
-        return False
-    try:
-        text.isascii() or text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def text_of(value: object, what: str) -> str:
-    """Return a value that must be text."""
-    if not isinstance(value, str):
-        raise RowError(f"{what} is {show(value)}, not a string; write it as a string")
-    if not is_sound(value):
-        raise RowError(f"{what} holds \\u0000 or half a surrogate pair (\\ud800 to \\udfff); delete that escape")
-    return value
-
-
-def filled(text: str, what: str) -> str:
-    """Return text that is not blank."""
-    if not text.strip():
-        raise RowError(f"{what} is {'only white space' if text else 'empty'}; fill it or delete the row")
-    return text
-
-
-def parsed(value: object, what: str) -> Any:
-    """Return a value that may be written as JSON in a cell; an empty cell is nothing."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value, object_pairs_hook=strict_object, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} is not JSON: {error}; write it as JSON (strings in double quotes)") from None
-
-
-def weight_of(value: object, what: str) -> float | None:
-    """Return a weight; a cell of text may hold it."""
-    number: object = value
-    if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            number = None
-    elif value is None:
-        return None
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
-        raise RowError(f"{what} is {show(value)}; wanted a number from 0 up")
-    return float(number)
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles whose text is a call, as JSON."""
+TURN_KEYS = {
+    "role": ("role", "from"),
+    "content": ("content", "value", "parts"),
+    "reasoning": ("reasoning_content", "reasoning", "thinking"),
+}
+TOOLS = ("tools", "functions")
+METADATA = ("id", "tool_call_id", "timestamp", "cache_control")
+"""Keys of a turn that change nothing that is trained on."""
+INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+CALL_IN_TEXT = re.compile(
+    r"<\|?/?(tool|function|python)|\[TOOL_CALLS\]|^Action:|\"(name|arguments)\"\s*:", re.MULTILINE
+)
 
 
 def calls_of(value: object, what: str) -> tuple[dict[str, Any], ...]:
@@ -116,135 +76,234 @@ def _named(one: Any, what: str, wanted: str | None) -> dict[str, Any]:
     return dict(one) if "function" in one else {"type": "function", "function": dict(function)}
 
 
-def turns_of(value: object, what: str, columns: Mapping[str, str | None]) -> list[Message]:
+class _Turn:
+    """The keys of one turn, looked up in any case; those that nothing took are left over."""
+
+    def __init__(self, turn: Mapping[str, Any], where: str, columns: Mapping[str, str | None]) -> None:
+        self.where, self._turn, self._columns = where, turn, columns
+        self._folded = [(key.casefold(), key) for key in turn]
+        self._left = dict.fromkeys(turn)
+
+    def take(self, *names: str) -> tuple[str | None, Any]:
+        """Return the first of some keys that says something, and its value; of several each must say the same."""
+        wanted = [name.casefold() for name in names]
+        found = [(wanted.index(folded), key not in names, key) for folded, key in self._folded if folded in wanted]
+        if not found:
+            return None, None
+        keys = [key for *_, key in sorted(found)]
+        key = next((k for k in keys if not is_empty(self._turn[k])), keys[0])
+        for other in keys:
+            if is_empty(self._turn[other]) or self._turn[other] == self._turn[key]:
+                self._left.pop(other, None)
+        return key, self._turn[key]
+
+    def field(self, field: str) -> tuple[str | None, Any]:
+        """Take a field by the name that the mapping gives it, or by its usual names."""
+        mapped = self._columns.get(field)
+        return self.take(*((mapped,) if mapped else TURN_KEYS[field]))
+
+    def lacks(self, field: str) -> RowError:
+        """Return the error that a field is not there."""
+        wanted = self._columns.get(field) or TURN_KEYS.get(field, (field,))[0]
+        found = quoted(self._turn)
+        return RowError(f"{self.where} has no `{wanted}`.{did_you_mean(wanted, self._turn)} Found {found}")
+
+    def weight(self, learned: bool) -> float | None:
+        """Return what the turn says of its part in the loss."""
+        flags = {name: value for name in (*WEIGHTS, *FLAGS) if (value := self.take(name)[1]) is not None}
+        weight = weight_from(flags, f"{self.where}: ")
+        if weight and not learned:
+            raise RowError(
+                f"{self.where}: `{next(iter(flags))}` asks to learn it; only an assistant's turns are learned, "
+                "so delete the key or set it to false"
+            )
+        return weight if learned else None
+
+    def check_all_used(self) -> None:
+        """Raise RowError when a key that says something is left over."""
+        for key in self._left:
+            if key in METADATA or is_empty(self._turn[key]) or self._columns.get(key, "") is None:
+                continue
+            raise RowError(
+                f"{self.where} has the key `{key}` ({show(self._turn[key])}), which is not used here; "
+                f"delete it, or ignore it with data.columns={{{key}:null}}"
+            )
+
+
+Turns = tuple[list[Message], tuple[dict[str, Any], ...]]
+"""Messages, and the tools that a system turn defines."""
+
+
+def turns_of(value: object, what: str, columns: Mapping[str, str | None]) -> Turns:
     """Return the messages of a list of turns, with the names of OpenAI, of ShareGPT or those mapped."""
     found = parsed(value, what)
     if not isinstance(found, list) or not found:
         raise RowError(f"{what} is {show(found)}; wanted a list of turns, each with a role and its text")
     messages: list[Message] = []
-    for place, turn in enumerate(found, 1):
-        messages.append(_turn(turn, f"turn {place} of {what}", columns, messages))
-    return messages
-
-
-def pairs_of(value: object, what: str) -> list[Message]:
-    """Return the messages of Firefly's list of pairs."""
-    found = parsed(value, what)
-    if not isinstance(found, list) or not found:
-        raise RowError(f"{what} is {show(found)}; wanted a list of objects with `human` and `assistant`")
-    messages = []
+    tools: tuple[dict[str, Any], ...] = ()
     for place, turn in enumerate(found, 1):
         where = f"turn {place} of {what}"
         if not isinstance(turn, dict):
-            raise RowError(f"{where} is {show(turn)}, not an object")
-        keys = {str(key).casefold(): key for key in turn}
-        weight = weight_of(turn.get("weight"), f"{where}: `weight`")
-        for name, role in (("human", "user"), ("assistant", "assistant")):
-            if name not in keys:
-                raise RowError(f"{where} has no `{name}`.{did_you_mean(name, map(str, turn))} Found {_names(turn)}")
-            text = text_of(turn[keys[name]], f"{where}: `{name}`")
-            learned = weight if role == "assistant" else None
-            messages.append(Message(role, filled(text, f"{where}: `{name}`"), learned))  # type: ignore[arg-type]
-    return messages
+            raise RowError(f"{where} is {show(turn)}, not an object with a role and its text")
+        keys = _Turn(turn, where, columns)
+        message = _message(keys, messages)
+        if message.role == "system":
+            tools += tools_of(keys.take(*TOOLS)[1])
+        keys.check_all_used()
+        if _goes_on(messages, message):  # a call in a turn of its own belongs to what the assistant said before it
+            last = messages.pop()
+            message = replace(last, tool_calls=last.tool_calls + message.tool_calls)
+        messages.append(message)
+    return messages, tools
 
 
-def history_of(value: object) -> list[Message]:
-    """Return the messages of Alpaca's earlier rounds: a list of [question, answer]."""
-    found = parsed(value, "`history`")
+def _goes_on(before: list[Message], message: Message) -> bool:
+    """Return True for an assistant's turn that is only a call, right after another of its turns."""
+    if not before or not message.role == before[-1].role == "assistant" or not message.tool_calls:
+        return False
+    return not message.content and message.reasoning is None and message.weight == before[-1].weight
+
+
+def rounds_of(value: object, what: str, columns: Mapping[str, str | None]) -> Turns:
+    """Return the messages of rounds: [question, answer], objects with `human` and `assistant`, or turns."""
+    found = parsed(value, what)
+    if found is None:
+        return [], ()
+    if not isinstance(found, list):
+        raise RowError(f"{what} is {show(found)}; wanted a list of [question, answer], or of turns")
+    first = {str(key).casefold() for key in found[0]} if found and isinstance(found[0], dict) else set()
+    roles = columns.get("role") or "role"
+    if first & {"role", "from", roles.casefold()}:
+        return turns_of(found, what, columns)
     messages = []
-    for place, round_ in enumerate(found or [], 1) if isinstance(found, list | None) else [(1, found)]:
-        where = f"round {place} of `history`"
-        if not isinstance(round_, list) or len(round_) != 2:
-            raise RowError(f"{where} is {show(round_)}; wanted a list of [question, answer]")
-        messages.append(Message("user", filled(text_of(round_[0], where), where)))
-        messages.append(Message("assistant", filled(text_of(round_[1], where), where)))
-    return messages
+    for place, round_ in enumerate(found, 1):
+        messages += _round(round_, f"round {place} of {what}", columns)
+    return messages, ()
 
 
-def _names(turn: Mapping[Any, object]) -> str:
-    return ", ".join(f"`{key}`" for key in turn) or "none"
+def _round(value: object, where: str, columns: Mapping[str, str | None]) -> list[Message]:
+    """Return the question and the answer of one round."""
+    weight = None
+    if isinstance(value, list) and len(value) == 2:
+        named = [(where, text) for text in value]
+    elif isinstance(value, dict):
+        keys = _Turn(value, where, columns)
+        named = []
+        for name in ("human", "assistant"):
+            key, text = keys.take(name)
+            if key is None:
+                raise keys.lacks(name)
+            named.append((f"{where}: `{name}`", text))
+        weight = keys.weight(learned=True)
+        keys.check_all_used()
+    else:
+        raise RowError(f"{where} is {show(value)}; wanted [question, answer], or an object with `human`, `assistant`")
+    question, answer = (filled(text_of(text, name), name) for name, text in named)
+    return [Message("user", question), Message("assistant", answer, weight)]
 
 
-def _key(turn: Mapping[str, object], field: str, columns: Mapping[str, str | None], where: str) -> str | None:
-    """Return the key of a turn that holds a field, in any case."""
-    mapped = columns.get(field)
-    wanted = (mapped,) if mapped else TURN_KEYS[field]
-    for name in wanted:
-        if name in turn:
-            return name
-    lowered = {str(key).casefold(): key for key in turn}
-    for name in wanted:
-        if name.casefold() in lowered:
-            return lowered[name.casefold()]
-    if field == "role":
-        raise RowError(f"{where} has no `{wanted[0]}`.{did_you_mean(wanted[0], map(str, turn))} Found {_names(turn)}")
-    return None
-
-
-def _turn(turn: object, where: str, columns: Mapping[str, str | None], before: list[Message]) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(f"{where} is {show(turn)}, not an object with a role and its text")
-    called = turn[_key(turn, "role", columns, where) or ""]
+def _message(turn: _Turn, before: list[Message]) -> Message:
+    """Return the message of a turn."""
+    where = turn.where
+    key, called = turn.field("role")
+    if key is None:
+        raise turn.lacks("role")
     name = called.casefold() if isinstance(called, str) else ""
     role = ROLE_NAMES.get(name)
     if role is None:
         hint = did_you_mean(name, ROLE_NAMES)
         raise RowError(f"{where}: the role is {show(called)}; wanted one of {', '.join(ROLE_NAMES)}.{hint}")
-    key = _key(turn, "content", columns, where)
-    content = turn[key] if key else None
-    weight = weight_of(turn.get("weight"), f"{where}: `weight`")
-    if name == "function_call":
+    key, content = turn.field("content")
+    weight = turn.weight(learned=role == "assistant")
+    if name in CALL_ROLES:
         return Message(role, "", weight, tool_calls=calls_of(content, where))
-    calls = calls_of(turn.get("tool_calls"), f"{where}: `tool_calls`")
-    if calls and role != "assistant":
-        raise RowError(f"{where}: only an assistant has `tool_calls`, this is {name}")
+    calls: tuple[dict[str, Any], ...] = ()
+    for field in ("tool_calls", "function_call"):
+        calls += calls_of(turn.take(field)[1], f"{where}: `{field}`")
+        if calls and role != "assistant":
+            raise RowError(f"{where}: only an assistant has `{field}`, this is {name}")
     if key is None and not calls:
-        wanted = columns.get("content") or TURN_KEYS["content"][0]
-        raise RowError(f"{where} has no `{wanted}`.{did_you_mean(wanted, map(str, turn))} Found {_names(turn)}")
-    text = "" if content is None and calls else text_of(_joined(content, where), where)
+        raise turn.lacks("content")
+    text = "" if content is None and calls else text_of(joined(content, where), where)
+    reasoning = None
+    if role == "assistant":
+        key, thought = turn.field("reasoning")
+        reasoning = None if thought is None else text_of(thought, f"{where}: `{key}`")
+        text = _thought_once(text, reasoning, f"{where}: `{key}`")
     if role in ("user", "assistant") and not calls:
         filled(text, where)
-    thinking = _key(turn, "reasoning", columns, where) if role == "assistant" else None
-    reasoning = turn[thinking] if thinking else None
-    reasoning = None if reasoning is None else text_of(reasoning, f"{where}: `{thinking}`")
-    return Message(role, text, weight, reasoning, calls, _tool_name(turn, role, where, before))
+    return Message(role, text, weight, reasoning, calls, _tool_name(turn, role, before))
 
 
-def _joined(content: object, where: str) -> object:
-    """Return the text of content that is written as parts."""
-    if not isinstance(content, list):
+def _thought_once(text: str, reasoning: str | None, what: str) -> str:
+    """Return an answer without the thinking at its beginning that `reasoning` holds too."""
+    inline = INLINE_THOUGHT.match(text) if reasoning and reasoning.strip() else None
+    if inline is None:
+        return text
+    if inline[1].strip() != (reasoning or "").strip():
+        raise RowError(f"{what} and the text's own <think> block differ; keep one of the two")
+    return text[inline.end() :]
+
+
+def joined(content: object, where: str) -> object:
+    """Return the text of content that is written as parts: of OpenAI, Anthropic, Bedrock or Gemini."""
+    if not isinstance(content, list) or not content:
         return content
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
-    if not content or not all(isinstance(text, str) for text in texts):
-        raise RowError(f"{where}: the content is {show(content)}; only parts of type `text` can be trained on")
-    return "".join(text for text in texts if text)
+    return "".join(_part(part, where) for part in content)
 
 
-def _tool_name(turn: Mapping[str, Any], role: Role, where: str, before: list[Message]) -> str | None:
+def _part(part: object, where: str) -> str:
+    if not isinstance(part, dict):
+        raise RowError(f"{where}: the content holds {show(part)}; wanted parts of type `text`, or one text")
+    texts = [part[key] for key in ("text", "value") if part.get(key) is not None]
+    others = [k for k, v in part.items() if k not in ("type", "text", "value", *METADATA) and not is_empty(v)]
+    kind = part.get("type", "text")
+    if kind == "text" and len(texts) == 1 and isinstance(texts[0], str) and not others:
+        return texts[0]
+    name = kind if kind != "text" else others[0] if others else "text"
+    raise RowError(f"{where}: the content has a part of type `{name}`; only text is read. {_instead(str(name))}")
+
+
+def _instead(kind: str) -> str:
+    """Return what to do about a part that is no text."""
+    folded = kind.casefold()
+    if any(word in folded for word in ("tool", "function")):
+        return "Write calls as `tool_calls` of the assistant, results as turns of the role `tool`"
+    if "think" in folded or "reason" in folded or folded == "thought":
+        return "Write thinking as `reasoning_content` of the turn"
+    return "Leave such rows out with data.on_bad_rows=skip, or write the part as text"
+
+
+def _tool_name(turn: _Turn, role: Role, before: list[Message]) -> str | None:
     """Return which tool a turn answers for: it says so, or names the call."""
     if role != "tool":
         return None
-    if turn.get("name") is not None:
-        return text_of(turn["name"], f"{where}: `name`")
-    wanted = turn.get("tool_call_id")
+    name = turn.take("name")[1]
+    if name is not None:
+        return text_of(name, f"{turn.where}: `name`")
+    wanted = turn.take("tool_call_id")[1]
     calls = (call for message in reversed(before) for call in message.tool_calls)
     return next((call["function"]["name"] for call in calls if wanted is not None and call.get("id") == wanted), None)
 
 
 def check_order(messages: list[Message]) -> None:
-    """Raise when the turns do not follow each other as a conversation's do."""
+    """Raise RowError when the turns do not follow each other as a conversation's do."""
     last = "nothing"
     for place, message in enumerate(messages, 1):
         role, where = message.role, f"turn {place} is {message.role}"
         if role == "system" and last != "nothing":
             raise RowError(f"{where}, after {last}; a system turn can only be the first")
         if role in ("assistant", "tool") and last in ("nothing", "system"):
-            raise RowError(f"{where}, before any user turn; a conversation begins with the user")
+            raise RowError(
+                f"{where}, before any user turn; a conversation begins with the user: delete it, or add what it answers"
+            )
         # Templates mark each change of speaker, so two turns of one are not what a model will ever be given.
         if role == last and role in ("user", "assistant"):
             raise RowError(f"turns {place - 1} and {place} are both {role}; join them or add the turn between")
         if role == "tool" and last == "user":
             raise RowError(f"{where}, after user; a tool answers an assistant's call")
+        if role == "tool" and last == "assistant" and not _calls(messages[place - 2]):
+            raise RowError(f"{where}, after an answer without a call; add the assistant's `tool_calls`, or delete it")
         if role == "user" and last == "tool":
             raise RowError(f"{where}, after tool; the assistant speaks after a tool's answer")
         if last == "assistant" and messages[place - 2].tool_calls and role != "tool":
@@ -252,3 +311,8 @@ def check_order(messages: list[Message]) -> None:
         last = role
     if last != "assistant":
         raise RowError(f"the last turn is {last}, no assistant turn follows to be learned; delete it or add the answer")
+
+
+def _calls(answer: Message) -> bool:
+    """Return True when an answer calls a tool, be it in its text, as some corpora write it."""
+    return bool(answer.tool_calls or CALL_IN_TEXT.search(answer.content))

@@ -16,7 +16,7 @@ from sftx.data.csvtext import csv_rows, find_delimiter, other_delimiter
 from sftx.data.jsontext import is_jsonl, json_rows, jsonl_rows
 from sftx.data.problems import MAX_LISTED, Problems
 from sftx.data.record import Record
-from sftx.data.shapes import ShapeName, Shaper, check_columns, known_names
+from sftx.data.shapes import ShapeName, Shaper, UsedColumns, check_columns, known_names
 from sftx.data.tables import open_table
 from sftx.data.text import Survey, survey, text_lines
 from sftx.errors import DataError
@@ -96,6 +96,8 @@ class FileReader:
         self.encoding: str | None = None
         self.delimiter: str | None = None
         self.shape: str | None = None
+        self.used = UsedColumns()
+        """What became of its columns, as far as its rows are read."""
         check_columns(self._how.shape, self._how.columns)
 
     def __iter__(self) -> Iterator[Record]:
@@ -110,9 +112,11 @@ class FileReader:
 
     def _shaper(self, kind: str) -> Shaper:
         how = self._how
-        return Shaper(
+        shaper = Shaper(
             self._problems, source=self._source, shape=how.shape, columns=how.columns, keep=self._keep, kind=kind
         )
+        self.used = shaper.used
+        return shaper
 
     def _text(self) -> Iterator[Record]:
         how, only = self._how, {"jsonl": "JSONL", "json": "JSON"}.get(self.format)

@@ -1,115 +1,37 @@
-"""Shapes: which columns a file has, and how a row of them becomes a record."""
+"""Shapes: how a row of columns becomes a record."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from sftx.data.dialogue import (
-    RowError,
-    check_order,
-    filled,
-    history_of,
-    pairs_of,
-    show,
-    text_of,
-    tools_of,
-    turns_of,
-    weight_of,
+from sftx.data.cells import FLAGS, WEIGHTS, RowError, filled, flag_of, is_empty, quoted, show, text_of, weight_from
+from sftx.data.columns import (
+    FIELDS,
+    MARKS,
+    MEDIA,
+    SHAPES,
+    Names,
+    Shape,
+    ShapeName,
+    candidates,
+    check_columns,
+    known_names,
+    missing,
+    preference,
+    repeated,
 )
+from sftx.data.dialogue import Turns, check_order, joined, rounds_of, tools_of, turns_of
 from sftx.data.problems import Problems
 from sftx.data.record import Message, Record
 from sftx.data.tables import unwritable
-from sftx.errors import DataError, did_you_mean, nearest
 
-ShapeName = Literal["auto", "human_assistant", "alpaca", "sharegpt", "messages", "firefly", "prompt_completion"]
+__all__ = ["DEFAULT_CATEGORY", "SHAPES", "ShapeName", "Shaper", "UsedColumns", "check_columns", "known_names"]
+
 DEFAULT_CATEGORY = "default"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The columns of one way to write a corpus."""
-
-    name: str
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ("category", "system", "weight")
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """All columns that mean something."""
-        return (*self.required, *(name for name in self.optional if name not in self.required))
-
-
-CHAT = ("category", "system", "tools", "weight")
-SHAPES = (
-    Shape("human_assistant", ("category", "human", "assistant")),
-    Shape("messages", ("messages",), CHAT),
-    Shape("sharegpt", ("conversations",), CHAT),
-    Shape("firefly", ("conversation",), CHAT),
-    Shape("alpaca", ("instruction", "output"), ("category", "input", "history", "system", "weight")),
-    Shape("prompt_completion", ("prompt", "completion")),
-    Shape("prompt_completion", ("prompt", "response")),
-    Shape("prompt_completion", ("question", "answer")),
-)
-"""In the order in which they are recognised: a file with the columns of several has the first one's shape."""
-FIELDS = tuple(dict.fromkeys(name for shape in SHAPES for name in shape.fields))
-TURN_FIELDS = ("role", "content")
-
-
-def check_columns(shape: str, columns: Mapping[str, str | None]) -> None:
-    """Raise DataError when `data.shape` or `data.columns` says what no shape has."""
-    names = dict.fromkeys(s.name for s in SHAPES)
-    if shape != "auto" and shape not in names:
-        raise DataError(f"data.shape={shape}: is not known; use auto, {', '.join(names)}.{did_you_mean(shape, names)}")
-    for field, column in columns.items():
-        if field not in (*FIELDS, *TURN_FIELDS):
-            wanted = ", ".join((*FIELDS, *TURN_FIELDS))
-            raise DataError(
-                f"data.columns: `{field}` (for column `{column}`) is nothing a record has; use {wanted}."
-                f"{did_you_mean(field, (*FIELDS, *TURN_FIELDS))}"
-            )
-    if not _candidates(shape, columns):
-        asked = "no shape has all of" if shape == "auto" else f"the shape {shape} has not all of"
-        listed = "; ".join(s.name + " (" + ", ".join(s.fields) + ")" for s in SHAPES)
-        raise DataError(f"data.columns: {asked} {', '.join(columns)}; shapes are {listed}")
-
-
-def known_names(columns: Mapping[str, str | None]) -> tuple[str, ...]:
-    """Return the names of columns that mean something, by which a header is recognised."""
-    return (*FIELDS, *(column for column in columns.values() if column))
-
-
-def _candidates(shape: str, columns: Mapping[str, str | None]) -> list[Shape]:
-    fields = [field for field in columns if field not in TURN_FIELDS]
-    chosen = [s for s in SHAPES if shape in ("auto", s.name) and all(f in s.fields for f in fields)]
-    if len(fields) < len(columns):
-        chosen = [s for s in chosen if s.name in ("messages", "sharegpt")]
-    return chosen
-
-
-class _Names:
-    """The names of a row's columns, looked up in any case."""
-
-    def __init__(self, names: Sequence[str], columns: Mapping[str, str | None]) -> None:
-        self.names, self._columns = names, columns
-        self._exact = set(names)
-        self._lowered: dict[str, str] = {}
-        for name in names:
-            self._lowered.setdefault(name.casefold(), name)
-        mapped = (self.find(column) for column in columns.values() if column)
-        self._taken = {name for name in mapped if name}
-
-    def find(self, name: str) -> str | None:
-        return name if name in self._exact else self._lowered.get(name.casefold())
-
-    def field(self, field: str) -> str | None:
-        """Return the column that holds a field, or None; one that is mapped to another field holds no other."""
-        if field in self._columns:
-            column = self._columns[field]
-            return self.find(column) if column else None
-        found = self.find(field)
-        return None if found in self._taken else found
+NAMED = 100
+"""So many unused columns are kept by name: rows may have ever other keys."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +39,40 @@ class _Plan:
     """Where a row's fields are, and what else it has."""
 
     places: dict[str, str]
+    marks: dict[str, str]
+    """The columns by which a row says how much it is learned; they are kept as other columns are."""
+    media: tuple[str, ...]
     others: tuple[str, ...]
+
+
+@dataclass
+class UsedColumns:
+    """What became of a file's columns."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    """Of each field the column that holds it."""
+    unused: dict[str, None] = field(default_factory=dict)
+    weights: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """The least and the largest weight, of rows and of turns; empty when none are given."""
+
+    def weigh(self, what: str, weight: float) -> None:
+        """Widen a range of weights."""
+        low, high = self.weights.get(what, (weight, weight))
+        self.weights[what] = (min(low, weight), max(high, weight))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is kept of it."""
+        return {"columns": self.fields, "unused": list(self.unused), "weights": self.weights}
+
+
+def said_of_columns(facts: Mapping[str, Any]) -> str:
+    """Say in one line which column became what, which are unused, and which weights are in use."""
+    parts = [", ".join(name if name == column else f"{column} as {name}" for name, column in facts["columns"].items())]
+    if facts["unused"]:
+        parts.append(f"unused: {quoted(facts['unused'])}")
+    for what, (low, high) in facts["weights"].items():
+        parts.append(f"weights of {what}: {low:g}" + (f" to {high:g}" if high != low else ""))
+    return "; ".join(parts)
 
 
 class Shaper:
@@ -136,10 +91,11 @@ class Shaper:
         self._problems, self._file, self._source = problems, str(problems.path), source
         self._columns, self._keep, self._kind = columns or {}, keep, kind
         check_columns(shape, self._columns)
-        self._candidates = _candidates(shape, self._columns)
+        self._candidates = candidates(shape, self._columns)
         self._shape: Shape | None = None
         self._pinned: dict[str, str] = {}
-        self._plans: dict[tuple[str, ...], _Plan | list[str]] = {}
+        self._plans: dict[tuple[str, ...], _Plan | str] = {}
+        self.used = UsedColumns()
 
     @property
     def shape(self) -> str | None:
@@ -149,8 +105,7 @@ class Shaper:
     def header(self, names: Sequence[str], line: int, told: str = "") -> None:
         """Take the columns of all rows; raises DataError when one is missing or any is repeated."""
         plan = self._plan(tuple(names))
-        missing = plan if isinstance(plan, list) else []
-        wrong = [*_repeated(names), *(reason + told for reason in missing)]
+        wrong = [*repeated(names), *([plan + told] if isinstance(plan, str) else [])]
         for reason in wrong:
             self._problems.file(line, reason)
         if wrong:
@@ -170,65 +125,111 @@ class Shaper:
             wanted = ", ".join(self._wanted(self._shape or self._candidates[0]))
             raise RowError(f"{show(row)} is not an object; write one object with the keys {wanted}")
         plan = self._plan(tuple(row))
-        if isinstance(plan, list):
-            raise RowError(*plan)
+        if isinstance(plan, str):
+            raise RowError(plan)
+        for column in plan.media:
+            if not is_empty(row[column]):
+                raise RowError(
+                    f"`{column}` is filled, and sftx trains on text; leave such rows out with data.on_bad_rows=skip, "
+                    f"or ignore the column with data.columns={{{column}:null}}"
+                )
         cells = {field: row[column] for field, column in plan.places.items()}
         assert self._shape is not None
-        category = DEFAULT_CATEGORY
-        if self._shape.name == "human_assistant":
-            messages, category = _human_assistant(cells)
-        else:
-            messages = self._messages(self._shape, cells)
-            if cells.get("category") is not None:
-                category = text_of(cells["category"], "`category`")
-        weight = weight_of(cells.get("weight"), "`weight`")
-        tools = tools_of(cells.get("tools"))
+        category = _category(cells, required="category" in self._shape.required)
+        messages, tools = self._turns(self._shape, cells, row)
+        weight = self._weight({field: row[column] for field, column in plan.marks.items()}, messages)
         extra = {name: row[name] for name in plan.others} if self._keep else {}
         for name, value in extra.items():
             if (kind := unwritable(value)) is not None:
                 raise RowError(
                     f"column `{name}` holds {kind}, which JSON cannot say; set remove_unused_columns=true or drop it"
                 )
-        weight = 1.0 if weight is None else weight
         return Record(tuple(messages), category, self._file, line, extra, tools, weight, self._source)
 
-    def _plan(self, names: tuple[str, ...]) -> _Plan | list[str]:
+    def _turns(self, shape: Shape, cells: Mapping[str, object], row: Mapping[str, object]) -> Turns:
+        """Return a row's messages in order, and the definitions of its tools."""
+        messages, own = self._messages(shape, cells)
+        tools = tools_of(cells.get("tools"))
+        if tools and own and tools != own:
+            raise RowError("tools are defined both beside the conversation and in its system turn; keep one of the two")
+        messages = _with_system(cells, messages)
+        if messages[-1].role == "user":
+            names = Names(tuple(row), self._columns)
+            if names.find("chosen") and names.find("rejected"):
+                raise RowError(preference(names))
+        check_order(messages)
+        return messages, tools or own
+
+    def _weight(self, marks: Mapping[str, object], messages: Sequence[Message]) -> float:
+        """Return a row's weight, noting the range of what rows and turns say."""
+        label = marks.get("label")
+        if label is False or (isinstance(label, str) and label.casefold() == "false"):
+            raise RowError(
+                "`label` is false, as of an answer that is not to be imitated (KTO); leave such rows out with "
+                "data.on_bad_rows=skip, or, where `label` means something else, set data.columns={label:null}"
+            )
+        given = {name: marks[name] for name in WEIGHTS if marks.get(name) is not None}
+        given |= {name: marks[name] for name in FLAGS if flag_of(marks.get(name)) is not None}
+        weight = weight_from(given)
+        for name in given:
+            self.used.fields.setdefault(name, name)
+            self.used.unused.pop(name, None)
+        for message in messages:
+            if message.weight is not None:
+                self.used.weigh("turns", message.weight)
+        if weight is None:
+            return 1.0
+        self.used.weigh("rows", weight)
+        return weight
+
+    def _plan(self, names: tuple[str, ...]) -> _Plan | str:
         plan = self._plans.get(names)
         if plan is None:
-            plan = self._make_plan(_Names(names, self._columns))
+            plan = self._make_plan(Names(names, self._columns))
+            if isinstance(plan, _Plan):
+                self._note(plan)
             if len(self._plans) < 1000:  # rows of ever other keys must not fill the memory
                 self._plans[names] = plan
         return plan
 
-    def _make_plan(self, names: _Names) -> _Plan | list[str]:
+    def _make_plan(self, names: Names) -> _Plan | str:
         shape = self._shape or self._detect(names)
         places: dict[str, str] = {}
-        wrong: list[str] = []
-        for field in shape.fields:
+        absent: dict[str, str] = {}
+        for name in (*shape.required, *shape.optional):
             # What the first row calls a column, all rows call it.
-            column = self._pinned.get(field) or names.field(field)
-            required = field in self._wanted(shape) or self._columns.get(field)
+            column = self._pinned.get(name) or names.field(name)
             if column in names.names and column is not None:
-                places[field] = column
-            elif required:
-                wrong.append(
-                    _missing(self._kind, self._pinned.get(field) or self._columns.get(field) or field, names, shape)
-                )
-        if wrong:
-            return wrong
+                places[name] = column
+            elif name in self._wanted(shape) or self._columns.get(name):
+                absent[name] = self._pinned.get(name) or self._columns.get(name) or name
+        if absent:
+            return missing(self._kind, absent, names, shape)
         if self._shape is None:
             self._shape = shape
-            self._pinned = {field: places[field] for field in self._wanted(shape)}
+            self._pinned = {name: places[name] for name in self._wanted(shape)}
         used = set(places.values())
-        return _Plan(places, tuple(name for name in names.names if name not in used))
+        marks = {name: column for name in MARKS if (column := names.field(name)) and column not in used}
+        media = tuple(column for name in MEDIA if (column := names.field(name)) and column not in used)
+        used |= {marks[name] for name in WEIGHTS if name in marks}
+        return _Plan(places, marks, media, tuple(name for name in names.names if name not in used))
+
+    def _note(self, plan: _Plan) -> None:
+        """Note what the columns of some rows became."""
+        self.used.fields |= {name: column for name, column in plan.places.items() if name not in self.used.fields}
+        for name in plan.others:
+            ignored = self._columns.get(name, name) is None or name in self.used.fields.values()
+            if not ignored and len(self.used.unused) < NAMED:
+                self.used.unused[name] = None
 
     def _wanted(self, shape: Shape) -> tuple[str, ...]:
         """Return what must be there; who maps columns and no category has none."""
-        if "category" in self._columns or (self._columns and shape.name == "human_assistant"):
+        maps = any(self._columns.get(name) for name in FIELDS)
+        if "category" in self._columns or (maps and shape.name == "human_assistant"):
             return tuple(f for f in shape.required if f != "category" or self._columns.get(f))
         return shape.required
 
-    def _detect(self, names: _Names) -> Shape:
+    def _detect(self, names: Names) -> Shape:
         """Return the first shape of which everything is there, else the one of which most is."""
         for shape in self._candidates:
             if all(names.field(field) for field in self._wanted(shape)):
@@ -237,44 +238,51 @@ class Shaper:
             self._candidates, key=lambda s: sum(names.field(f) is not None for f in s.required) / len(s.required)
         )
 
-    def _messages(self, shape: Shape, cells: Mapping[str, object]) -> list[Message]:
-        if shape.name == "alpaca":
-            messages = _alpaca(cells)
-        elif shape.name == "firefly":
-            messages = pairs_of(cells["conversation"], "`conversation`")
-        elif shape.name == "prompt_completion":
-            messages = _question(cells, *shape.required)
+    def _messages(self, shape: Shape, cells: Mapping[str, object]) -> Turns:
+        """Return the messages of a row without its `system` column, and the tools that they define."""
+        if shape.name in ("messages", "sharegpt"):
+            (name,) = shape.required
+            return turns_of(cells[name], f"`{name}`", self._columns)
+        if shape.name == "firefly":
+            turns = rounds_of(cells["conversation"], "`conversation`", self._columns)
+            if not turns[0]:
+                raise RowError(
+                    f"`conversation` is {show(cells['conversation'])}; wanted a list of objects "
+                    "with `human` and `assistant`"
+                )
+            return turns
+        asked, answered = shape.required[-2:]
+        lists = any(isinstance(cells[name], list | dict) for name in (asked, answered))
+        if shape.name == "prompt_completion" and lists:
+            messages, tools = _sides(cells, asked, answered, self._columns)
         else:
-            (field,) = shape.required
-            messages = turns_of(cells[field], f"`{field}`", self._columns)
-        messages = _with_system(cells, messages)
-        check_order(messages)
-        return messages
+            more = cells.get("input") if shape.name == "alpaca" else None
+            messages, tools = _question(cells, asked, answered, more), ()
+        before, earlier = rounds_of(cells.get("history"), "`history`", self._columns)
+        return [*before, *messages], tools or earlier
 
 
-def _repeated(names: Sequence[str]) -> Iterator[str]:
-    places: dict[str, int] = {}
-    for place, name in enumerate(names):
-        first = places.setdefault(name.casefold(), place)
-        if first != place:
-            where = f"columns {first + 1} and {place + 1}"
-            yield f"the header name `{name}` is repeated ({where}); rename or delete one of them"
-
-
-def _missing(kind: str, column: str, names: _Names, shape: Shape) -> str:
-    near = nearest(column, [name for name in names.names if name not in shape.fields])
-    hint = f", the nearest is `{near}`: rename it" if near else "; rename the one that is meant"
-    found = ", ".join(f"`{name}`" for name in names.names) or "none"
-    return f"no {kind} `{column}`; found {found}{hint} or add `{column}`"
+def _category(cells: Mapping[str, object], *, required: bool) -> str:
+    """Return a row's category; where there need be none, an empty one is none."""
+    given = cells.get("category")
+    if "category" not in cells or (not required and is_empty(given)):
+        return DEFAULT_CATEGORY
+    category = "" if given is None else text_of(given, "`category`")
+    if not category.strip():
+        raise RowError(
+            "the `category` of this row is empty; fill it, or read the file without categories: "
+            "data.columns={category:null}"
+        )
+    return category
 
 
 def _texts(cells: Mapping[str, object], names: Iterable[str]) -> list[str]:
-    """Return cells that must be text; what is wrong with any of them is said at once."""
+    """Return cells that must be text and filled; what is wrong with any of them is said at once."""
     texts: list[str] = []
     wrong: list[str] = []
     for name in names:
         try:
-            texts.append(text_of(cells[name], f"`{name}`"))
+            texts.append(filled(text_of(cells[name], f"`{name}`"), f"the `{name}` of this row"))
         except RowError as error:
             wrong += error.args
     if wrong:
@@ -282,38 +290,34 @@ def _texts(cells: Mapping[str, object], names: Iterable[str]) -> list[str]:
     return texts
 
 
-def _question(cells: Mapping[str, object], asked: str, answered: str) -> list[Message]:
-    texts = _texts(cells, (asked, answered))
-    wrong: list[str] = []
-    for name, text in zip((asked, answered), texts, strict=True):
-        try:
-            filled(text, f"the `{name}` of this row")
-        except RowError as error:
-            wrong += error.args
-    if wrong:
-        raise RowError(*wrong)
-    return [Message("user", texts[0]), Message("assistant", texts[1])]
+def _question(cells: Mapping[str, object], asked: str, answered: str, more: object) -> list[Message]:
+    question, answer = _texts(cells, (asked, answered))
+    if more := "" if more is None else text_of(more, "`input`"):
+        question = f"{question}\n{more}"
+    return [Message("user", question), Message("assistant", answer)]
 
 
-def _human_assistant(cells: Mapping[str, object]) -> tuple[list[Message], str]:
-    names = [name for name in ("category", "human", "assistant") if name in cells]
-    category = _texts(cells, names)[0] if "category" in cells else DEFAULT_CATEGORY
-    return _with_system(cells, _question(cells, "human", "assistant")), category
+def _sides(cells: Mapping[str, object], asked: str, answered: str, columns: Mapping[str, str | None]) -> Turns:
+    """Return the turns of a prompt and a completion, either of which may be a list; of the prompt none is learned."""
+    before, tools = _side(cells[asked], asked, "user", columns)
+    after, more = _side(cells[answered], answered, "assistant", columns)
+    if after[: len(before)] == before and len(after) > len(before):  # the completion repeats its prompt
+        after = after[len(before) :]
+    before = [replace(m, weight=0.0) if m.role == "assistant" and m.weight is None else m for m in before]
+    return [*before, *after], tools or more
 
 
-def _alpaca(cells: Mapping[str, object]) -> list[Message]:
-    user, assistant = _question(cells, "instruction", "output")
-    given = cells.get("input")
-    more = "" if given is None else text_of(given, "`input`")
-    if more:
-        user = Message("user", f"{user.content}\n{more}")
-    return [*history_of(cells.get("history")), user, assistant]
+def _side(value: object, name: str, role: Any, columns: Mapping[str, str | None]) -> Turns:
+    if not isinstance(value, list | dict):
+        return [Message(role, filled(text_of(value, f"`{name}`"), f"the `{name}` of this row"))], ()
+    return turns_of([value] if isinstance(value, dict) else value, f"`{name}`", columns)
 
 
 def _with_system(cells: Mapping[str, object], messages: list[Message]) -> list[Message]:
     """Put the text of a `system` column, unless it is empty, before the turns."""
     given = cells.get("system")
-    system = "" if given is None else text_of(given, "`system`")
+    given = given.get("parts", given) if isinstance(given, dict) else given
+    system = "" if given is None else text_of(joined(given, "`system`"), "`system`")
     if system and messages[0].role == "system":
         raise RowError("both a `system` column and a system turn; keep one")
     return [Message("system", system), *messages] if system else messages

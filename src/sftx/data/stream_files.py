@@ -14,7 +14,7 @@ from sftx.data.hub import hub_rows
 from sftx.data.problems import Problems
 from sftx.data.read import FileReader, How, sha256_file
 from sftx.data.record import Record
-from sftx.data.shapes import Shaper
+from sftx.data.shapes import Shaper, UsedColumns, said_of_columns
 from sftx.data.sources import Source
 from sftx.data.streaming import Reader
 
@@ -34,6 +34,8 @@ class StreamedFiles:
     """Records of a pass at most."""
     detected: dict[str, str | None] = field(default_factory=dict)
     """Format, encoding, delimiter and shape of the first file."""
+    used: UsedColumns = field(default_factory=UsedColumns)
+    """What became of its columns, as far as it is read."""
     skipped_rows: int = 0  # they are told with the steps
 
     @property
@@ -56,13 +58,18 @@ class StreamedFiles:
         """Return what the manifest says of the corpus."""
         files = [{"path": str(s.path), "bytes": _size(s)} for s in self.sources]
         return {"path": str(self.path), "streamed": True, "names_and_sizes_sha256": self.sha256, "files": files} | (
-            self.detected
+            self.detected | {"columns": self.columns}
         )
 
     @property
     def how_read(self) -> str:
         """What was detected of the first file, as it is said."""
         return described(*(self.detected.get(name) for name in ("format", "encoding", "delimiter")))
+
+    @property
+    def columns(self) -> list[str]:
+        """What became of the columns of the first file, as it is said."""
+        return [said_of_columns(self.used.facts())]
 
     def reader(self) -> Reader:
         """Return what reads them from the beginning."""
@@ -100,7 +107,7 @@ class StreamedFiles:
             )
         for record in reader:
             if not self.detected:
-                self.detected = _detected(reader)
+                self.detected, self.used = _detected(reader), reader.used
             yield from unsound
             unsound.clear()
             yield record
@@ -127,6 +134,7 @@ class HubReader:
         self._shaper = Shaper(
             self._problems, source=source.name, shape=how.shape, columns=how.columns, keep=keep_columns, kind="column"
         )
+        self.used = self._shaper.used
 
     def __iter__(self) -> Iterator[Record]:
         name = self._source.path.as_posix()

@@ -210,6 +210,7 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
         ("model", f"{source.name} ({kind})"),
         ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%} of the base), {config.train_mode}"),
         ("data", f"{train_file.path} ({train_file.how_read}): {many}, {held}"),
+        ("columns", " | ".join(dict.fromkeys(said for file in data.files for said in file.columns))),
         ("template", session.template.origin),
         ("length", lengths),
         ("steps", trial.steps.formula),
