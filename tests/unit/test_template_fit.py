@@ -49,9 +49,31 @@ def test_truncate_right_keeps_some_of_the_last_answer_or_says_so() -> None:
     (row,) = rows_of(CHATML, LONG, policy("truncate_right", full - 10))
     assert texts([row])[0][1] == "a" * 10 + "<|im_end|>b"
     assert (row.truncated, row.full_length) == (True, full)
-    found = CHATML.encode(LONG, policy("truncate_right", full - 11))
-    assert f"what comes before its last answer has {full - 11} tokens" in str(found)
+
+
+def test_truncate_right_ends_after_the_last_whole_answer_when_the_last_one_is_beyond_the_limit() -> None:
+    full, first = (len(rows_of(CHATML, record)[0].ids_T) for record in (LONG, talk("u" * 10, "a" * 10)))
+    for length in (full - 11, full - 20, first):
+        (row,) = rows_of(CHATML, LONG, policy("truncate_right", length))
+        assert texts([row]) == [(turns("u" * 10, "a" * 10), "a" * 10 + "<|im_end|>")]
+        assert (row.truncated, row.full_length) == (True, full)
+    (row,) = rows_of(CHATML, LONG, policy("truncate_right", first - 1))  # no whole answer fits: the first is cut
+    assert texts([row])[0][1] == "a" * 10
+    found = CHATML.encode(LONG, policy("truncate_right", first - 11))
+    assert f"what comes before its first answer has {first - 11} tokens" in str(found)
     assert f"raise max_seq_length to {full} " in str(found)
+    assert isinstance(CHATML.encode(LONG, EncodePolicy(full - 11, "truncate_right", "last")), str)
+
+
+def test_truncate_right_leaves_out_the_rows_beyond_the_limit_and_says_so_of_one_that_stays() -> None:
+    """Where a template has a row for each answer."""
+    template = template_of("qwen3")
+    record = talk("u", "a", "v", "b", "w" * 99, "c")
+    lengths = [len(row.ids_T) for row in rows_of(template, record)]
+    rows = rows_of(template, record, policy("truncate_right", 80))
+    decode = template.tokenizer.decode
+    assert [decode(row.ids_T[row.supervised_T]) for row in rows] == ["a<|im_end|>", "b<|im_end|>"]
+    assert [(row.truncated, row.full_length) for row in rows] == [(False, lengths[0]), (True, lengths[2])]
 
 
 def test_drop_leaves_out_and_names_the_length() -> None:

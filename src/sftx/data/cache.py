@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sftx.data.template import ChatTemplate
 
 log = logging.getLogger("sftx")
-DATA_VERSION = 2
+DATA_VERSION = 3
 """Part of every key: raise it when the same records would become other rows, or a store another form."""
 FACTS = "store.json"
 

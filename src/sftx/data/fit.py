@@ -84,29 +84,47 @@ def fit(drafts: list[Draft], record: Record, policy: EncodePolicy, encode: Encod
         return f"{has}, and too_long=drop leaves it out; raise max_seq_length to {longest} to use it"
     if policy.too_long == "split":
         return _split(record, limit, encode)
+    if policy.too_long == "truncate_right":
+        return _cut_right(drafts, record, limit)
     rows = []
     for draft in drafts:
-        row = _cut_right(draft, record, limit) if policy.too_long == "truncate_right" else None
-        row = _cut_prompt(draft, record, limit, encode) if row is None else row
+        row = _cut_prompt(draft, record, limit, encode)
         if isinstance(row, str):
             return row
         rows.append(row)
     return rows
 
 
-def _cut_right(draft: Draft, record: Record, limit: int) -> Row | str:
-    """Cut the end off; of the last answer some must be left."""
-    before = draft.answers[-1].start
-    if before >= limit:
-        what = "its prompt alone" if len(draft.answers) == 1 else "what comes before its last answer"
-        return (
-            f"{what} has {before} tokens, so max_seq_length={limit} would cut the whole answer; "
-            f"raise max_seq_length to {len(draft)} to use it"
-        )
-    row = draft.row(record, 0, limit)
-    if not row.supervised_T[before:].any():
-        return f"max_seq_length={limit} would cut all that is learned; raise max_seq_length to {len(draft)} to use it"
-    return row
+def _cut_right(drafts: list[Draft], record: Record, limit: int) -> list[Row] | str:
+    """Cut the end off: within the last answer, or after the last whole one when the last begins beyond the limit.
+
+    Where no answer fits, the first is cut. A row of which nothing is left makes the last of the others truncated.
+    """
+    longest = max(map(len, drafts))
+    rows = []
+    for draft in drafts:
+        stop = len(draft)
+        if stop > limit:
+            cut = draft is drafts[-1] and draft.answers[-1].start < limit
+            stop = limit if cut else max((a.stop for a in draft.answers if a.stop <= limit), default=0)
+        rows.append(draft.row(record, 0, stop))
+    kept = [row for row in rows if row.supervised_T.any()]
+    if not kept:
+        before = drafts[0].answers[0].start
+        if before >= limit:
+            what = (
+                "its prompt alone" if sum(len(d.answers) for d in drafts) == 1 else "what comes before its first answer"
+            )
+            return (
+                f"{what} has {before} tokens, so max_seq_length={limit} would cut the whole answer; "
+                f"raise max_seq_length to {longest} to use it"
+            )
+        kept = [row for row in [drafts[0].row(record, 0, limit)] if row.supervised_T.any()]
+        if not kept:
+            return f"max_seq_length={limit} would cut all that is learned; raise max_seq_length to {longest} to use it"
+    if len(kept) < len(rows):
+        kept[-1] = replace(kept[-1], full_length=longest)
+    return kept
 
 
 def _cut_prompt(draft: Draft, record: Record, limit: int, encode: Encode) -> Row | str:

@@ -154,7 +154,7 @@ def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effectiv
     if cut:
         longest = max(length for length, _ in cut)
         effective.remark(
-            f"rows longer than max_seq_length={config.max_seq_length} lose the end of their answer: {len(cut)} "
+            f"rows longer than max_seq_length={config.max_seq_length} lose their last tokens: {len(cut)} "
             f"(longest: {longest} tokens), first {cut[0][1]}"
         )
 
