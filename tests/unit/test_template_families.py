@@ -122,6 +122,11 @@ FAMILIES = {
         "<|system|>\nS<|end|>\n<|user|>\nhi<|end|>\n<|assistant|>\n", "yo<|end|>",
         "\n<|user|>\nbye<|end|>\n<|assistant|>\n", "ok<|end|>", {"eos_token": "<|endoftext|>"},
     ),
+    "phi3_5": Golden(
+        ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        "<|system|>\nS<|end|>\n<|user|>\nhi<|end|>\n<|assistant|>\n", "yo<|end|>",
+        "\n<|user|>\nbye<|end|>\n<|assistant|>\n", "ok<|end|>", {"eos_token": "<|endoftext|>"},
+    ),
     "phi4": Golden(
         ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"),
         "<|im_start|>system<|im_sep|>S<|im_end|><|im_start|>user<|im_sep|>hi<|im_end|><|im_start|>assistant<|im_sep|>",
@@ -145,6 +150,10 @@ FAMILIES = {
         GLM, "[gMASK]<sop><|system|>\nS<|user|>\nhi<|assistant|>", "\nyo<|user|>", "\nbye<|assistant|>",
         "\nok<|user|>", {"eos_token": "<|endoftext|>"},
     ),
+    "glm4_5": Golden(
+        (*GLM[:2], *GLM[3:]), "[gMASK]<sop><|system|>\nS<|user|>\nhi/nothink<|assistant|>\n<think></think>",
+        "\nyo<|user|>", "\nbye/nothink<|assistant|>\n<think></think>", "\nok<|user|>", {"eos_token": "<|endoftext|>"},
+    ),
     "baichuan2": Golden(
         ("<s>", "</s>", "<reserved_106>", "<reserved_107>"), "S<reserved_106>hi<reserved_107>", "yo</s>", None,
         "ok</s>", S2, last_prompt="S<reserved_106>hi<reserved_107>yo<reserved_106>bye<reserved_107>",
@@ -163,9 +172,9 @@ REGISTRY = [
     ("qwen1_5", "qwen1_5"), ("qwen2_5", "qwen2_5"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("qwen3_moe", "qwen3"),
     ("llama2", "llama2"), ("llama", "llama3"), ("llama3_1", "llama3_1"), ("mistral", "mistral"), ("mixtral", "mistral"),
     ("mistral_v3", "mistral_v3"), ("mistral_v7", "mistral_v7"), ("gemma", "gemma"), ("gemma2", "gemma"),
-    ("gemma3_text", "gemma"), ("chatglm", "chatglm3"), ("glm", "glm4"), ("baichuan", "baichuan2"),
+    ("gemma3_text", "gemma"), ("chatglm", "chatglm3"), ("glm", "glm4"), ("glm4_moe", "glm4_5"), ("baichuan", "baichuan2"),
     ("internlm2", "internlm2"), ("deepseek_v2", "deepseek_v2"), ("deepseek_v3", "deepseek_v3"), ("yi", "yi"),
-    ("phi3", "phi3"), ("phi4", "phi4"), ("phi4_mini", "phi4_mini"),
+    ("phi3", "phi3"), ("phi3_5", "phi3_5"), ("phi4", "phi4"), ("phi4_mini", "phi4_mini"),
 ]  # fmt: skip
 """Family or model type, and the template it is trained with when the model brings none."""
 TALK = tuple(
@@ -225,7 +234,7 @@ def test_what_stands_before_each_answer_is_inferences_prompt(name: str) -> None:
         for i in range(len(row.ids_T) - 1)
         if row.supervised_T[i + 1] and not row.supervised_T[i]
     ]
-    thinking = False if name == "qwen3" else None
+    thinking = False if name in ("qwen3", "glm4_5") else None
     asked = [{"role": m.role, "content": m.content} for m in TALK]
     assert starts == [template.prompt_ids(asked[:k], thinking=thinking) for k in (2, 4)]
 

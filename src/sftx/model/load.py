@@ -18,7 +18,7 @@ from sftx.model.attention import register
 from sftx.model.family import Family
 from sftx.model.find import local_folder, missing_files, weight_files
 from sftx.model.lean import compile_patterns_later
-from sftx.model.markers import check_markers
+from sftx.model.markers import check_markers, eos_tokens
 from sftx.model.targets import kept_whole
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def load_template(
             f"template_name: {source.folder} brings no chat template and its model_type `{source.model_type}` is "
             f"not in conf/model/: choose one, for example template_name=chatml."
         )
-    template = ChatTemplate(tokenizer, text, stops)
+    template = ChatTemplate(tokenizer, text, [*stops, *eos_tokens(source.folder, tokenizer)])
     template.origin = origin
     if remark := check_markers(template, model=source.name, own=text == own):
         template.remarks.append(remark)

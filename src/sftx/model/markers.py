@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from sftx.data.template import PROBE, ChatTemplate
@@ -39,6 +41,21 @@ def check_markers(template: ChatTemplate, *, model: str, own: bool) -> str | Non
             f"model was made with" + (", or leave template_name out." if "template_name=" in template.origin else ".")
         )
     return None
+
+
+def eos_tokens(folder: Path, tokenizer: Any) -> list[str]:
+    """Return the tokens at which a model stops by its own account, such as gpt-oss's after a call.
+
+    They are `eos_token_id` of its generation_config.json, else of its config.json.
+    """
+    for name in ("generation_config.json", "config.json"):
+        with suppress(OSError, ValueError):  # a folder may lack one; who loads the model explains a damaged one
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ids = found if isinstance(found, list) else [found]
+            tokens = [tokenizer.convert_ids_to_tokens(i) for i in ids if type(i) is int and 0 <= i < len(tokenizer)]
+            if tokens:
+                return [t for t in tokens if t is not None]
+    return []
 
 
 def _lacking(tokenizer: Any, text: str) -> list[str]:
