@@ -18,6 +18,7 @@ import pytest
 from sftx import PROJECT_ROOT
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
+from sftx.data.problems import SKIP
 from sftx.errors import EXIT_USER, SftxError
 from sftx.model.builtin import ensure_builtin
 from sftx.run import run
@@ -86,9 +87,12 @@ def test_rows_that_are_skipped_are_told(out: Path, data: Path) -> None:
 
 
 def test_a_corpus_of_several_files_and_shapes_trains(out: Path, data: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]}
+    row["mood"] = "x"
     (data / "b.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     start(words(out, data, name="[a.csv,b.jsonl]"))
+    log = " ".join((out / "train.log").read_text(encoding="utf-8").split())
+    assert "columns category, human, assistant | messages; unused: `mood`; weights of turns: 0.5" in log
     told = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["data"][0]
     assert [file["shape"] for file in told["files"]] == ["human_assistant", "messages"]
 
@@ -133,7 +137,7 @@ def test_a_corpus_that_cannot_be_read_exactly(out: Path, data: Path, tmp_path: P
     message = refused(words(out, data), tmp_path)
     assert message.startswith(str(data / "a.csv"))
     assert says in message
-    assert "\n" not in message
+    assert message.removesuffix(f"\n{SKIP}").count("\n") == 0
 
 
 def test_a_corpus_of_which_no_row_fits(out: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -110,6 +111,29 @@ def test_a_preview_is_what_is_trained_on_and_cannot_steer_the_terminal(tmp_path:
     shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
     assert "q<U+0009>x<U+001B>[31m<U+200B>\uff1f\u00b7<|im_end|>\u21b5" in shown
     assert "\u27e6\u597d\uff0c\u00b7\u00b7\u21b5\n  b<|im_end|>\u27e7" in shown
+
+
+def test_a_preview_of_a_long_row_shows_where_learning_begins(tmp_path: Path, capsys) -> None:
+    rows = [("a", f"BEGIN {i} " + "word " * 900, "the answer " * 100 + "END") for i in range(4)]
+    file = write(tmp_path / "long.jsonl", rows)
+    assert sftx(["data", "check", str(file), "--show", "1", "max_seq_length=8192"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"user\u21b5 BEGIN .* \.\.\. [\d,]+ tokens \.\.\. .*assistant\u21b5 \u27e6the answer the answer", shown
+    )
+    assert re.search(r"the answer[^\u27e6]*\u27e7 \.\.\. and [\d,]+ tokens", shown)
+    assert "END" not in shown
+
+
+def test_check_names_columns_and_the_templates_owner(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [{"Question": f"q{i}", "answer": "a", "context": "c", "weight": i} for i in range(1, 9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert sftx(["data", "check", str(file), "--show", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "columns: Question as question, answer, weight; unused: `context`; weights of rows: 1 to 8\n" in shown
+    assert "template: the model's own)" in shown
+    assert checked(capsys, file)["files"][0]["columns"]["unused"] == ["context"]
 
 
 def test_convert_writes_what_can_be_read_again(corpus: Path, tmp_path: Path, capsys) -> None:

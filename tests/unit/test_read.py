@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from sftx.data.problems import SKIP
 from sftx.data.read import MAX_LISTED, Reading, read_file, sha256_file
 from sftx.errors import DataError
 
@@ -40,7 +41,7 @@ def refused(path: Path, **options: str) -> list[str]:
     """Return the lines of the error without the path, which each of them must begin with."""
     with pytest.raises(DataError) as caught:
         read_file(path, **options)
-    lines = str(caught.value).split("\n")
+    lines = str(caught.value).removesuffix(f"\n{SKIP}").split("\n")
     assert all(line.startswith((f"{path}:", "and ")) for line in lines), lines
     return [line.removeprefix(f"{path}:") for line in lines]
 

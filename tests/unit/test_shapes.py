@@ -404,6 +404,21 @@ def test_a_missing_column_leads_to_the_mapping(tmp_path: Path, header: str, mapp
     assert str(caught.value).count("\n") == 0
 
 
+def test_an_error_about_some_rows_ends_with_how_to_leave_them_out(tmp_path: Path) -> None:
+    good, bad = {"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": ""}
+    with pytest.raises(DataError) as caught:
+        read_file(jsonl(tmp_path, good, bad, bad))
+    assert str(caught.value).split("\n")[2:] == ["to train without these rows set data.on_bad_rows=skip"]
+    for rows in ([bad, bad], [good, {"prompt": "q", "completion": "a", "label": False}]):  # none is left; it is said
+        with pytest.raises(DataError) as caught:
+            read_file(jsonl(tmp_path, *rows))
+        assert "to train without these rows" not in str(caught.value)
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\nq,a\nq,"b', encoding="utf-8")
+    with pytest.raises(DataError, match=r"never closed.*(?<!skip)$"):  # of the whole file
+        read_file(path)
+
+
 def test_used_and_unused_columns_and_the_range_of_weights(tmp_path: Path) -> None:
     rows = [{"Question": "q", "answer": "a", "thought": "t", "weight": w, "label": "x", "id": None} for w in (0.5, 3)]
     reader = FileReader(jsonl(tmp_path, *rows))

@@ -15,6 +15,8 @@ from sftx.terminal import visible
 
 SHOWN_TOKENS = 400
 """Tokens of a row that are shown, at most."""
+CONTEXT = 16
+"""Tokens before a stretch with which it is decoded."""
 LEARNED, CONTROL, READ, MARK = "green", "bold cyan", "", "dim"
 BRACKETS = "⟦⟧"
 """Stand around what is learned where there are no colours."""
@@ -41,26 +43,50 @@ def heading(row: Row) -> Text:
 
 def preview(row: Row, tokenizer: Any, control: set[int], *, colours: bool) -> Text:
     """Decode the very ids of a row, so that what a tokenizer changes or drops is seen."""
-    text = Text()
-    ids = row.ids_T[:SHOWN_TOKENS].tolist()
-    runs = list(_runs(ids, row.supervised_T.tolist(), control))
-    shown = ""
+    text, done = Text(), 0
+    for start, stop in _stretches(len(row.ids_T), int(row.supervised_T.argmax())):
+        if start > done:
+            text.append(f" ... {start - done:,} tokens ... ", style="italic")
+        _append_tokens(text, row, range(start, stop), tokenizer, control, colours=colours)
+        done = stop
+    if done < len(row.ids_T):
+        text.append(f" ... and {len(row.ids_T) - done:,} tokens", style="italic")
+    return text
+
+
+def _stretches(length: int, learned: int) -> list[tuple[int, int]]:
+    """Return which tokens are shown: the first, and those around the beginning of what is learned."""
+    if learned <= SHOWN_TOKENS // 2:
+        return [(0, min(length, SHOWN_TOKENS))]
+    head = SHOWN_TOKENS // 4
+    start = max(head, learned - head)
+    return [(0, head), (start, min(length, start + SHOWN_TOKENS - head))]
+
+
+def _append_tokens(text: Text, row: Row, shown: range, tokenizer: Any, control: set[int], *, colours: bool) -> None:
+    """Append a stretch of a row's tokens."""
+    first = max(0, shown.start - CONTEXT)
+    ids = row.ids_T[first : shown.stop].tolist()
+    runs = list(_runs(ids[shown.start - first :], row.supervised_T[shown.start :].tolist(), control))
+
+    def decoded(stop: int) -> str:
+        # From the context on each time: some decoders drop the blank before the first token they are given.
+        ended = ids[: shown.start - first + stop]
+        return tokenizer.decode(ended, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    before = decoded(0) if first < shown.start else ""
     for i, (end, learned, is_control) in enumerate(runs):
-        # The whole is decoded each time: some decoders drop the blank before the first token they are given.
-        whole = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        whole = decoded(end)
         style = LEARNED if learned else CONTROL if is_control else READ
         if learned and not colours and not (i and runs[i - 1][1]):
             text.append(BRACKETS[0])
-        part = whole[len(shown) :]
-        if end == len(ids) < len(row.ids_T):
+        part = whole[len(before) :]
+        if end == len(shown) and shown.stop < len(row.ids_T):
             part = part.rstrip("\ufffd")  # of a character that is shown in part
         _append(text, part, f"bold {style}" if learned and is_control else style)
         if learned and not colours and not (i + 1 < len(runs) and runs[i + 1][1]):
             text.append(BRACKETS[1])
-        shown = whole
-    if len(row.ids_T) > SHOWN_TOKENS:
-        text.append(f" ... and {len(row.ids_T) - SHOWN_TOKENS:,} tokens", style="italic")
-    return text
+        before = whole
 
 
 def _runs(ids: Sequence[int], learned: Sequence[bool], control: set[int]) -> Iterator[tuple[int, bool, bool]]:

@@ -14,12 +14,17 @@ MAX_TEXT = 600
 """Characters of one problem: a row may have thousands of keys, a header one cell of a megabyte."""
 
 
+SKIP = "to train without these rows set data.on_bad_rows=skip"
+"""The last line of an error about rows, where others of the file are valid."""
+
+
 class Problems:
     """Collects problems while a file is read; rows may be skipped, what concerns the whole file never."""
 
     def __init__(self, path: Path, on_skip: Callable[[int, str], None] | None = None) -> None:
         self.path = path
         self.count = 0
+        self._rows = 0
         self._on_skip = on_skip
         self._listed: list[tuple[int, str]] = []
 
@@ -28,6 +33,7 @@ class Problems:
         if self._on_skip is not None:
             self._on_skip(line, _shortened(text))
         else:
+            self._rows += 1
             self.file(line, text)
 
     def file(self, line: int, text: str) -> None:
@@ -43,13 +49,15 @@ class Problems:
         self.check()
         raise AssertionError("a problem was noted")
 
-    def check(self) -> None:
+    def check(self, valid_rows: int = 0) -> None:
         """Raise one DataError that lists the problems, if there are any."""
         if not self.count:
             return
         said = [f"{self.path}:{line}: {text}" for line, text in self._listed]
         if self.count > len(said):
             said.append(f"and {self.count - len(said)} more")
+        if valid_rows and self._rows == self.count and not any("data.on_bad_rows" in text for text in said):
+            said.append(SKIP)
         raise DataError("\n".join(said))
 
 

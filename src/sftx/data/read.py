@@ -106,7 +106,7 @@ class FileReader:
             count += 1
             if not self._problems.count:  # else only the problems are still wanted
                 yield record
-        self._problems.check()
+        self._problems.check(count)
         if not count:
             raise DataError(f"{self.path}: no row is sound: all were skipped; read it with data.on_bad_rows=error")
 

@@ -143,7 +143,7 @@ class HubReader:
                 self._shaper.header(list(row), 1)
                 self.shape = self._shaper.shape
             record = self._shaper.record(number, row)
-            self._problems.check()  # the rest of what may have no end is not read for its problems
+            self._problems.check(number - 1)  # the rest of what may have no end is not read for its problems
             if record is not None:
                 yield record
 
