@@ -136,6 +136,31 @@ def test_check_names_columns_and_the_templates_owner(tmp_path: Path, capsys) -> 
     assert checked(capsys, file)["files"][0]["columns"]["unused"] == ["context"]
 
 
+def test_convert_keeps_what_is_not_to_be_learned(tmp_path: Path, capsys) -> None:
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows: list[dict] = [
+        {"messages": [user, answer | {"loss": False}, user, answer | {"thinking": "X"}]},
+        {"messages": [user, answer], "train": False, "label": True},
+        {"prompt": [user, answer, user], "completion": [answer]},
+    ]
+    files = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for file, row in zip(files, rows, strict=True):
+        file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    out = tmp_path / "out.jsonl"
+    assert sftx(["data", "convert", *map(str, files), str(out)]) == 0
+    assert checked(capsys_cleared(capsys), out, "eval_ratio=0")["unlearnable"] == [
+        f"{out}:2: none of its turns is learned: each has weight 0"
+    ]
+    made = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [[m.get("weight") for m in row["messages"]] for row in made] == [
+        [None, 0.0, None, None], [None, None], [None, 0.0, None, None],
+    ]  # fmt: skip
+    assert [row.get("weight") for row in made] == [None, 0.0, None]
+    assert made[0]["messages"][3]["reasoning_content"] == "X"
+    with pytest.raises(DataError, match="the column `label` would be taken for something else"):
+        sftx(["data", "convert", str(files[1]), str(out), "data.columns={label:null}"])
+
+
 def test_convert_writes_what_can_be_read_again(corpus: Path, tmp_path: Path, capsys) -> None:
     alpaca = tmp_path / "alpaca.json"
     alpaca.write_text(json.dumps([{"instruction": "add", "input": "1+1", "output": "2"}]), encoding="utf-8")

@@ -221,6 +221,8 @@ def test_a_prompt_and_a_completion_of_turns(tmp_path: Path) -> None:
         assert one(tmp_path, {"prompt": before, "completion": after}).messages == wanted
     assert turns(one(tmp_path, {"prompt": "q", "completion": [CHAT[1]]})) == QA
     refused(tmp_path, {"prompt": before, "completion": CHAT}, "turns 4 and 5 are both user")
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    assert one(tmp_path, {"prompt": before, "completion": [call], "tools": [TOOL]}).tools == (TOOL,)
 
 
 @pytest.mark.parametrize(
@@ -393,6 +395,7 @@ def test_an_empty_category_is_none_of_its_own(tmp_path: Path) -> None:
         ("问题,回答", "'data.columns={human:问题,assistant:回答,category:null}'"),
         ("category,human,asistant", "'data.columns={assistant:asistant}'"),
         ("prompt,reply", "'data.columns={completion:reply}'"),
+        ("text", "texts (`text`) alone are not trained on"),
     ],
 )
 def test_a_missing_column_leads_to_the_mapping(tmp_path: Path, header: str, mapping: str) -> None:

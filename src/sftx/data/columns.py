@@ -33,6 +33,7 @@ class Shape:
 
 CHAT = ("category", "system", "tools")
 ALPACA = ("category", "input", "history", "system")
+PAIR = ("category", "system", "history", "tools")
 PAIRS = {
     "prompt": ("completion", "response", "answer", "output"),
     "query": ("response", "answer", "output", "completion"),
@@ -46,7 +47,7 @@ SHAPES = (
     Shape("sharegpt", ("conversations",), CHAT),
     Shape("firefly", ("conversation",), CHAT),
     *(Shape("alpaca", ("instruction", answer), ALPACA) for answer in ("output", "response", "answer", "completion")),
-    *(Shape("prompt_completion", (asked, answer)) for asked, answers in PAIRS.items() for answer in answers),
+    *(Shape("prompt_completion", (asked, answer), PAIR) for asked, answers in PAIRS.items() for answer in answers),
 )
 """In the order in which they are recognised: a file with the columns of several has the first one's shape."""
 ALIASES = {
@@ -61,10 +62,10 @@ TURN_FIELDS = ("role", "content")
 RESERVED = frozenset(
     name.casefold()
     for shape in (SHAPES[0], SHAPES[1])
-    for field in shape.fields
+    for field in (*shape.required, *shape.optional, *WEIGHTS)
     for name in ALIASES.get(field, (field,))
 )
-"""Columns that mean something in what `sftx data convert` writes."""
+"""Columns that mean something in what `sftx data convert` writes; flags may stay beside the weight that they gave."""
 
 
 def check_columns(shape: str, columns: Mapping[str, str | None]) -> None:
@@ -153,6 +154,8 @@ def missing(kind: str, absent: Mapping[str, str], names: Names, shape: Shape) ->
         return f"{what}; to read it without categories set data.columns={{category:null}}, or add `category`"
     if names.find("chosen") and names.find("rejected"):
         return f"{what}; {preference(names)}"
+    if len(absent) == len(shape.required) and (text := names.find("text")):
+        return f"{what}; texts (`{text}`) alone are not trained on: a row has a question and its answer, or turns"
     spare = [name for name in names.names if name not in shape.fields]
     near = {field: found for field, column in absent.items() if (found := nearest(column, spare))}
     rest = iter([name for name in spare if name not in near.values()])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from sftx.config.bounds import Bounds
 from sftx.data.choose import ChoosePolicy
-from sftx.data.columns import RESERVED
+from sftx.data.columns import FIELDS, RESERVED
 from sftx.data.digests import Stamp, keep_sha256, known_sha256, stamp
 from sftx.data.policy import EncodePolicy
 from sftx.data.read import FileReader, How, sha256_file, suffixes
@@ -264,9 +264,11 @@ def convert(files: Sequence[Path], out: Path, corpus: Corpus | None = None, *, k
     if Path(out).resolve() in {Path(file).resolve() for file in files}:
         raise DataError(f"{out}: is one of the files to convert; give another name for the result")
     sources = [s for file in files for s in find_sources(".", str(file), key="")]
-    loaded = (corpus or Corpus()).read(sources, keep_columns=keep_columns)
+    corpus = corpus or Corpus()
+    loaded = corpus.read(sources, keep_columns=keep_columns)
+    ignored = {name.casefold() for name, column in corpus.columns.items() if column is None and name in FIELDS}
     plain = all(_is_plain(record) for record in loaded.records)
-    write_chunks(Path(out), (json_line(_row(record, plain=plain)) for record in loaded.records))
+    write_chunks(Path(out), (json_line(_row(record, RESERVED | ignored, plain=plain)) for record in loaded.records))
     return Converted(len(loaded.records), "human_assistant" if plain else "messages", loaded)
 
 
@@ -277,7 +279,7 @@ def _is_plain(record: Record) -> bool:
     return all(m.weight is m.reasoning is m.name is None and not m.tool_calls for m in record.messages)
 
 
-def _row(record: Record, *, plain: bool) -> dict[str, object]:
+def _row(record: Record, reserved: Set[str], *, plain: bool) -> dict[str, object]:
     made: dict[str, object] = {"category": record.category}
     if plain:
         made |= {"human": record.human, "assistant": record.assistant}
@@ -286,7 +288,7 @@ def _row(record: Record, *, plain: bool) -> dict[str, object]:
         made |= {"tools": list(record.tools)} if record.tools else {}
     made |= {"weight": record.weight} if record.weight != 1.0 else {}
     for name in record.extra:
-        if name.casefold() in RESERVED:
+        if name.casefold() in reserved:
             raise DataError(
                 f"{record.origin}: the column `{name}` would be taken for something else in the result; rename it, "
                 "or convert without the other columns"

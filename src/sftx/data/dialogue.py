@@ -145,6 +145,9 @@ def turns_of(value: object, what: str, columns: Mapping[str, str | None]) -> Tur
         where = f"turn {place} of {what}"
         if not isinstance(turn, dict):
             raise RowError(f"{where} is {show(turn)}, not an object with a role and its text")
+        if (plain := _plain(turn, where, columns)) is not None:
+            messages.append(plain)
+            continue
         keys = _Turn(turn, where, columns)
         message = _message(keys, messages)
         if message.role == "system":
@@ -155,6 +158,19 @@ def turns_of(value: object, what: str, columns: Mapping[str, str | None]) -> Tur
             message = replace(last, tool_calls=last.tool_calls + message.tool_calls)
         messages.append(message)
     return messages, tools
+
+
+def _plain(turn: Mapping[str, Any], where: str, columns: Mapping[str, str | None]) -> Message | None:
+    """Return what `_message` returns of a turn that has its role and a text and nothing else, as most have, sooner."""
+    if len(turn) != 2 or "role" in columns or "content" in columns:
+        return None
+    called, text = (turn.get("role"), turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
+    if not isinstance(called, str) or not isinstance(text, str) or called in CALL_ROLES:
+        return None
+    role = ROLE_NAMES.get(called)
+    if role is None:
+        return None
+    return Message(role, filled(text_of(text, where), where) if role in ("user", "assistant") else text_of(text, where))
 
 
 def _goes_on(before: list[Message], message: Message) -> bool:

@@ -162,6 +162,11 @@ class Shaper:
 
     def _weight(self, marks: Mapping[str, object], messages: Sequence[Message]) -> float:
         """Return a row's weight, noting the range of what rows and turns say."""
+        for message in messages:
+            if message.weight is not None:
+                self.used.weigh("turns", message.weight)
+        if not marks:
+            return 1.0
         label = marks.get("label")
         if label is False or (isinstance(label, str) and label.casefold() == "false"):
             raise RowError(
@@ -174,9 +179,6 @@ class Shaper:
         for name in given:
             self.used.fields.setdefault(name, name)
             self.used.unused.pop(name, None)
-        for message in messages:
-            if message.weight is not None:
-                self.used.weigh("turns", message.weight)
         if weight is None:
             return 1.0
         self.used.weigh("rows", weight)
