@@ -197,8 +197,10 @@ def _prepare(
             f"read them."
         )
     effective.settings["trust_remote_code"] = trust
-    template = load_template(source, family, config.template_name, family_named, trust_remote_code=trust)
-    effective.settings["chat_template"] = template.origin
+    template = load_template(
+        source, family, config.template_name, family_named, date=config.template_date, trust_remote_code=trust
+    )
+    effective.settings |= {"chat_template": template.origin, "template_date": template.date}
     effective.remarks += template.remarks
     data = rows_for(template)
     numerics = build(config.precision).resolve(engine.device, effective, sharded=engine.sharded)

@@ -11,7 +11,7 @@ import pytest
 
 from sftx.cli import run as sftx
 from sftx.data.audit import language_of
-from sftx.errors import ConfigError, DataError
+from sftx.errors import ConfigError, DataError, ModelError
 from sftx.run import run
 
 ROWS = [
@@ -79,6 +79,18 @@ def test_check_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
         sftx(["data", "check", str(bad), "max_seq_lenght=3"])
     with pytest.raises(ConfigError, match="name the files themselves"):
         sftx(["data", "check", str(bad), "train_file_name=x.csv"])
+
+
+def test_check_looks_at_what_the_template_makes_of_every_row(corpus: Path, capsys) -> None:
+    """qwen3's takes the first part of this answer for thinking."""
+    rows = [*ROWS * 100, ("code", "what is a tag", "one </think> two </think> three")]
+    write(corpus, rows)
+    with pytest.raises(ModelError, match=rf"{corpus}:1201: turn 2: its text .* is missing .*on_bad_rows=skip"):
+        sftx(["data", "check", str(corpus), "template_name=qwen3"])
+    found = checked(capsys, corpus, "template_name=qwen3", "data.on_bad_rows=skip", "eval_ratio=0")
+    (line,) = found["unlearnable"]
+    assert line.startswith(f"{corpus}:1201: turn 2: its text")
+    assert found["rows"] == 1200
 
 
 def test_check_reports_and_then_refuses_what_only_a_run_would_refuse(corpus: Path, tmp_path: Path, capsys) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.test_supervised import refused
@@ -12,10 +14,16 @@ from tests.unit.test_template_families import spans, template_of
 from tests.unit.test_template_turns import CALL, ROOM, WEATHER, learned, said, talk
 from transformers import PreTrainedTokenizerFast
 
+from sftx.config.compose import compose_checked
+from sftx.data.cache import RecordFile, store_key
 from sftx.data.record import Message, Record
 from sftx.data.template import ChatTemplate, template_source
+from sftx.data.worker import Job
+from sftx.errors import ConfigError, ModelError, RunFolderError
+from sftx.model.builtin import ensure_builtin
 from sftx.model.family import Family, family_named
 from sftx.model.load import Source, load_template
+from sftx.run import run
 
 RESULT = Message("tool", "18", name="weather")
 THINK = "<think>\n{}\n</think>\n\n"
@@ -277,3 +285,77 @@ def test_glm_4_5_leaves_out_earlier_thinking() -> None:
 def test_phi_3_5_leaves_an_empty_system_turn_out(name: str, begins: str) -> None:
     record = talk(Message("system", ""), Message("user", "hi"), said("yo"))
     assert spans(template_of(name), record)[0][0].startswith(begins)
+
+
+# Llama 3.2, gpt-oss: today's date
+
+DATED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DATE = "Today: {{ strftime_now('%d %b %Y') if strftime_now is defined else 'never' }}\n"
+
+
+def dated(date: str | None, source: str = DATE + DATED) -> ChatTemplate:
+    return ChatTemplate(tokenizer_of("<|im_start|>", "<|im_end|>", eos="<|im_end|>"), source, [], date)
+
+
+def test_a_template_writes_the_date_that_is_set() -> None:
+    template = dated("2025-03-01")
+    prompt = "Today: 01 Mar 2025\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert spans(template, talk("hi", "yo")) == [[prompt, "yo<|im_end|>"]]
+    for row in template.encode_batch([talk("hi", "yo")] * 3, ROOM):
+        assert template.tokenizer.decode(row[0].ids_T) == prompt + "yo<|im_end|>"  # type: ignore[union-attr]
+    assert template.tokenizer.decode(template.prompt_ids([{"role": "user", "content": "hi"}])) == prompt
+    marked = dated(
+        "2025-03-01", DATE + DATED.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    )
+    assert spans(marked, talk("hi", "yo"))[0][0] == prompt
+
+
+def test_a_date_that_cannot_be_set_is_refused() -> None:
+    with pytest.raises(ModelError, match="today's date by a format that cannot be read"):
+        dated("2025-03-01", "{% set f = '%Y' %}{{ strftime_now(f) }}" + DATED)
+
+
+def test_the_date_is_in_the_key_of_the_tokens_where_it_is_written() -> None:
+    def key(template: ChatTemplate) -> str:
+        return store_key([RecordFile("f", "0")], 1, template, ROOM)
+
+    assert len({key(dated(d)) for d in ("2025-03-01", "2025-03-02")}) == 2
+    assert len({key(dated(d, DATED)) for d in ("2025-03-01", "2025-03-02")}) == 1
+    assert (dated("2025-03-01").date, dated("2025-03-01", DATED).date) == ("2025-03-01", None)
+
+
+def test_processes_that_tokenise_write_the_same_date() -> None:
+    job = Job.of(dated("2025-03-01"), ROOM, [])
+    assert job.template().date == "2025-03-01"
+
+
+@pytest.mark.parametrize("text", ["today", "2025-13-01", "01.03.2025", "20250301", "2025-03-01T00:00", "null"])
+def test_only_a_date_is_a_date(text: str) -> None:
+    with pytest.raises(ConfigError, match="template_date"):
+        compose_checked([f"template_date={text}"])
+
+
+def test_a_repeated_and_a_resumed_run_see_the_same_tokens(
+    tmp_path: Path, make_config: Any, captured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any day: the tokens are made anew, in an empty cache."""
+    base = tmp_path / "base"
+    shutil.copytree(ensure_builtin(), base)
+    (base / "chat_template.jinja").write_text(DATE + DATED, encoding="utf-8")
+    words = [f"model_name_or_path={base}", "max_steps=1", "save_steps=1"]
+    first = make_config(*words)
+    run([first])
+    before = [row.ids_T.tolist() for row in captured.session.rows]
+    assert "Today: 26 Jul 2024" in captured.session.template.tokenizer.decode(before[0])
+    folder = Path(first.output_dir)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["effective"]["settings"]["template_date"] == "2024-07-26"
+    assert "writes today's date: 2024-07-26" in (folder / "train.log").read_text(encoding="utf-8")
+    monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
+    run([make_config(*words[:1], "max_steps=2", f"output_dir={folder}")])
+    assert [row.ids_T.tolist() for row in captured.session.rows] == before
+    with pytest.raises(RunFolderError, match='template_date: "2024-07-26" -> "2025-03-01"'):
+        run([make_config(*words[:1], "max_steps=3", f"output_dir={folder}", "template_date=2025-03-01")])

@@ -80,7 +80,12 @@ def check(files: Sequence[str], held_out: Sequence[str], config: TrainConfig, *,
     source = find_model(config.model_name_or_path)
     family, _ = family_of(config.model, source.model_type, downloaded=source.downloaded)
     template = load_template(
-        source, family, config.template_name, family_named, trust_remote_code=config.trust_remote_code
+        source,
+        family,
+        config.template_name,
+        family_named,
+        date=config.template_date,
+        trust_remote_code=config.trust_remote_code,
     )
     facts = facts_of(loaded.records)
     choice = choose(facts, loaded.records, corpus.choose_policy(), config.seed)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,14 @@ def evaluates(tree: Tree) -> bool:
 @rule("bf16", "fp16")
 def _one_half_precision(tree: Tree) -> str | None:
     return "`fp16` and `bf16` are both true: keep one." if tree["fp16"] and tree["bf16"] else None
+
+
+@rule("template_date")
+def _date_of_a_template(tree: Tree) -> str | None:
+    with suppress(ValueError, TypeError):
+        if date.fromisoformat(tree["template_date"]).isoformat() == tree["template_date"]:
+            return None
+    return f"`template_date`: expected a date as YYYY-MM-DD, got {show(tree['template_date'])}."
 
 
 @rule("keep_best", "eval_ratio", "eval_file_name")

@@ -162,6 +162,12 @@ class TrainConfig:
         "write checkpoints while training goes on, from a copy in host memory; false: training waits",
         "训练继续进行的同时写检查点（先复制到内存）；false：训练等待写完",
     )
+    template_date: str = knob(
+        "the date (YYYY-MM-DD) that chat templates write as today's (Llama 3.2, gpt-oss), so that a resumed or "
+        "repeated run sees the same tokens; others ignore it",
+        "对话模板中“今天”的日期（YYYY-MM-DD），用于会写入当天日期的模板（Llama 3.2、gpt-oss），"
+        "使续训或重复运行得到相同的 token；其他模板不受影响",
+    )
     lost_work_minutes: Annotated[float, Bounds(above=0)] = knob(
         "with save_steps=auto: the work that a crash may cost",
         "save_steps=auto 时，意外中断最多损失多少分钟的训练",

@@ -86,6 +86,7 @@ def store_key(
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": template.source,
         "stop_tokens": list(template.stop_tokens),
+        "date": template.date,
         "policy": asdict(policy),
     }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ Marks = list[tuple[int, int]]
 """Where a template's `{% generation %}` blocks lie in what it rendered, in characters."""
 INLINE = "<think>\n{}\n</think>\n\n"
 """How reasoning stands before an answer when the template has no place for it."""
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+"""How a template asks for today's date."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 REASONING = re.compile(rf"""[.'"](?:{"|".join(REASONING_KEYS)})\b""")
 """How a template reads an assistant's reasoning: a key of the message."""
@@ -54,10 +57,12 @@ class Reader(Protocol):
 class Renderer:
     """The chat template of one tokenizer."""
 
-    def __init__(self, tokenizer: Any, source: str) -> None:
+    def __init__(self, tokenizer: Any, source: str, date: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.source = source
         said = re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)  # not what its comments say
+        self.date = date if "strftime_now" in said else None
+        """The day that the template writes as today; None when it writes none."""
+        self.source = source if self.date is None else _dated(source, self.date)
         self.switches_thinking = "enable_thinking" in said
         self.has_marks = "endgeneration" in said
         self._takes_reasoning = REASONING.search(said) is not None
@@ -231,6 +236,22 @@ class Conversation:
             if place >= 0:
                 return place + len(spelled)
         return None
+
+
+def _dated(source: str, date: str) -> str:
+    """Return a template that writes a day where it would write today's; `apply_chat_template` takes no other clock.
+
+    Raises:
+        ModelError: it asks for the date by a format that is no literal.
+    """
+    day = datetime.fromisoformat(date)
+    dated, count = NOW.subn(lambda call: repr(day.strftime(call.group(2))), source)
+    if count != source.count("strftime_now("):
+        raise ModelError(
+            "the chat template writes today's date by a format that cannot be read from its text, so that no two runs "
+            "would see the same tokens. Choose another template_name."
+        )
+    return dated
 
 
 def _call(call: Mapping[str, Any], as_json: bool) -> dict[str, Any]:

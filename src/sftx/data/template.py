@@ -80,7 +80,7 @@ class ChatTemplate:
             inference, or there is no token that could end a turn.
     """
 
-    def __init__(self, tokenizer: Any, source: str, stop_tokens: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, source: str, stop_tokens: Sequence[str], date: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.source = source
         self.origin = "given"
@@ -93,7 +93,7 @@ class ChatTemplate:
         if not self.stop_tokens and tokenizer.eos_token is not None:
             self.stop_tokens = [tokenizer.eos_token]
         self._letters = Letters(tokenizer, self.stop_tokens)
-        self._renderer = Renderer(tokenizer, source)
+        self._renderer = Renderer(tokenizer, source, date)
         self._skeletons: dict[Any, tuple[Skeleton, itertools.count[int]] | None] = {}
         self._tails: dict[str, list[int]] = {}
         self._adopt_end_token()
@@ -120,6 +120,11 @@ class ChatTemplate:
     def share_memory(self, processes: int) -> None:
         """Keep a part of the words that one process would: others keep as many."""
         self._letters.words.most //= processes
+
+    @property
+    def date(self) -> str | None:
+        """The day, as YYYY-MM-DD, that the template writes as today; None when it writes none."""
+        return self._renderer.date
 
     @cached_property
     def _stop_ids(self) -> set[int]:

@@ -45,6 +45,7 @@ class Job:
     tokenizer: Any
     source: str
     stop_tokens: list[str]
+    date: str | None
     policy: EncodePolicy
     records: Sequence[Record]
     """Pickled once: a path for records that lie in a file."""
@@ -52,11 +53,11 @@ class Job:
     @classmethod
     def of(cls, template: ChatTemplate, policy: EncodePolicy, records: Sequence[Record]) -> Job:
         """Return the job of encoding records with a template."""
-        return cls(template.tokenizer, template.source, template.stop_tokens, policy, records)
+        return cls(template.tokenizer, template.source, template.stop_tokens, template.date, policy, records)
 
     def template(self) -> ChatTemplate:
         """Make the template anew."""
-        return ChatTemplate(self.tokenizer, self.source, self.stop_tokens)
+        return ChatTemplate(self.tokenizer, self.source, self.stop_tokens, self.date)
 
 
 def encode_chunk(

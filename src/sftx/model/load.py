@@ -176,9 +176,12 @@ def load_template(
     template_name: str | None,
     family_for: Callable[[str], Family | None],
     *,
+    date: str | None = None,
     trust_remote_code: bool = False,
 ) -> ChatTemplate:
     """Load a model's tokenizer and choose its template: `template_name`, else its own, else the family's.
+
+    A template that writes today's date writes `date`.
 
     Raises:
         ModelError, ConfigError: no tokenizer, no template, or one whose control tokens the tokenizer lacks.
@@ -215,10 +218,12 @@ def load_template(
             f"template_name: {source.folder} brings no chat template and its model_type `{source.model_type}` is "
             f"not in conf/model/: choose one, for example template_name=chatml."
         )
-    template = ChatTemplate(tokenizer, text, [*stops, *eos_tokens(source.folder, tokenizer)])
+    template = ChatTemplate(tokenizer, text, [*stops, *eos_tokens(source.folder, tokenizer)], date)
     template.origin = origin
     if remark := check_markers(template, model=source.name, own=text == own):
         template.remarks.append(remark)
+    if template.date is not None:
+        template.remarks.append(f"the chat template writes today's date: {template.date} in every row (template_date).")
     tokenizer.chat_template = text
     pad = tokenizer.pad_token
     _choose_pad(tokenizer, template)
