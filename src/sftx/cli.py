@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from sftx import __version__
-from sftx.commands import data_cache, data_check, data_convert, diff, repro, train
+from sftx.commands import data_cache, data_check, data_convert, diff, ls, repro, train
 from sftx.errors import reported
 
 GROUPS = {"data": "look at corpora, and at what is kept of them"}
 """Words that stand before a command's own name."""
-COMMANDS = (train, data_check, data_convert, data_cache, diff, repro)
+COMMANDS = (train, data_check, data_convert, data_cache, ls, diff, repro)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -158,6 +158,24 @@ def write_folder(
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def replace_link(link: Path, target: Path) -> None:
+    """Let a symbolic link lead to a target, in one rename; the target is written relative to the link's folder.
+
+    Raises:
+        OSError: the disk has no links, or something that is no link has the name.
+    """
+    if link.exists() and not link.is_symlink():
+        raise FileExistsError(errno.EEXIST, "exists and is not a link", str(link))
+    temporary = link.with_name(f".{link.name}.{os.getpid()}{TEMPORARY}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    try:
+        temporary.replace(link)
+    except OSError:
+        temporary.unlink()
+        raise
+
+
 def rehearse_folder(folder: Path, fill: Callable[[Path], None], needed: int) -> int:
     """Write a folder as `write_folder` does, but remove it again; return its bytes."""
     with explained(folder, needed), _filled(folder, fill) as temporary:

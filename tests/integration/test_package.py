@@ -84,6 +84,11 @@ def test_an_installed_package_trains_in_an_empty_folder(installed, tmp_path):
     assert manifest["environment"]["git"] == {}
     assert "sftx train model=smollm2" in out
     assert "train.py" not in out
+    assert (tmp_path / "empty/outputs/latest").resolve() == run.resolve()
+    first, second = installed("ls").splitlines()
+    assert first.split() == ["state", "best", "loss", "started", "run", "command"]
+    assert second.startswith("completed  8.5")
+    assert second.endswith(f"{run.relative_to(tmp_path / 'empty')}  {manifest['command']}")
     assert "is finished" in installed("train", "mode=qlora", "lora_rank=32", "max_steps=2", f"output_dir={run}")
     assert "no difference" in installed("repro", str(run), "--check")
 

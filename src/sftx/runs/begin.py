@@ -17,7 +17,7 @@ from sftx.errors import ConfigError, RunFolderError
 from sftx.files import write_chunks, write_text
 from sftx.model.load import Source
 from sftx.runs.effective import Effective
-from sftx.runs.folder import RunFolder, RunLog
+from sftx.runs.folder import RunFolder, RunLog, point_latest
 from sftx.runs.header import as_text, count, header, length_line
 from sftx.runs.metrics import Recorder, Tracker, drop_after
 from sftx.runs.origin import foreign_adapter, foreign_checkpoint
@@ -80,6 +80,8 @@ def open_trial(trial: Trial, session: Session, setting: Setting, who: dict[str, 
             "attempts": [*(earlier or {}).get("attempts", []), attempt],
         },
     )
+    if why := point_latest(folder.path):
+        effective.remark(why)
     setting.run_log.to_file(folder.log, trial.name)
     _remark_on_rows(data, folder, config, effective)
     if source.is_builtin:

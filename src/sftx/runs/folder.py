@@ -20,12 +20,24 @@ import yaml
 from sftx.config.derive import differences
 from sftx.config.schema import TrainConfig
 from sftx.errors import RunFolderError, SftxError, other_format, summary
-from sftx.files import TEMPORARY, Lock, append_line, check_writable, explained, sweep, write_json, write_text
+from sftx.files import (
+    TEMPORARY,
+    Lock,
+    append_line,
+    check_writable,
+    explained,
+    replace_link,
+    sweep,
+    write_json,
+    write_text,
+)
 from sftx.runs.third_party_log import ThirdPartyLog
 from sftx.secrets import scrub, scrub_text
 from sftx.terminal import visible_lines
 
 MANIFEST, LOCK = "manifest.json", ".lock"
+LATEST = Path("outputs/latest")
+"""A link to the newest run in `outputs/` of the working directory."""
 FORMAT = 2
 """Of run folders, in their manifest; raise it when an older version could not continue a new run, or the reverse."""
 LOG_TIME = "%Y-%m-%d %H:%M:%S,000"
@@ -171,6 +183,17 @@ class VisibleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a record."""
         return visible_lines(super().format(record))
+
+
+def point_latest(folder: Path) -> str | None:
+    """Let `outputs/latest` lead to a run in `outputs/`, for convenience only; return why that cannot be, or None."""
+    if not folder.absolute().is_relative_to(LATEST.parent.absolute()):
+        return None
+    try:
+        replace_link(LATEST, folder)
+    except OSError as error:
+        return f"{LATEST}: does not lead to this run: {error.strerror or error}"
+    return None
 
 
 class Discreet(VisibleFormatter):
