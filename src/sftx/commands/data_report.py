@@ -25,7 +25,7 @@ from sftx.data.record_store import RecordView
 from sftx.data.sources import fetch, find_sources
 from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
-from sftx.errors import ConfigError, DataError
+from sftx.errors import DataError
 from sftx.files import write_bytes
 from sftx.model.family import family_named, family_of
 from sftx.model.load import find_model, load_template
@@ -235,17 +235,11 @@ def _typical(rows: Rows, count: int) -> list[int]:
 
 
 def draw(checked: Checked, path: Path) -> None:
-    """Draw the distribution of lengths into a PNG.
-
-    Errors:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--png needs matplotlib: pip install -c constraints.txt matplotlib.") from error
+    """Draw the distribution of lengths into a PNG."""
     import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     n, lengths = checked.audit.lengths, checked.rows.full_lengths
     reach = min(n.longest, 2 * max(n.p99, n.proposed))  # one very long row would leave a single bar

