@@ -270,7 +270,11 @@ def test_marks_that_cannot_be_honoured_are_refused(tmp_path: Path) -> None:
 def test_a_key_of_a_turn_that_is_not_used_is_refused(tmp_path: Path, turn: dict[str, Any]) -> None:
     (key,) = turn
     row = {"messages": [CHAT[0], CHAT[1] | turn]}
-    refused(tmp_path, row, f"turn 2 of `messages` has the key `{key}`", f"data.columns={{{key}:null}}")
+    refused(tmp_path, row, f"turn 2 of `messages` has `{key}`, which is not used", f"data.columns={{{key}:null}}")
+    several = {"messages": [CHAT[0], CHAT[1] | turn | {"edited": True}]}
+    refused(
+        tmp_path, several, f"has `{key}`, `edited`, which are not used", f"'data.columns={{{key}:null,edited:null}}'"
+    )
     assert turns(one(tmp_path, row, columns={key: None})) == QA
     for nothing in ("", None, [], {}):
         assert turns(one(tmp_path, {"messages": [CHAT[0], CHAT[1] | {key: nothing}]})) == QA
@@ -395,6 +399,9 @@ def test_an_empty_category_is_none_of_its_own(tmp_path: Path) -> None:
         ("问题,回答", "'data.columns={human:问题,assistant:回答,category:null}'"),
         ("category,human,asistant", "'data.columns={assistant:asistant}'"),
         ("prompt,reply", "'data.columns={completion:reply}'"),
+        ("id,query,answers,tools", "'data.columns={response:answers}'"),
+        ("id,q,a,b", "'data.columns={human:COLUMN,assistant:COLUMN,category:null}'"),
+        ("user,assistant", "'data.columns={human:user,category:null}'"),
         ("text", "texts (`text`) alone are not trained on"),
     ],
 )

@@ -157,14 +157,23 @@ def missing(kind: str, absent: Mapping[str, str], names: Names, shape: Shape) ->
     if len(absent) == len(shape.required) and (text := names.find("text")):
         return f"{what}; texts (`{text}`) alone are not trained on: a row has a question and its answer, or turns"
     spare = [name for name in names.names if name not in shape.fields]
-    near = {field: found for field, column in absent.items() if (found := nearest(column, spare))}
-    rest = iter([name for name in spare if name not in near.values()])
-    mapped = {f: near.get(f) or next(rest, "COLUMN") for f in absent if f != "category"}
+    near = {field: found for field, column in absent.items() if (found := _near(column, spare))}
+    rest = [name for name in spare if name not in near.values()]
+    unknown = [field for field in absent if field not in near and field != "category"]
+    guessed = dict(zip(unknown, rest, strict=True)) if len(rest) == len(unknown) else {}
+    mapped = {f: near.get(f) or guessed.get(f, "COLUMN") for f in absent if f != "category"}
     if "category" in absent:
         mapped["category"] = near.get("category", "null")
     hint = f", the nearest is `{next(iter(near.values()))}`: rename it, or" if near else "; add it, or"
     columns = ",".join(f"{field}:{column}" for field, column in mapped.items())
     return f"{what}{hint} say which column is meant, such as 'data.columns={{{columns}}}'"
+
+
+def _near(column: str, spare: Sequence[str]) -> str | None:
+    """Return the name that looks most like a column's, or like another usual name of a question or an answer."""
+    answers = dict.fromkeys(name for usual in PAIRS.values() for name in usual)
+    usual = next((group for group in (tuple(PAIRS), tuple(answers)) if column in group), ())
+    return next((found for name in (column, *usual) if (found := nearest(name, spare))), None)
 
 
 def preference(names: Names) -> str:

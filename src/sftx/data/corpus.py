@@ -72,8 +72,11 @@ class LoadedFile:
 
     @property
     def columns(self) -> list[str]:
-        """What became of the columns, as it is said; once for files that have the same."""
-        return list(dict.fromkeys(said_of_columns(file["columns"]) for file in self.files))
+        """What became of the columns, as it is said; once for files that have the same, with the first one's name."""
+        said: dict[str, str] = {}
+        for file in self.files:
+            said.setdefault(said_of_columns(file["columns"]), Path(file["path"]).name)
+        return [f"{name}: {text}" if len(said) > 1 else text for text, name in said.items()]
 
     def _all(self, name: str) -> str | None:
         return ", ".join(dict.fromkeys(str(file[name]) for file in self.files if file[name] is not None)) or None

@@ -27,6 +27,7 @@ from sftx.errors import did_you_mean
 ROLE_NAMES: dict[str, Role] = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "bing": "assistant", "bard": "assistant",
     "function_call": "assistant", "tool_call": "assistant", "tool": "tool", "function": "tool",
     "observation": "tool", "tool_response": "tool", "function_response": "tool",
 }  # fmt: skip
@@ -120,13 +121,17 @@ class _Turn:
         return weight if learned else None
 
     def check_all_used(self) -> None:
-        """Raise RowError when a key that says something is left over."""
-        for key in self._left:
-            if key in METADATA or is_empty(self._turn[key]) or self._columns.get(key, "") is None:
-                continue
+        """Raise RowError when keys that say something are left over."""
+        left = [
+            key
+            for key in self._left
+            if key not in METADATA and not is_empty(self._turn[key]) and self._columns.get(key, "") is not None
+        ]
+        if left:
             raise RowError(
-                f"{self.where} has the key `{key}` ({show(self._turn[key])}), which is not used here; "
-                f"delete it, or ignore it with data.columns={{{key}:null}}"
+                f"{self.where} has {quoted(left)}, which {'is' if len(left) == 1 else 'are'} not used here, such as "
+                f"{show(self._turn[left[0]])}; to ignore what is not used set "
+                f"'data.columns={{{','.join(f'{key}:null' for key in left[:12])}}}'"
             )
 
 
