@@ -78,11 +78,11 @@ def test_rows_that_are_skipped_are_told(out: Path, data: Path) -> None:
     path.write_text(HEADER + "a,b\n" + ROWS + "c,,\n", encoding="utf-8")
     refused(words(out, data), data)
     start(words(out, data, "data.on_bad_rows=skip"))
-    said = (out / "unread_rows.txt").read_text(encoding="utf-8").splitlines()
+    said = (out / "skipped_rows.txt").read_text(encoding="utf-8").splitlines()
     assert said[0].startswith(f"{path}:2: 2 cells found, 3 expected")
     assert len(said) == 3
     log = " ".join((out / "train.log").read_text(encoding="utf-8").split())
-    assert "rows left out because they are not sound (data.on_bad_rows=skip): 2 (all in unread_rows.txt)" in log
+    assert "skipped 2 invalid rows (data.on_bad_rows=skip; see skipped_rows.txt), e.g. " in log
     assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["data"][0]["skipped_rows"] == 2
 
 

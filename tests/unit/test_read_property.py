@@ -127,7 +127,7 @@ def test_blank_cells_are_refused_at_their_lines_and_no_others(rows: list[tuple[s
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.jsonl")
         path.write_text(objects, encoding="utf-8")
-        reader = FileReader(path, How(), on_skip=lambda line, _: skipped.append(line))
+        reader = FileReader(path, How(), on_skip=lambda line, *_: skipped.append(line))
         good = [row for row in rows if all(cell.strip() for cell in row[:3])]
         if good:
             assert [(r.category, r.human, r.assistant, r.extra["note"]) for r in reader] == good

@@ -618,7 +618,7 @@ def test_what_the_first_row_calls_a_column_all_rows_call_it(tmp_path: Path) -> N
 def test_a_first_row_without_a_shape_does_not_decide(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"x": 1}, {"messages": CHAT})
     skipped: list[tuple[int, str]] = []
-    reader = FileReader(path, How(), on_skip=lambda line, reason: skipped.append((line, reason)))
+    reader = FileReader(path, How(), on_skip=lambda line, _, reason: skipped.append((line, reason)))
     assert [turns(r) for r in reader] == [QA]
     assert reader.shape == "messages"
     assert {line for line, _ in skipped} == {1}

@@ -125,6 +125,8 @@ def show(checked: Checked, *, rows: int, terminal: TextIO) -> None:
     console = Console(file=terminal, highlight=False)
     a = checked.audit
     console.print(_files(checked.loaded))
+    for note in checked.loaded.notes:
+        console.print(Text(visible(f"note: {note}"), style="yellow"), soft_wrap=True)
     for said in checked.loaded.columns:
         console.print(Text(f"columns: {visible(said)}"), soft_wrap=True)
     console.print(Text(f"\n{visible_lines(_totals(checked))}"), soft_wrap=True)

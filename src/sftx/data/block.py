@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sftx.data.record import origin_text
 from sftx.data.rows import Row
 
 Names = tuple[list[str], np.ndarray]
@@ -24,9 +25,10 @@ class Skipped:
     file: str
     line: int
     reason: str
+    number: int = 0
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
+        return f"{origin_text(self.file, self.line, self.number)}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Block:
     categories: Names
     files: Names
     lines_R: np.ndarray
+    numbers_R: np.ndarray
     records_R: np.ndarray
     full_lengths_R: np.ndarray
     loss_weights_R: np.ndarray
@@ -57,6 +60,7 @@ class Origin:
     record: int
     file: str
     line: int
+    number: int = 0
 
 
 def to_block(rows: Sequence[Row], origins: Sequence[Origin], skipped: list[Skipped]) -> Block:
@@ -73,6 +77,7 @@ def to_block(rows: Sequence[Row], origins: Sequence[Origin], skipped: list[Skipp
         categories=_numbered([row.category for row in rows]),
         files=_numbered([origin.file for origin in origins]),
         lines_R=np.fromiter((origin.line for origin in origins), np.int64, len(rows)),
+        numbers_R=np.fromiter((origin.number for origin in origins), np.int64, len(rows)),
         records_R=np.fromiter((origin.record for origin in origins), np.int64, len(rows)),
         full_lengths_R=np.fromiter((row.full_length for row in rows), np.int32, len(rows)),
         loss_weights_R=np.fromiter((row.loss_weight for row in rows), np.float64, len(rows)),

@@ -16,7 +16,7 @@ from sftx.data.columns import FIELDS, RESERVED
 from sftx.data.digests import Stamp, keep_sha256, known_sha256, stamp
 from sftx.data.policy import EncodePolicy
 from sftx.data.read import FileReader, How, sha256_file, suffixes
-from sftx.data.record import Record
+from sftx.data.record import Record, origin_text
 from sftx.data.record_store import INDEX, RECORDS, RecordStore, json_line, message_dict, write_store
 from sftx.data.shapes import said_of_columns
 from sftx.data.sources import Source, fetch, find_file, find_sources
@@ -27,7 +27,7 @@ from sftx.files import cache_root, locked, write_chunks, write_folder, write_tex
 
 __all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources", "split"]
 
-READER_VERSION = 6
+READER_VERSION = 7
 """Part of the cache key: raise it when the same file would be read differently."""
 FACTS, SKIPPED = "facts.json", "skipped.jsonl"
 
@@ -78,6 +78,11 @@ class LoadedFile:
             said.setdefault(said_of_columns(file["columns"]), Path(file["path"]).name)
         return [f"{name}: {text}" if len(said) > 1 else text for text, name in said.items()]
 
+    @property
+    def notes(self) -> list[str]:
+        """What was left out or chosen while the files were read, to be stated."""
+        return [f"{file['path']}: {note}" for file in self.files for note in file["notes"]]
+
     def _all(self, name: str) -> str | None:
         return ", ".join(dict.fromkeys(str(file[name]) for file in self.files if file[name] is not None)) or None
 
@@ -86,8 +91,8 @@ class LoadedFile:
         if self.skipped_rows:
             with (self.jsonl.parent / SKIPPED).open(encoding="utf-8") as file:
                 for text in file:
-                    number, line, reason = json.loads(text)
-                    yield f"{self.files[number]['path']}:{line}: {reason}"
+                    file_number, line, number, reason = json.loads(text)
+                    yield f"{origin_text(self.files[file_number]['path'], line, number)}: {reason}"
 
     def facts(self) -> dict[str, object]:
         """Return what the manifest says of the corpus."""
@@ -211,14 +216,15 @@ class Corpus:
         """Fill a folder with the records of files, and beside them what else is to be known."""
         how = self._how()
         files: list[dict[str, Any]] = []
-        skipped: set[tuple[int, int]] = set()
+        skipped: set[tuple[int, int, int]] = set()
+        """Rows, by their places: one may be left out for several reasons."""
 
         def records() -> Iterator[tuple[int, Record]]:
             for number, source in enumerate(sources):
 
-                def skip(line: int, reason: str, number: int = number) -> None:
-                    skipped.add((number, line))
-                    reasons.write(json_line([number, line, reason]))
+                def skip(line: int, record: int, reason: str, number: int = number) -> None:
+                    skipped.add((number, line, record))
+                    reasons.write(json_line([number, line, record, reason]))
 
                 on_skip = skip if self.on_bad_rows == "skip" else None
                 reader = FileReader(source.path, how, keep_columns=keep_columns, source=source.name, on_skip=on_skip)
@@ -227,7 +233,11 @@ class Corpus:
                     rows += 1
                     yield number, record
                 told = {"format": reader.format, "encoding": reader.encoding, "delimiter": reader.delimiter}
-                files.append({"rows": rows} | told | {"shape": reader.shape, "columns": reader.used.facts()})
+                files.append(
+                    {"rows": rows}
+                    | told
+                    | {"shape": reader.shape, "columns": reader.used.facts(), "notes": reader.notes}
+                )
 
         with (into / SKIPPED).open("wb") as reasons:
             facts = write_store(into, records())

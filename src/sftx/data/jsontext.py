@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from typing import Any, NoReturn
 
 from sftx.data.blob import Blob
 from sftx.data.problems import Problems
@@ -14,9 +15,18 @@ from sftx.data.text import open_text, text_lines
 
 CHUNK = 1 << 18
 MAX_LINE = 1 << 24
-_BLANK = re.compile(r"[ \t\r\n]*")
-# What the decoder says of a value that is cut off may point this far before the end ("\\ud83d\\ude").
-_NEAR = 16
+MAX_DEPTH = 500
+LISTS = ("data", "train")
+"""Keys of an object under which a list of rows may stand."""
+NAMED = 5
+"""Keys that a message names at most."""
+Event = tuple[int, str, Any]
+"""A line, and what ijson says of it: an event and its value."""
+# ijson's C backend reads half a surrogate pair as `?`, its Python backend as it stands.
+_HALF_PAIR = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?=[\s\S]{6})(?!\\u[dD][c-fC-F])"
+    r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 
 
 def strict_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -47,165 +57,201 @@ def jsonl_rows(blob: Blob, encoding: str, problems: Problems) -> Iterator[tuple[
             except json.JSONDecodeError as error:
                 problems.row(number, f"bad JSON at column {error.colno}: {error.msg}; write one whole object per line")
             except (ValueError, RecursionError) as error:
-                problems.row(number, f"bad JSON: {error}; mend the line")
+                problems.row(number, f"bad JSON: {error}; fix the line")
             else:
-                yield number, value
+                if isinstance(value, list) and not _are_turns(value):
+                    what = f"{line.strip()[:40]} is not an object but a list"
+                    problems.row(number, f"{what}; name a JSON list of rows *.json, or set data.format=json")
+                else:
+                    yield number, _row(value)
     if not rows:
         problems.file(1, "no rows: the file has only blank lines; add at least one object")
 
 
-def is_jsonl(blob: Blob, encoding: str) -> bool:
-    """Tell whether a file called .json holds one object a line, as many published ones do."""
+def is_jsonl(blob: Blob, encoding: str, names: Iterable[str]) -> bool:
+    """Return True if a file called .json holds one row per line, as many published ones do."""
     with open_text(blob, encoding) as text:
-        first = text.read(CHUNK).lstrip("\ufeff \t\r\n")
-        first += "" if "\n" in first else text.readline(MAX_LINE)
+        first = ""
+        while not first.strip("\ufeff \t\r\n") and (line := text.readline(MAX_LINE)):
+            first = line
+        more = any(line.strip() for line in iter(lambda: text.readline(CHUNK), ""))
     try:
-        value = json.loads(first.split("\n")[0])
+        value = json.loads(first.lstrip("\ufeff"))
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and not isinstance(value.get("data"), list)
+    if isinstance(value, dict) and not any(isinstance(value.get(key), list) for key in LISTS):
+        return more or not {key.casefold() for key in value}.isdisjoint(names)
+    return more and isinstance(value, list) and _are_turns(value)
+
+
+def _row(value: object) -> object:
+    """Return a row; one that is itself a list of turns is read as an object with `messages`."""
+    return {"messages": value} if isinstance(value, list) and _are_turns(value) else value
+
+
+def _are_turns(value: list[object]) -> bool:
+    return bool(value) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
 
 
 def json_rows(blob: Blob, encoding: str, problems: Problems) -> Iterator[tuple[int, object]]:
-    """Yield each value of a list, or of the list `data` of an object; after bad JSON nothing can be read."""
+    """Yield each value of a list, or of the list `data` or `train` of an object; after bad JSON nothing can be read.
+
+    Sets `problems.record` to the number of the value in the list where the line holds what stands before it, too.
+    """
+    events = _events(blob, encoding, problems)
+    last, event, _ = next(events)
+    keys: list[str] = []
+    if event == "start_map":
+        last, keys = _find_list(events, problems)
+    elif event != "start_array":
+        problems.stop(last, "found neither a list nor an object; write a list of objects")
     rows = 0
-    with open_text(blob, encoding) as file:
-        text = _JsonText(file, problems)
-        first = text.peek()
-        if first == "[":
-            for row in text.items():
-                rows += 1
-                yield row
-        elif first == "{":
-            for row in _data(text, problems):
-                rows += 1
-                yield row
+    for line, value, wrong in _values(events):
+        rows += 1
+        problems.record = rows if line == last else 0
+        last = line
+        if wrong is None:
+            yield line, _row(value)
         else:
-            text.stop("found neither a list nor an object; write a list of objects")
-        if text.peek():
-            text.stop("text after the end of the JSON value; delete it, or set data.format=jsonl for one object a line")
+            problems.row(line, f"bad JSON: {wrong}; fix the value")
+    problems.record = 0
+    others = keys[:-1] + _other_keys(events)
+    if others:
+        problems.notes.append(f"read the list `{keys[-1]}`; not read beside it: {_listed(others)}")
     if not rows:
         problems.file(1, "no rows: the list is empty; add at least one object")
 
 
-def _data(text: _JsonText, problems: Problems) -> Iterator[tuple[int, object]]:
-    """Yield the values of the list under the key `data`."""
-    seen: list[str] = []
-    text.take("{")
-    while text.peek() != "}":
-        if seen:
-            text.take(",")
-        line, key = text.value()
-        if not isinstance(key, str):
-            text.stop("a key must be a string")
-        if key in seen:
-            problems.stop(line, f"bad JSON: the key `{key}` is repeated; rename or delete one")
-        seen.append(key)
-        text.take(":")
-        if key == "data":
-            if text.peek() != "[":
-                text.stop("`data` is not a list; write a list of objects")
-            yield from text.items()
-        else:
-            text.value()
-    text.take("}")
-    if "data" not in seen:
-        found = ", ".join(f"`{key}`" for key in seen) or "none"
-        problems.stop(1, f"found an object with the keys {found}, wanted a list of objects or one under `data`")
+def _events(blob: Blob, encoding: str, problems: Problems) -> Iterator[Event]:
+    """Yield the events of a JSON text, each with its line; raises DataError where it is not JSON."""
+    import ijson  # only JSON lists need it
 
-
-class _JsonText:
-    """A JSON text that is read piece by piece: one value and one chunk are held, never the whole."""
-
-    def __init__(self, file: io.TextIOWrapper, problems: Problems) -> None:
-        self._file, self._problems = file, problems
-        self._text, self._place, self._line = self._read(CHUNK).lstrip("\ufeff"), 0, 1
-        self._ended = False
-        self._decoder = json.JSONDecoder(object_pairs_hook=strict_object, parse_constant=no_constant)
-
-    def peek(self) -> str:
-        """Return the next character that is not blank, or nothing at the end."""
-        while True:
-            found = _BLANK.match(self._text, self._place)
-            self._move(found.end() if found else self._place)
-            if self._place < len(self._text) or not self._more(CHUNK):
-                return self._text[self._place : self._place + 1]
-
-    def take(self, wanted: str) -> None:
-        """Pass one character; raises DataError when another stands there."""
-        if self.peek() != wanted:
-            self.stop(f"expecting `{wanted}`")
-        self._place += 1
-
-    def items(self) -> Iterator[tuple[int, object]]:
-        """Yield the values of a list, each with its line."""
-        self.take("[")
-        if self.peek() != "]":
-            yield from self._item()
-        while self.peek() != "]":
-            self.take(",")
-            yield from self._item()
-        self.take("]")
-
-    def value(self) -> tuple[int, object]:
-        """Return the next value whatever it is; raises DataError when it is not sound."""
-        for found in self._item(whole_file=True):
-            return found
-        raise AssertionError("a value that is not sound raises")
-
-    def _item(self, *, whole_file: bool = False) -> Iterator[tuple[int, object]]:
-        self.peek()
-        line = self._line
-        try:
-            value, end = self._decode(self._decoder)
-        except ValueError as error:  # JSON, but not as strict as is wanted: the values after it can be read
-            wrong = f"bad JSON: {error}; mend the value"
-            if whole_file:
-                self._problems.stop(line, wrong)
-            self._problems.row(line, wrong)
-            self._move(self._decode(json.JSONDecoder(parse_int=str))[1])
-        else:
-            self._move(end)
-            yield line, value
-
-    def _decode(self, decoder: json.JSONDecoder) -> tuple[object, int]:
-        size = CHUNK
-        while True:
+    backend = ijson.get_backend("python") if _has_half_pair(blob, encoding) else ijson
+    events, line, depth = ijson.sendable_list(), 1, 0
+    parser = backend.basic_parse_coro(events)
+    with open_text(blob, encoding) as text:
+        for piece in _pieces(text):
+            error = None
             try:
-                value, end = decoder.raw_decode(self._text, self._place)
-                if end < len(self._text) or not self._more(size):  # a number at the end may go on
-                    return value, end
-            except json.JSONDecodeError as error:
-                cut_off = error.pos > len(self._text) - _NEAR or error.msg.startswith("Unterminated string")
-                if not cut_off or not self._more(size):
-                    self._move(error.pos)
-                    self.stop(error.msg)
-            except RecursionError as error:
-                self.stop(str(error))
-            size *= 2
+                parser.send(piece.encode()) if piece else parser.close()
+            except ijson.JSONError as found:
+                error = found
+            except (ValueError, SystemError) as found:
+                # A number of over 4,300 digits, which the C backend leaves as a damaged event: none is looked at.
+                problems.stop(line, _bad_json(str(found.__cause__ or found)))
+            for event, value in events:
+                depth += event.startswith("start") - event.startswith("end")
+                if depth > MAX_DEPTH:
+                    problems.stop(line, f"bad JSON: nested more than {MAX_DEPTH} deep (no row after it was read)")
+                yield line, event, float(value) if isinstance(value, Decimal) else value
+            if error is not None:
+                problems.stop(line, _bad_json(str(error)))
+            del events[:]
+            line += piece.endswith(("\n", "\r"))
 
-    def _more(self, size: int) -> bool:
-        """Read on, dropping what is behind; return False at the end."""
-        more = self._read(size)
-        self._ended = not more
-        if self._ended:
-            return False
-        self._text, self._place = self._text[self._place :] + more, 0
-        return True
 
-    def _read(self, size: int) -> str:
-        text = self._file.read(size)
-        return text + self._file.read(1) if text.endswith("\r") else text  # so that a CRLF is counted once
+def _pieces(text: io.TextIOWrapper) -> Iterator[str]:
+    """Yield the lines of a text, very long ones in pieces, and at its end nothing."""
+    piece = text.readline(CHUNK).lstrip("\ufeff")
+    while piece:
+        if len(piece) == CHUNK and piece.endswith("\r"):
+            piece += text.read(1)  # a CRLF is one line end
+        yield piece
+        piece = text.readline(CHUNK)
+    yield ""
 
-    def _move(self, place: int) -> None:
-        passed = self._text[self._place : place]
-        self._line += passed.count("\n") + passed.count("\r") - passed.count("\r\n")
-        self._place = place
 
-    def stop(self, what: str) -> NoReturn:
-        """Raise what is wrong at this place, after which nothing can be read."""
-        near = self._text[self._place : self._place + 30].split("\n")[0]
-        where = (
-            f"at `{near}`" if near.strip() else "at the end of the file" if self._ended else "at the end of the line"
-        )
-        self._problems.stop(self._line, f"bad JSON {where}: {what}; mend it (no row after it was read)")
+def _bad_json(error: str) -> str:
+    """Return what ijson says in one line: its C backend shows the place in two more."""
+    what, *shown = error.split("\n")
+    if "trailing garbage" in what or "Additional data" in what:
+        return "text after the end of the JSON value; delete it, or set data.format=jsonl for one object per line"
+    near = ""
+    if len(shown) > 1 and "^" in shown[1]:
+        at = shown[1].index("^")
+        near = shown[0][max(at - 15, 0) : at + 15].strip()
+    what = what.removeprefix("lexical error: ").removeprefix("parse error: ").rstrip(".")
+    return f"bad JSON{f' near `{near}`' if near else ''}: {what}; fix it (no row after it was read)"
+
+
+def _has_half_pair(blob: Blob, encoding: str) -> bool:
+    """Return True if a text may hold the escape of half a surrogate pair."""
+    end = ""
+    with open_text(blob, encoding) as text:
+        while piece := text.read(CHUNK):
+            if _HALF_PAIR.search(end + piece):
+                return True
+            end = piece[-12:]
+    return bool(_HALF_PAIR.search(end + 6 * " "))
+
+
+def _find_list(events: Iterator[Event], problems: Problems) -> tuple[int, list[str]]:
+    """Pass an object's events up to its list of rows; return the line of its bracket, and the keys up to it."""
+    keys: list[str] = []
+    depth = 1
+    for line, event, value in events:
+        if depth == 1 and event == "map_key":
+            keys.append(value)
+        elif depth == 1 and event == "start_array" and keys[-1] in LISTS:
+            return line, keys
+        depth += event.startswith("start") - event.startswith("end")
+        if depth == 0:
+            break
+    count = f"{len(keys)} key{'s' if len(keys) > 1 else ''}"
+    problems.stop(
+        1,
+        f"one object with {count} ({_listed(keys)}), not a list of rows; write [{{...}}, {{...}}], put the list under "
+        "the key `data` or `train`, or set data.format=jsonl for one object per line",
+    )
+
+
+def _other_keys(events: Iterator[Event]) -> list[str]:
+    """Pass the events after the list; return the keys of the object that holds it."""
+    depth, keys = 1, []
+    for _, event, value in events:
+        if depth == 1 and event == "map_key":
+            keys.append(value)
+        depth += event.startswith("start") - event.startswith("end")
+    return keys
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+    return ", ".join(f"`{key[:60]}`" for key in keys[:NAMED]) + more or "none"
+
+
+def _values(events: Iterator[Event]) -> Iterator[tuple[int, object, str | None]]:
+    """Yield the values of a list up to its end, each with the line where it begins and what is wrong with it."""
+    for line, event, value in events:
+        if event == "end_array":
+            return
+        made, wrong = _value(event, value, events)
+        yield line, made, wrong
+
+
+def _value(event: str, value: Any, events: Iterator[Event]) -> tuple[object, str | None]:
+    """Return the value that begins with an event, and what is wrong with it."""
+    root: list[Any] = []
+    inside: list[Any] = [root]
+    keys: list[str] = [""]
+    wrong = None
+    while True:
+        if event == "map_key":
+            if value in inside[-1]:
+                wrong = f"the key `{value}` is repeated"
+            keys[-1] = value
+        elif event.startswith("end"):
+            inside.pop()
+            keys.pop()
+        else:
+            made = {} if event == "start_map" else [] if event == "start_array" else value
+            if isinstance(inside[-1], list):
+                inside[-1].append(made)
+            else:
+                inside[-1][keys[-1]] = made
+            if event.startswith("start"):
+                inside.append(made)
+                keys.append("")
+        if len(inside) == 1:
+            return root[0], wrong
+        _, event, value = next(events)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from sftx.data.record import origin_text
 from sftx.errors import DataError
 
 MAX_LISTED = 20
@@ -21,17 +22,21 @@ SKIP = "to train without these rows set data.on_bad_rows=skip"
 class Problems:
     """Collects problems while a file is read; rows may be skipped, what concerns the whole file never."""
 
-    def __init__(self, path: Path, on_skip: Callable[[int, str], None] | None = None) -> None:
+    def __init__(self, path: Path, on_skip: Callable[[int, int, str], None] | None = None) -> None:
         self.path = path
         self.count = 0
         self._rows = 0
+        self.record = 0
+        """The number of the record being read where its line holds others before it, else 0."""
+        self.notes: list[str] = []
+        """What was left out or chosen while the file was read, to be stated."""
         self._on_skip = on_skip
-        self._listed: list[tuple[int, str]] = []
+        self._listed: list[tuple[int, int, str]] = []
 
     def row(self, line: int, text: str) -> None:
-        """Note what is wrong with one row, or hand it to whoever skips rows."""
+        """Note what is wrong with one row, or hand it to `on_skip`."""
         if self._on_skip is not None:
-            self._on_skip(line, _shortened(text))
+            self._on_skip(line, self.record, _shortened(text))
         else:
             self._rows += 1
             self.file(line, text)
@@ -40,11 +45,12 @@ class Problems:
         """Note what makes the whole file unusable."""
         self.count += 1
         # By line, and in the order noted within one; only those that will be listed are held.
-        insort(self._listed, (line, _shortened(text)), key=lambda problem: problem[0])
+        insort(self._listed, (line, self.record, _shortened(text)), key=lambda problem: problem[:2])
         del self._listed[MAX_LISTED:]
 
     def stop(self, line: int, text: str) -> NoReturn:
         """Note a problem after which nothing more can be read, and raise all."""
+        self.record = 0
         self.file(line, text)
         self.check()
         raise AssertionError("a problem was noted")
@@ -53,7 +59,7 @@ class Problems:
         """Raise one DataError that lists the problems, if there are any."""
         if not self.count:
             return
-        said = [f"{self.path}:{line}: {text}" for line, text in self._listed]
+        said = [f"{origin_text(self.path, line, record)}: {text}" for line, record, text in self._listed]
         if self.count > len(said):
             said.append(f"and {self.count - len(said)} more")
         if valid_rows and self._rows == self.count and not any("data.on_bad_rows" in text for text in said):

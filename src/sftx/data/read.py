@@ -7,7 +7,7 @@ character. What had to be detected (encoding, delimiter, format, shape) is hande
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,8 +74,8 @@ def source_name(path: Path) -> str:
 class FileReader:
     """Reads one file's records in bounded memory; what is detected is known once they are read.
 
-    `on_skip` is handed each row that is not sound, as line and reason; without it any such row, and
-    always what concerns the whole file, raises one DataError at the end.
+    `on_skip` gets each row that is not valid, as line, record number (see `Record.number`) and reason;
+    without it any such row, and always what concerns the whole file, raises one DataError at the end.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class FileReader:
         *,
         keep_columns: bool = True,
         source: str | None = None,
-        on_skip: Callable[[int, str], None] | None = None,
+        on_skip: Callable[[int, int, str], None] | None = None,
     ) -> None:
         self.path, self._how, self._keep = Path(path), how or How(), keep_columns
         self._source = source_name(self.path) if source is None else source
@@ -99,6 +99,11 @@ class FileReader:
         self.used = UsedColumns()
         """What became of its columns, as far as its rows are read."""
         check_columns(self._how.shape, self._how.columns)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out or chosen, to be stated."""
+        return self._problems.notes
 
     def __iter__(self) -> Iterator[Record]:
         count = 0
@@ -136,8 +141,8 @@ class FileReader:
         if self.format == "csv":
             yield from self._csv(text)
             return
-        if self.format == "json" and how.format == "auto" and is_jsonl(self._blob, text.encoding):
-            self.format = "jsonl"
+        if self.format == "json" and how.format == "auto":
+            self.format = "jsonl" if is_jsonl(self._blob, text.encoding, known_names(how.columns)) else "json"
         rows = jsonl_rows if self.format == "jsonl" else json_rows
         yield from self._shaped(self._shaper("key"), rows(self._blob, text.encoding, self._problems))
 
@@ -177,7 +182,7 @@ class FileReader:
         for line, row in rows:
             record = shaper.record(line, row)
             if record is not None:
-                yield record
+                yield replace(record, number=self._problems.record) if self._problems.record else record
         self.shape = shaper.shape
 
 

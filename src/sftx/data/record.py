@@ -40,11 +40,13 @@ class Record:
     """Multiplies the weight of each learned token."""
     source: str = ""
     """The part of the corpus it belongs to: its file's name without suffixes, or the dataset's name."""
+    number: int = 0
+    """Its number in a JSON list, from 1, where its line holds other records before it; else 0."""
 
     @property
     def origin(self) -> str:
         """Where it begins, as `file:line`."""
-        return f"{self.file}:{self.line}"
+        return origin_text(self.file, self.line, self.number)
 
     @property
     def human(self) -> str:
@@ -55,6 +57,11 @@ class Record:
     def assistant(self) -> str:
         """The last answer."""
         return next(m.content for m in reversed(self.messages) if m.role == "assistant")
+
+
+def origin_text(file: object, line: int, number: int) -> str:
+    """Return a place as `file:line`, with the record's number where that is not enough."""
+    return f"{file}:{line} (record {number})" if number else f"{file}:{line}"
 
 
 def pair(category: str, human: str, assistant: str, file: str, line: int, extra: dict[str, object]) -> Record:

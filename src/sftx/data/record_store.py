@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from sftx.data.record import Message, Record
+from sftx.data.record import Message, Record, origin_text
 from sftx.errors import DataError
 
 RECORDS, INDEX = "records.jsonl", "index.bin"
@@ -22,6 +22,7 @@ ENTRY = np.dtype(
     [
         ("start", "<i8"),
         ("line", "<i8"),
+        ("number", "<i8"),
         ("file", "<i4"),
         ("category", "<i4"),
         ("prompt", "u1", 32),
@@ -31,7 +32,7 @@ ENTRY = np.dtype(
 )
 """What is known of a record without reading it: where it starts, where it came from, the numbers of its file and its
 category, and the digests by which it is held out (`prompt_digest`) and compared (`before_hash`, `answer_hash`)."""
-_pack = struct.Struct("<qqii32sQQ").pack
+_pack = struct.Struct("<qqqii32sQQ").pack
 
 
 class _Lazy(Sequence[Record]):
@@ -102,7 +103,7 @@ class RecordStore(_Lazy):
     def origin(self, place: int) -> str:
         """Return where a record begins."""
         entry = self.entries[place]
-        return f"{self.files[entry['file']]}:{entry['line']}"
+        return origin_text(self.files[entry["file"]], entry["line"], entry["number"])
 
 
 class RecordView(_Lazy):
@@ -154,7 +155,7 @@ def write_store(folder: Path, records: Iterable[tuple[int, Record]]) -> dict[str
             digest.update(line)
             category = categories.setdefault(record.category, len(categories))
             digests = prompt_digest(record), before_hash(record), answer_hash(record)
-            index.write(_pack(start, record.line, number, category, *digests))
+            index.write(_pack(start, record.line, record.number, number, category, *digests))
             start += len(line)
             rows += 1
     return {"jsonl_sha256": digest.hexdigest(), "rows": rows, "categories": list(categories)}
@@ -212,6 +213,8 @@ def _to_line(record: Record, file: int) -> bytes:
         made["weight"] = record.weight
     if record.extra:
         made["extra"] = record.extra
+    if record.number:
+        made["number"] = record.number
     return json_line(made | {"line": record.line, "file": file})
 
 
@@ -243,4 +246,5 @@ def _from_line(line: bytes, files: Sequence[str], sources: Sequence[str]) -> Rec
         tuple(row.get("tools", ())),
         row.get("weight", 1.0),
         sources[number],
+        row.get("number", 0),
     )

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from sftx.data.block import Origin, Skipped, to_block
+from sftx.data.record import origin_text
 from sftx.data.rows import Row
 from sftx.data.writer import COLUMNS, Totals
 from sftx.errors import DataError
@@ -191,7 +192,9 @@ class TokenRows(Rows):
         self.lengths, self.full_lengths, self.supervised, self._file = (
             _column(table, name, np.int32) for name in ("length", "full_length", "supervised", "file")
         )
-        self.records, self._line = (_column(table, name, np.int64) for name in ("record", "line"))
+        self.records, self._line, self._number = (
+            _column(table, name, np.int64) for name in ("record", "line", "number")
+        )
         self.loss_weights = _column(table, "loss_weight", np.float64)
         chunks = table["category"].chunks
         self.categories = max((c.dictionary for c in chunks), key=len).to_pylist() if chunks else []
@@ -219,14 +222,14 @@ class TokenRows(Rows):
 
     def origin(self, index: int) -> str:
         """Return where the record of a row begins."""
-        return f"{self.files[self._file[index]]}:{self._line[index]}"
+        return origin_text(self.files[self._file[index]], self._line[index], self._number[index])
 
     @property
     def skipped(self) -> list[Skipped]:
         """The records that gave no row, and why; read anew each time."""
         lines = (self.folder / "skipped.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         told = [json.loads(line) for line in lines]
-        return [Skipped(t["record"], self.files[t["file"]], t["line"], t["reason"]) for t in told]
+        return [Skipped(**t | {"file": self.files[t["file"]]}) for t in told]
 
     def verify(self) -> None:
         """Compare every byte with what was written.

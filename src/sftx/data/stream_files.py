@@ -13,7 +13,7 @@ from typing import Any
 from sftx.data.hub import hub_rows
 from sftx.data.problems import Problems
 from sftx.data.read import FileReader, How, sha256_file
-from sftx.data.record import Record
+from sftx.data.record import Record, origin_text
 from sftx.data.shapes import Shaper, UsedColumns, said_of_columns
 from sftx.data.sources import Source
 from sftx.data.streaming import Reader
@@ -36,6 +36,8 @@ class StreamedFiles:
     """Format, encoding, delimiter and shape of the first file."""
     used: UsedColumns = field(default_factory=UsedColumns)
     """What became of its columns, as far as it is read."""
+    notes: Sequence[str] = ()
+    """What was left out or chosen while the first file was read, to be stated."""
     skipped_rows: int = 0  # they are told with the steps
 
     @property
@@ -95,9 +97,9 @@ class StreamedFiles:
 
     def _open(self, source: Source) -> Iterator[Record | str]:
         unsound: list[str] = []
-        on_skip: Callable[[int, str], None] | None = None
+        on_skip: Callable[[int, int, str], None] | None = None
         if self.skip_bad_rows:
-            on_skip = lambda line, why: unsound.append(f"{source.path}:{line}: {why}")  # noqa: E731
+            on_skip = lambda line, n, why: unsound.append(f"{origin_text(source.path, line, n)}: {why}")  # noqa: E731
         reader: FileReader | HubReader
         if source.hub:
             reader = HubReader(source, self.how, keep_columns=self.keep_columns, on_skip=on_skip)
@@ -107,7 +109,7 @@ class StreamedFiles:
             )
         for record in reader:
             if not self.detected:
-                self.detected, self.used = _detected(reader), reader.used
+                self.detected, self.used, self.notes = _detected(reader), reader.used, reader.notes
             yield from unsound
             unsound.clear()
             yield record
@@ -126,11 +128,12 @@ class HubReader:
     format, encoding, delimiter = "hub", None, None
 
     def __init__(
-        self, source: Source, how: How, *, keep_columns: bool, on_skip: Callable[[int, str], None] | None
+        self, source: Source, how: How, *, keep_columns: bool, on_skip: Callable[[int, int, str], None] | None
     ) -> None:
         self.shape: str | None = None
         self._source = source
         self._problems = Problems(source.path, on_skip)
+        self.notes = self._problems.notes
         self._shaper = Shaper(
             self._problems, source=source.name, shape=how.shape, columns=how.columns, keep=keep_columns, kind="column"
         )

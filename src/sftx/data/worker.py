@@ -72,10 +72,10 @@ def encode_chunk(
         encodings = template.encode_batch([record for _, record in batch], policy)
         for (number, record), encoded in zip(batch, encodings, strict=True):
             if isinstance(encoded, str):
-                skipped.append(Skipped(number, record.file, record.line, encoded))
+                skipped.append(Skipped(number, record.file, record.line, encoded, record.number))
                 continue
             rows += encoded
-            origins += [Origin(number, record.file, record.line)] * len(encoded)
+            origins += [Origin(number, record.file, record.line, record.number)] * len(encoded)
             tokens += sum(len(row.ids_T) for row in encoded)
             if tokens >= BLOCK_TOKENS:
                 yield to_block(rows, origins, skipped)

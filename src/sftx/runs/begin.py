@@ -14,7 +14,7 @@ from sftx.build import build
 from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
 from sftx.errors import ConfigError, RunFolderError
-from sftx.files import write_chunks, write_text
+from sftx.files import write_chunks
 from sftx.model.load import Source
 from sftx.runs.effective import Effective
 from sftx.runs.folder import RunFolder, RunLog, point_latest
@@ -30,6 +30,7 @@ from sftx.training.saving import MOST_OVERHEAD
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
 
+SKIPPED_ROWS = "skipped_rows.txt"
 log = logging.getLogger("sftx")
 
 
@@ -136,21 +137,20 @@ def _remark_on_origin(config: TrainConfig, source: Source, who: dict[str, Any], 
 
 def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effective: Effective) -> None:
     """Say which rows could not be used, and which lost the end of their answer."""
-    left_out = sum(file.skipped_rows for file in data.files)
-    if left_out:
-        reasons = (reason for file in data.files for reason in file.skipped())
-        first = next(reasons)
-        write_chunks(folder.path / "unread_rows.txt", (f"{reason}\n".encode() for reason in chain([first], reasons)))
-        effective.remark(
-            f"rows left out because they are not sound (data.on_bad_rows=skip): {left_out} "
-            f"(all in unread_rows.txt), first {first}"
-        )
+    for note in (note for file in data.files for note in file.notes):
+        effective.remark(note)
+    invalid = sum(file.skipped_rows for file in data.files)
+    if invalid:
+        first = next(reason for file in data.files for reason in file.skipped())
+        effective.remark(f"skipped {invalid} invalid rows (data.on_bad_rows=skip; see {SKIPPED_ROWS}), e.g. {first}")
     skipped = data.left_out
     if skipped:
-        write_text(folder.path / "skipped_rows.txt", "\n".join(skipped) + "\n")
         effective.remark(
-            f"rows that cannot be learned from: {len(skipped)} (all in skipped_rows.txt), first {skipped[0]}"
+            f"rows that cannot be learned from: {len(skipped)} (all in {SKIPPED_ROWS}), first {skipped[0]}"
         )
+    if invalid or skipped:
+        reasons = chain((reason for file in data.files for reason in file.skipped()), skipped)
+        write_chunks(folder.path / SKIPPED_ROWS, (f"{reason}\n".encode() for reason in reasons))
     known = (data.held_out,) if data.stream else (data.train, data.held_out)  # of a stream it is said when it happens
     cut = [(rows.full_lengths[i], rows.origin(i)) for rows in known for i in rows.truncated]
     if cut:
