@@ -104,6 +104,21 @@ def test_cfg_of_a_sweep_shows_its_first_point():
     assert "train_file_name: 训练 (1).csv\n" in printed
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--cfg", "job", "-p", "data"], "category_weights:\n  html: 2\n"),
+        (["--cfg", "all"], "  category_weights:\n    html: 2\n"),
+        (["--cfg", "hydra"], "data.category_weights={html:2}"),
+        (["--cfg", "hydra", "hydra.job.env_set={A:b}"], "    env_set:\n      A: b\n"),
+    ],
+)
+def test_cfg_shows_a_mapping_that_was_typed(flags, said):
+    code, out, err, _ = train(*flags, "data.category_weights={html:2}")
+    assert (code, err) == (0, "")
+    assert said in out
+
+
 @pytest.mark.parametrize("language", ["en_US.UTF-8", "zh_CN.UTF-8"])
 def test_help(language):
     code, out, err, seconds = train("--help", LANG=language)

@@ -1,8 +1,11 @@
 """A sweep is refused as a whole, before its first trial, whatever is wrong at whatever point."""
 
+import itertools
+import json
 import time
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sftx.config import by_hydra
 from sftx.config.compose import prepare
@@ -173,3 +176,46 @@ def test_a_large_space_is_checked_quickly():
     [found] = problems("-m", f"seed={hundred}", f"lora_rank={hundred}", f"lora_alpha={hundred},x")
     assert "`lora_alpha`: found the text 'x'" in found
     assert time.perf_counter() - start < 3
+
+
+MAPPING = {"html": 2, "css": 0.5}
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["data.category_weights={html:2,css:0.5}"],
+        ["+data.category_weights={html:2,css:0.5}"],
+        ["data.category_weights={html:2,css:0.5},{html:3}"],
+        ["data={category_weights:{html:2,css:0.5}}"],
+        ["args_file={folder}/weights.json"],
+        ["experiment=weights"],
+        ["sweep=weights"],
+    ],
+)
+def test_hydra_composes_each_trial_of_a_sweep_with_a_mapping(tmp_path, typed):
+    """Hydra composes each trial by itself, from the overrides that it was given."""
+    written = json.dumps({"data": {"category_weights": MAPPING}})
+    (tmp_path / "weights.json").write_text(written)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/weights.yaml").write_text(written)
+    (tmp_path / "sweep").mkdir()
+    params = "{data.category_weights: '{html:2,css:0.5},{html:3}'}"
+    (tmp_path / "sweep/weights.yaml").write_text(f"hydra: {{sweeper: {{params: {params}}}}}")
+    words = [word.replace("{folder}", str(tmp_path)) for word in typed]
+    request = prepare(["-m", "--config-dir", str(tmp_path), "seed=1,2", *words])
+    read = OverridesParser.create().parse_overrides
+    fixed = [o.input_line for o in read(request.overrides) if not o.is_sweep_override()]
+    in_file = [f"{key}={value}" for key, value in (by_hydra.load(fixed)[1].sweeper.params or {}).items()]
+    parsed = read([*request.overrides, *in_file])
+    points = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
+        for o in parsed
+    ]
+    trials = [by_hydra.load(list(point))[0] for point in itertools.product(*points)]
+    assert [trial.seed for trial in trials[:: len(trials) // 2]] == [1, 2]
+    weights = [trial.data.category_weights for trial in trials]
+    assert weights[0] == MAPPING
+    assert [w for w in weights if w not in (MAPPING, {"html": 3})] == []

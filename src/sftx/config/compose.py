@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from sftx import train_command
 from sftx.config import source
 from sftx.config.by_hydra import COMPOSITION_ERRORS, CONFIG_NAME, first_sentence, load, register_sources, whole
-from sftx.config.grammar import Deleted, Sweep, read_override
+from sftx.config.grammar import Deleted, Sweep, brings_keys, read_override
 from sftx.config.guard import bad_callbacks, guard
 from sftx.config.hydra_keys import check_key
 from sftx.config.idle import Uses
@@ -285,10 +285,11 @@ class _Preparation:
         listing_only = self.hydra.runtime.choices.get("hydra/sweeper") == "basic"
         intervals = [k for k, v in self.line.values.items() if isinstance(v, IntervalSweep)]
         for key, value in params.items():
+            key = bare(str(key))
             typed = read_override(f"{key}={value}", multirun=True)
-            if typed is not None and str(key) not in self.line.values:
-                intervals += [str(key)] if isinstance(typed.value, IntervalSweep) else []
-                self.axes[str(key)] = values_of(typed.value) if is_sweep(typed.value) else (typed.value,)
+            if typed is not None and key not in self.line.values:
+                intervals += [key] if isinstance(typed.value, IntervalSweep) else []
+                self.axes[key] = values_of(typed.value) if is_sweep(typed.value) else (typed.value,)
                 grew = True
         for key in intervals if listing_only else ():
             self.problems.append(
@@ -318,7 +319,9 @@ class _Preparation:
         return True
 
     def _key_for_hydra(self, key: str, value: Any) -> str:
-        """Mark a key that no file sets, but its component takes, as an addition."""
+        """Mark an addition: a key that no file sets, but its component takes; a mapping, which may bring new keys."""
+        if brings_keys(value):
+            return _lenient_key(key, value)
         is_plain = key in ALL_GROUPS or "." not in key or key != bare(key) or key.startswith("hydra")
         return key if is_plain or isinstance(value, Deleted) or self.reading.place_of(key) else f"++{key}"
 
@@ -340,7 +343,8 @@ def _as_yaml(cfg: DictConfig, *, resolve: bool) -> str:
 def _lenient_key(key: str, value: Any) -> str:
     """Let every key be added, so that the check sees all unknown ones and not only Hydra's first."""
     is_group = key in ALL_GROUPS and not isinstance(value, dict)
-    is_value = key == bare(key) and not is_group and not key.startswith(("hydra.", "hydra/"))
+    is_hydra = key.startswith(("hydra.", "hydra/")) and not brings_keys(value)
+    is_value = key == bare(key) and not is_group and not is_hydra
     return f"++{key}" if is_value and not isinstance(value, Deleted) else key
 
 

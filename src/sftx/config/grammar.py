@@ -69,6 +69,11 @@ def grammar(value: Any) -> str:
     return repr(value)
 
 
+def brings_keys(value: Any) -> bool:
+    """Return True for a mapping, or a sweep over some: Hydra refuses its keys unless the override is an addition."""
+    return any(isinstance(v, Mapping) for v in (value.values if isinstance(value, Sweep) else (value,)))
+
+
 def _dict_key(key: Any) -> str:
     """Write a dictionary's key: Hydra knows no quotes there, only backslashes."""
     return re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", key) if isinstance(key, str) else grammar(key)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sftx.config import hydra_keys
-from sftx.config.grammar import Sweep, grammar, read_override
+from sftx.config.grammar import Sweep, brings_keys, grammar, read_override
 from sftx.config.options import ALL_GROUPS, CONF, unknown_option
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS
 from sftx.config.spellings import (
@@ -248,7 +248,7 @@ def _space(params: dict[str, Any], file: YamlFile, reading: Reading) -> dict[str
             value = known_values(key, value, origin, reading)
             if value is None:
                 continue
-        out[key] = grammar(value)
+        out[f"++{key}" if brings_keys(value) else key] = grammar(value)
         reading.places[key] = origin
     return out
 
