@@ -280,3 +280,18 @@ def test_without_a_way_to_the_hub_only_what_is_kept_is_read(
 
 def test_local_files_need_no_hub(tmp_path: Path) -> None:
     assert fetch([Source(tmp_path, "x")], key=KEY) == [Source(tmp_path, "x")]
+
+
+def test_what_became_of_columns_is_known_of_files_and_of_a_stream(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "response": "a", "id": 1, "weight": 2}\n' * 2, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"human": "q", "assistant": "a", "category": "c"}\n', encoding="utf-8")
+    said = "prompt, response, weight; unused: `id`; weights of rows: 2"
+    assert load(tmp_path, "a.jsonl").columns == [said]
+    assert load(tmp_path, ["a.jsonl", "b.jsonl"]).columns == [
+        f"a.jsonl: {said}",
+        "b.jsonl: category, human, assistant",
+    ]
+    assert load(tmp_path, "a.jsonl", columns={"id": None, "weight": None}).columns == ["prompt, response"]
+    stream = Corpus(streaming=True).stream(str(tmp_path), "a.jsonl", keep_columns=True, limit=None)
+    assert len(stream.sample()) == 2
+    assert stream.columns == stream.facts()["columns"] == [said]
