@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from sftx.data.problems import SKIP
-from sftx.data.read import MAX_LISTED, Reading, read_file, sha256_file
+from sftx.data.read import MAX_LISTED, FileReader, How, Reading, read_file, sha256_file
 from sftx.errors import DataError
 
 HEADER = "category,human,assistant\n"
@@ -303,7 +303,7 @@ def test_other_columns_go_to_extra(tmp_path: Path) -> None:
     path = write(tmp_path, "id, Note ,human,assistant,category,\n7, n ,h,a,c,\n")
     (record,) = read_file(path).records
     assert (record.category, record.human, record.assistant, record.file) == ("c", "h", "a", str(path))
-    assert record.extra == {"id": "7", "Note": " n ", "": ""}
+    assert record.extra == {"id": "7", "Note": " n "}
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
@@ -340,11 +340,75 @@ def test_a_delimiter_that_cannot_be_one(tmp_path: Path, given: str) -> None:
 def test_a_given_delimiter_is_not_second_guessed(tmp_path: Path) -> None:
     found = refused(write(tmp_path, HEADER + "a,b,c\n"), delimiter=";")
     assert len(found) == 1
-    assert "one cell, `category,human,assistant`, as cells are told by ';'; set data.delimiter=','" in found[0]
+    assert "one cell, `category,human,assistant`, with the delimiter ';'; set data.delimiter=','" in found[0]
 
 
 def test_a_delimiter_that_is_not_known_is_named(tmp_path: Path) -> None:
     check_one_line(write(tmp_path, "category^human^assistant\na^b^c\n"), 1, "is one cell", "set data.delimiter='^'")
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(("declared", "mark"), [("sep=;", ";"), ('"sep=;"', ";"), ("SEP=\t", "\t"), ("sep=^", "^")])
+def test_a_line_that_declares_the_delimiter(tmp_path: Path, declared: str, mark: str, newline: str) -> None:
+    text = f"{declared}\n" + mark.join(["category", "human", "assistant"]) + f"\na{mark}b,|{mark}c\nd{mark}e\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path = write(tmp_path, text.replace("\n", newline), encoding=encoding)
+        check_one_line(path, 4, "2 cells found, 3 expected")
+        reader = FileReader(path, on_skip=lambda *_: None)
+        assert [(r.category, r.human, r.assistant, r.line) for r in reader] == [("a", "b,|", "c", 3)]
+        assert reader.delimiter == mark
+    assert read_file(write(tmp_path, "category,human,assistant\nsep=;,b,c\n")).records[0].category == "sep=;"
+    check_one_line(write(tmp_path, 'sep=;\ncategory;human;assistant\na;"b;c\n'), 3, "never closed")
+
+
+def test_empty_columns_at_the_end_are_dropped_and_noted(tmp_path: Path) -> None:
+    text = "category,human,assistant,,,\na,b,c,,,\nd,e,f\ng,h,i,\nj,k,l,,x,\nm,n,o,,,,\n"
+    path = write(tmp_path, text)
+    assert refused(path)[:2] == [
+        "5: cell 5 is filled, its column has no name; name it or empty the cell",
+        "6: 7 cells found, 3 expected; a cell that holds the delimiter ',' must be quoted, an unquoted one splits it",
+    ]
+    reader = FileReader(path, on_skip=lambda *_: None)
+    assert [(r.category, r.human, r.assistant, r.extra) for r in reader] == [
+        ("a", "b", "c", {}), ("d", "e", "f", {}), ("g", "h", "i", {})
+    ]  # fmt: skip
+    assert reader.notes == ["dropped 3 empty columns without a name at the end"]
+    check_one_line(write(tmp_path, HEADER + "a,b,c,\n"), 2, "4 cells found, 3 expected")  # an answer `c,` may be meant
+
+
+def test_a_quote_that_swallows_rows_is_named(tmp_path: Path) -> None:
+    text = HEADER + 'a,"what is b,b\na,q2,a2\na,q3,a3\na,say c",c\na,q5,a5\n'
+    check_one_line(write(tmp_path, text), 2, "a cell runs to line 5", "swallowed rows")
+    text = HEADER + 'a,q,a\nb,"what is b,b\r\na,say c",c\r\na,q5,a5\n'
+    check_one_line(write(tmp_path, text), 3, "a cell runs to line 4", "swallowed rows")
+    for answer in ("one, two, a\nb, c\nd, e, f", "First,\nlast, and, c", "x\n,,"):
+        path = write(tmp_path, HEADER + f'a,b,"{answer}"\n')
+        reader = FileReader(path)
+        assert [(r.category, r.human, r.assistant) for r in reader] == [("a", "b", answer)]
+        assert reader.notes == []
+    reader = FileReader(write(tmp_path, HEADER + 'a,"what is b,b\nx,y,z\nc, d",c\n'))
+    assert len(list(reader)) == 1
+    assert reader.notes[0].startswith(
+        "1 rows run over several lines that each have 3 cells like the header, the first at"
+    )
+
+
+def test_merged_cells_are_filled_down_only_when_asked(tmp_path: Path) -> None:
+    path = write(tmp_path, "Category,human,assistant,topic\na,b,c,t\n,e,f,\n ,h,i,u\nj,k,l,\n")
+    assert [line.split(":")[0] for line in refused(path)[:2]] == ["3", "4"]
+    assert "data.fill_down=[category]" in refused(path)[0]
+    reader = FileReader(path, How(fill_down=("category", "TOPIC")))
+    assert [(r.category, r.extra["topic"]) for r in reader] == [("a", "t"), ("a", "t"), ("a", "u"), ("j", "u")]
+    assert reader.notes == [
+        "filled 2 empty cells of `category` with the cell above (data.fill_down)",
+        "filled 2 empty cells of `TOPIC` with the cell above (data.fill_down)",
+    ]
+    check_one_line(path, 1, "data.fill_down: no column `kind`; found `Category`", fill_down=("kind",))
+    check_one_line(write(tmp_path, HEADER + ",b,c\nd,e,f\n"), 2, "`category` of this row", fill_down=("category",))
+    with pytest.raises(DataError, match=r"data.fill_down is for CSV and workbooks, this is jsonl"):
+        read_file(
+            write(tmp_path, '{"category": "", "human": "q", "assistant": "a"}', "a.jsonl"), fill_down=("category",)
+        )
 
 
 @pytest.mark.parametrize("again", ["category,human,assistant\n", " category,human , assistant\r\n"])
@@ -356,11 +420,10 @@ def test_a_header_that_comes_again_is_no_row(tmp_path: Path, again: str) -> None
     ("text", "line", "fragments"),
     [
         ("category,humna,assistant\n1,2,3\n", 1, ["no column `human`", "found `category`, `humna`", "is `humna`"]),
-        ("category;humna;assistant\n1;2;3\n", 1, ["no column `human`", "nearest is `humna`", "told by ';'"]),
+        ("category;humna;assistant\n1;2;3\n", 1, ["no column `human`", "nearest is `humna`", "the delimiter is ';'"]),
         ("\nhuman,assistant\n1,2\n", 2, ["no column `category`", "found `human`", "data.columns={category:null}"]),
         ("category,human,HUMAN,assistant\n1,2,3,4\n", 1, ["`HUMAN` is repeated", "columns 2 and 3", "rename or"]),
         ("x,category,human,assistant, x\n1,2,3,4,5\n", 1, ["`x` is repeated", "columns 1 and 5"]),
-        ("category,human,assistant,,\n1,2,3,,\n", 1, ["`` is repeated", "columns 4 and 5"]),
         ("\ncategory,human,assistant\n", 2, ["no rows", "add at least one row"]),
         ("category,human,assistant\r\n\r\n\r\n", 1, ["no rows"]),
         ('category,"human,assistant\na,b,c\n', 1, ["never closed"]),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ from sftx.files import cache_root, locked, write_chunks, write_folder, write_tex
 
 __all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources", "split"]
 
-READER_VERSION = 7
+READER_VERSION = 8
 """Part of the cache key: raise it when the same file would be read differently."""
 FACTS, SKIPPED = "facts.json", "skipped.jsonl"
 
@@ -122,6 +122,7 @@ class Corpus:
     delimiter: str = "auto"
     shape: Literal["auto", "human_assistant", "alpaca", "sharegpt", "messages", "firefly", "prompt_completion"] = "auto"
     columns: dict[str, str | None] = field(default_factory=dict)
+    fill_down: list[str] = field(default_factory=list)
     on_bad_rows: Literal["error", "skip"] = "error"
     learn: Literal["all", "last"] = "all"
     too_long: Literal["truncate_right", "truncate_prompt", "drop", "split", "error"] = "truncate_right"
@@ -175,7 +176,7 @@ class Corpus:
         return StreamedFiles(sources, self._how(), keep_columns, self.on_bad_rows == "skip", limit)
 
     def _how(self) -> How:
-        return How(self.format, self.encoding, self.delimiter, self.shape, dict(self.columns))
+        return How(self.format, self.encoding, self.delimiter, self.shape, dict(self.columns), tuple(self.fill_down))
 
     def read(self, sources: Sequence[Source], *, keep_columns: bool) -> LoadedFile:
         """Read files in order, through a JSONL that is cached by their content.
@@ -185,7 +186,7 @@ class Corpus:
         """
         stamps = [stamp(source.path) for source in sources]
         digests = [known_sha256(source.path) for source in sources]
-        settings = [self.format, self.encoding, self.delimiter, self.shape, self.columns, self.on_bad_rows]
+        settings = [*asdict(self._how()).values(), self.on_bad_rows]
         parts = [[digest, *suffixes(source.path)] for digest, source in zip(digests, sources, strict=True)]
         recipe = json.dumps([READER_VERSION, parts, keep_columns, settings])
         stem = f"{sources[0].path.stem[:40]}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from sftx.data.blob import COMPRESSIONS, Blob, sha256_file
-from sftx.data.csvtext import csv_rows, find_delimiter, other_delimiter
+from sftx.data.csvtext import csv_rows, filled_down, find_delimiter, other_delimiter
 from sftx.data.jsontext import is_jsonl, json_rows, jsonl_rows
 from sftx.data.problems import MAX_LISTED, Problems
 from sftx.data.record import Record
@@ -39,6 +39,7 @@ class How:
     delimiter: str = "auto"
     shape: ShapeName = "auto"
     columns: dict[str, str | None] = field(default_factory=dict)
+    fill_down: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class FileReader:
         self.used = UsedColumns()
         """What became of its columns, as far as its rows are read."""
         check_columns(self._how.shape, self._how.columns)
+        if self._how.fill_down and self.format != "csv":
+            raise DataError(f"{self.path}: data.fill_down is for CSV and workbooks, this is {self.format}")
 
     @property
     def notes(self) -> list[str]:
@@ -150,6 +153,8 @@ class FileReader:
         mark = find_delimiter(self._blob, text.encoding, self._how.delimiter, known_names(self._how.columns))
         self.delimiter = mark
         rows = csv_rows(self._blob, text, mark, self._problems)
+        if self._how.fill_down:
+            rows = filled_down(rows, self._how.fill_down, self._problems)
         shaper = self._shaper("column")
         names: list[str] = []
         for line, row in rows:
@@ -157,9 +162,9 @@ class FileReader:
                 names = row
                 other = other_delimiter(names, known_names(self._how.columns))
                 if other:
-                    one = f"the header is one cell, `{names[0]}`, as cells are told by {mark!r}"
+                    one = f"the header is one cell, `{names[0]}`, with the delimiter {mark!r}"
                     self._problems.stop(line, f"{one}; set data.delimiter={other!r}")
-                shaper.header(names, line, f"; cells were told by {mark!r}")
+                shaper.header(names, line, f"; the delimiter is {mark!r}")
                 self.shape = shaper.shape
                 continue
             # A NUL is a problem of the file, said above: it is not said again for the row.

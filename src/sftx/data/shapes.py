@@ -272,8 +272,8 @@ def _category(cells: Mapping[str, object], *, required: bool) -> str:
     category = "" if given is None else text_of(given, "`category`")
     if not category.strip():
         raise RowError(
-            "the `category` of this row is empty; fill it, or read the file without categories: "
-            "data.columns={category:null}"
+            "the `category` of this row is empty; fill it, take that of the row above (merged cells of a spreadsheet) "
+            "with data.fill_down=[category], or read the file without categories: data.columns={category:null}"
         )
     return category
 
