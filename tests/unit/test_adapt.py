@@ -169,6 +169,83 @@ def test_an_adapter_whose_targets_are_a_regular_expression_keeps_them(tmp_path: 
     PeftModel.from_pretrained(tiny().module, tmp_path / "final")
 
 
+# lora_target_modules
+
+ATTENTION = {f"{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qkvo"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "layers"),
+    [
+        ("all-linear", ATTENTION | {f"{i}.mlp.{n}" for i in (0, 1) for n in MLP}),
+        ("attention", ATTENTION),
+        (["q_proj", "v_proj"], {f"{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qv"}),
+        (["self_attn.q_proj", "layers.1.mlp.up_proj"], {"0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj"}),
+        ("q_proj", {"0.self_attn.q_proj", "1.self_attn.q_proj"}),
+        (r".*layers\.1\..*(up|down)_proj", {"1.mlp.up_proj", "1.mlp.down_proj"}),
+    ],
+    ids=str,
+)
+def test_adapters_are_put_on_the_layers_that_are_named_and_plain_peft_finds_them(
+    tmp_path: Path, wanted: str | list[str], layers: set[str]
+) -> None:
+    model, adapter = adapted(tiny(2).module, Lora(rank=2, alpha=4, dropout=0.0, target_modules=wanted))
+    assert layers_of(adapter) == layers
+    assert adapter.left_out == []
+    weights_writer(model, adapter, {n: p.detach() for n, p in adapter.parameters.items()}, tmp_path)(tmp_path)
+    plain = PeftModel.from_pretrained(tiny(2).module, tmp_path)
+    assert {
+        n.split(".lora_")[0].partition("layers.")[2] for n, _ in plain.named_parameters() if ".lora_" in n
+    } == layers
+
+
+def test_attention_of_a_mixture_with_linear_attention() -> None:
+    _, adapter = adapted(qwen3_next(), Lora(rank=2, alpha=4, dropout=0.0, target_modules="attention"))
+    assert {n.split(".")[1] for n in layers_of(adapter)} == {"self_attn", "linear_attn"}
+    assert adapter.left_out == []
+
+
+def test_trials_on_one_base_may_name_other_layers() -> None:
+    model = tiny(2)
+    model.add("first", LORA, seed=1)
+    second = model.add("second", Lora(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj"]), seed=1)
+    assert {n.split(".lora_")[0].rpartition(".")[2] for n in second.parameters} == {"q_proj"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (["q_prj", "v_proj"], "`q_prj`: no linear layer of this model (qwen2) is called that, or fits it as a pattern. "
+         "Did you mean `q_proj`? Its layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj."),
+        ("all_linear", "Did you mean `all-linear`?"),
+        ("attn", "Its layers: down_proj"),
+        (["lm_head", "q_proj"], "`lm_head` is outside the decoder's blocks"),
+        (["embed_tokens"], "no linear layer of this model (qwen2) is called that"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_name_that_fits_no_layer_is_refused_and_the_nearest_proposed(wanted: str | list[str], said: str) -> None:
+    with pytest.raises(ModelError) as error:
+        adapted(tiny(2).module, Lora(rank=2, alpha=4, dropout=0.0, target_modules=wanted))
+    assert str(error.value).startswith("lora_target_modules: ")
+    assert said in str(error.value)
+
+
+def test_a_router_cannot_be_named() -> None:
+    base = glm4_moe()
+    router = Lora(rank=2, alpha=4, dropout=0.0, target_modules=["gate"])
+    with pytest.raises(ModelError, match=r"`gate`: "):
+        adapted(base, router)
+
+
+def test_a_saved_adapter_with_other_layers_than_those_named_is_refused(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny().module, config).save_pretrained(tmp_path)
+    attention = Lora(rank=2, alpha=4, dropout=0.0, target_modules="attention")
+    with pytest.raises(ModelError, match=r"adapts other layers \(q_proj\) than lora_target_modules names \(k_proj"):
+        tiny().add("default", attention, seed=1, start=tmp_path)
+
+
 def test_layers_that_peft_adapts_and_nobody_asked_for_are_refused() -> None:
     model, adapter = adapted(glm4_moe())
     targets = Targets({"model.layers.0.self_attn.q_proj"}, ["q_proj"])

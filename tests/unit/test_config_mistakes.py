@@ -56,6 +56,10 @@ MISTAKES = {
     "impossible: adapter": ({"adapter": "x", "train_mode": "full"}, ["`adapter` needs mode=lora or mode=qlora"]),
     "impossible: two halves": ({"fp16": True, "bf16": True}, ["`fp16` and `bf16` are both true"]),
     "impossible: share and number": ({"warmup_steps": 2.5}, ["`warmup_steps`: found 2.5, wanted a whole number"]),
+    "impossible: targets": (
+        {"lora_target_modules": "(q_proj"},
+        ["`lora_target_modules`: '(q_proj' is neither a layer's name nor a regular expression: missing )"],
+    ),
     "impossible: resume": ({"resume": "nevr"}, ["`resume`: found 'nevr'", "Did you mean `never`?"]),
 }
 

@@ -23,7 +23,7 @@ ASKED = {
     "cutoff_len": "max_seq_length", "micro_batch_size": "per_device_train_batch_size", "finetuning_type": "mode",
     "load_in_4bit": "mode=qlora", "packing": "batching=packed", "val_size": "eval_ratio", "dataset": "train_file_name",
     "torch_dtype": "precision", "base_model": "model_name_or_path", "template": "template_name", "use_dora": "",
-    "push_to_hub": "", "neftune_noise_alpha": "",
+    "target_modules": "lora_target_modules", "lora_target": "lora_target_modules", "push_to_hub": "", "neftune_noise_alpha": "",
 }  # fmt: skip
 
 

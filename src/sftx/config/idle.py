@@ -19,7 +19,8 @@ from sftx.config.spellings import MIRRORS, show
 Values = dict[str, Any]
 
 COMPONENT_KNOBS = {
-    "lora_rank": "mode", "lora_alpha": "mode", "lora_dropout": "mode", "warmup_steps": "scheduler",
+    "lora_rank": "mode", "lora_alpha": "mode", "lora_dropout": "mode", "lora_target_modules": "mode",
+    "warmup_steps": "scheduler",
     "weight_decay": "optimizer",
 }  # fmt: skip
 """Knobs that act only through a component that refers to them, each with the group of that component."""

@@ -77,6 +77,8 @@ TABLE = (
                 "boft_* oft_* relora* use_galore galore_* use_apollo apollo_* use_badam badam_* "
                 "lisa_* use_muon use_adam_mini use_llama_pro neftune_noise_alpha "
                 "label_smoothing_factor label_smoothing", "", *_NO_METHOD),
+    Counterpart("target_modules lora_target lora_target_linear lora_modules target_regex", "lora_target_modules",
+                "all-linear, attention, [names] or a pattern", "all-linear、attention、[名称] 或正则表达式"),
     Counterpart("lora_bias bias modules_to_save lora_modules_to_save additional_target embedding_lr embedding_lr_scale "
                 "lora_target_parameters target_parameters", "", "adapters are put on linear layers only; mode=full "
                 "trains all parameters", "适配器只加在线性层上；mode=full 训练全部参数"),

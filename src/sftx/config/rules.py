@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,6 +52,18 @@ def broken_rules(tree: Tree, wrong: set[str] = frozenset()) -> Iterator[tuple[Ru
 def evaluates(tree: Tree) -> bool:
     """Return True if something is held out to evaluate on."""
     return tree["eval_ratio"] > 0 or tree["eval_file_name"] is not None
+
+
+@rule("lora_target_modules")
+def _targets_are_names(tree: Tree) -> str | None:
+    wanted = tree["lora_target_modules"]
+    words = wanted if isinstance(wanted, list) else [wanted]
+    for word in words:
+        try:
+            re.compile(word)
+        except re.error as error:
+            return f"`lora_target_modules`: {word!r} is neither a layer's name nor a regular expression: {error}."
+    return None if words and all(words) else "`lora_target_modules` names no layer: leave it out, or write all-linear."
 
 
 @rule("bf16", "fp16")

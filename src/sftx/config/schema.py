@@ -151,6 +151,12 @@ class TrainConfig:
     adapter: str | None = knob(
         "folder of a LoRA adapter to start from, instead of a fresh one", "从已有的 LoRA 适配器目录继续微调"
     )
+    lora_target_modules: str | list[str] = knob(
+        "the linear layers that adapters are put on: all-linear (those of the decoder's blocks), attention, a list of "
+        "names ([q_proj,v_proj]), or a regular expression for whole names ('.*layers\\.[0-7]\\..*_proj')",
+        "在哪些线性层上加适配器：all-linear（各解码层的全部线性层）、attention（仅注意力）、名称列表（[q_proj,v_proj]），"
+        "或匹配完整层名的正则表达式（'.*layers\\.[0-7]\\..*_proj'）",
+    )
     resume: str = knob(
         "auto: continue the run in output_dir, or without one the newest unfinished run with the same settings and "
         "data; never: start fresh, and fail if output_dir already holds a run; or the folder of a run (its newest "

@@ -21,7 +21,7 @@ from sftx.model.dropout import Clock, KeyedDropout, key_of
 from sftx.model.head import LossHead
 from sftx.model.lean import bitsandbytes
 from sftx.model.lora import speed_up
-from sftx.model.targets import Targets, check_injected, find_targets, injected, left_out_by, share_in_4_bits, size_of
+from sftx.model.targets import Layers, Targets, check_injected, injected, left_out_by, share_in_4_bits, size_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Lora:
     alpha: Annotated[int | float, Bounds(above=0)]
     dropout: Annotated[float, Bounds(at_least=0, below=1)]
     use_rslora: bool = False
+    target_modules: str | list[str] = "all-linear"
 
     adapts = True
 
@@ -129,7 +130,7 @@ class AdaptedModel:
         """The last block leaves out positions without a target."""
         self.trained_dtype = trained_dtype
         self.adapters: dict[str, Adapter] = {}
-        self._targets: Targets | None = None
+        self._layers: Layers | None = None
         self.recomputed_part = {False: 0.0, "selective": 0.5}.get(gradient_checkpointing, 1.0)
         """Of the blocks, those whose forward pass is made again in the backward pass."""
         if gradient_checkpointing:
@@ -161,15 +162,22 @@ class AdaptedModel:
                 parameter.requires_grad_(True)
             adapter = Adapter(name, dict(self.module.named_parameters()), clock, is_lora=False)
         else:
-            if self._targets is None:  # found before the first adapter changes the names of the layers
-                self._targets = find_targets(self.module)
-            config = mode.peft_config(self._targets) if start is None else _saved_config(start, mode)
+            if self._layers is None:  # read before the first adapter changes the names of the layers
+                self._layers = Layers(self.module)
+            targets = self._layers.choose(mode.target_modules)
+            config = mode.peft_config(targets) if start is None else _saved_config(start, mode)
             self._inject(name, config)
-            left_out = self._targets.left_out
+            left_out = targets.left_out
             if start is None:
-                check_injected(self.module, name, self._targets)
+                check_injected(self.module, name, targets)
             else:
-                left_out = left_out_by(start, injected(self.module, name), self._targets)
+                found = injected(self.module, name)
+                if mode.target_modules != "all-linear" and found != targets.names:
+                    raise ModelError(
+                        f"adapter={start}: it adapts other layers ({', '.join(_ends(found))}) than lora_target_modules "
+                        f"names ({', '.join(_ends(targets.names))}). Leave lora_target_modules out to go on with it."
+                    )
+                left_out = left_out_by(start, found, targets)
             parameters = {n: p for n, p in self.module.named_parameters() if adapter_of(n) == name}
             adapter = Adapter(name, parameters, clock, config=config, left_out=left_out)
             self._initialise(adapter, seed, mode.dropout)
@@ -252,6 +260,10 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         yield
+
+
+def _ends(names: set[str]) -> list[str]:
+    return sorted({n.removesuffix(".weight").rpartition(".")[2] for n in names})
 
 
 def lora_layers(module: nn.Module) -> list[Any]:

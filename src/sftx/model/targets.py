@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from sftx.errors import ModelError
+from sftx.errors import ModelError, did_you_mean
 
 ROUTER = re.compile(r"(^|_)(gate|router|gating)$|(Router|Gate|Gating)$")
 """Names of modules, and of their classes, that weigh a mixture's experts."""
 EXPERTS = re.compile(r"^experts$|Experts$")
 """Names of modules, and of their classes, that hold a mixture's experts."""
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+"""Names of modules, and of their classes, that are attention."""
 CPU_OUTPUTS = 32
 """The outputs of a layer in 4 bits are a multiple of this, for bitsandbytes' kernels on a CPU."""
 
@@ -47,38 +49,78 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda m: sum(map(size_of, m.parameters())), default=[]))
 
 
-def find_targets(model: Any) -> Targets:
-    """Return the linear layers of the decoder's blocks, except a mixture's routers.
-
-    The head is outside the blocks. Short names (`q_proj`) are returned when they mean exactly those layers.
+class Layers:
+    """The linear layers of a model's decoder, as they are before the first adapter changes their names.
 
     Raises:
         ModelError: no repeated block with linear layers.
     """
-    inside = {id(m) for block in blocks_of(model) for m in block.modules()}
-    every = dict(model.named_modules())
-    routers, past = routers_of(model), _read_by_kernels(model)
-    linear = [n for n, m in every.items() if isinstance(m, nn.Linear) and id(m) in inside and n not in routers]
-    names = [n for n in linear if n not in past]
-    if not names:
-        raise ModelError(
-            f"no linear layers were found in the blocks of {type(model).__name__}: LoRA has nothing to adapt."
+
+    def __init__(self, model: Any) -> None:
+        self.kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+        inside = {id(m) for block in blocks_of(model) for m in block.modules()}
+        every = dict(model.named_modules())
+        routers, past = routers_of(model), _read_by_kernels(model)
+        linear = {n: m for n, m in every.items() if isinstance(m, nn.Linear)}
+        self.names = [n for n, m in linear.items() if id(m) in inside and n not in routers and n not in past]
+        if not self.names:
+            raise ModelError(
+                f"no linear layers were found in the blocks of {type(model).__name__}: LoRA has nothing to adapt."
+            )
+        self.refused = {n: "is outside the decoder's blocks" for n in linear if n not in self.names}
+        self.refused |= dict.fromkeys(routers, "weighs a mixture's experts")
+        self.refused |= dict.fromkeys(past, "is read by a Mamba layer's kernels, which do not call it")
+        self.attention = [n for n in self.names if any(_is_attention(p, every[p]) for p in _parents(n))]
+        self.left_out = []
+        """What `all-linear` leaves out, each with its reason."""
+        if fused := fused_experts(model):
+            share = sum(map(size_of, fused.values())) / sum(map(size_of, model.parameters()))
+            self.left_out.append(f"the experts ({share:.0%} of the parameters; LoRA layers are for linear layers)")
+        if left := [n for n in linear if id(linear[n]) in inside and n in past]:
+            self.left_out.append(
+                f"{', '.join(_leaves(left))} of Mamba layers (their kernels read the weight, not the layer)"
+            )
+        self.modules, self.parameters = list(every), [n for n, _ in model.named_parameters()]
+        self.taken = {leaf for leaf in _leaves(self.names) if _taken_for_experts(model, leaf)}
+
+    def choose(self, wanted: str | list[str]) -> Targets:
+        """Return the layers that `lora_target_modules` names: `all-linear`, `attention`, names, or a pattern.
+
+        A name is that of a layer or the end of it, at a dot; a pattern is a regular expression for whole names. Short
+        names (`q_proj`) are returned when they mean exactly those layers.
+
+        Raises:
+            ModelError: a name or pattern that fits no layer, or one that cannot be adapted.
+        """
+        if wanted == "all-linear":
+            names = self.names
+        elif wanted == "attention" and self.attention:
+            names = self.attention
+        else:
+            chosen = {n for word in ([wanted] if isinstance(wanted, str) else wanted) for n in self._called(word)}
+            names = [n for n in self.names if n in chosen]
+        modules = [n for n in names if _end(n) not in self.taken]
+        parameters = [f"{n}.weight" for n in names if _end(n) in self.taken]
+        return Targets(
+            {*modules, *parameters},
+            _short(modules, self.modules, parts=1),
+            _short(parameters, self.parameters, parts=2),
+            self.left_out if wanted == "all-linear" else [],
         )
-    left_out = []
-    if fused := fused_experts(model):
-        share = sum(map(size_of, fused.values())) / sum(map(size_of, model.parameters()))
-        left_out.append(f"the experts ({share:.0%} of the parameters; LoRA layers are for linear layers)")
-    if len(names) < len(linear):
-        left_out.append(f"{', '.join(_leaves(past))} of Mamba layers (their kernels read the weight, not the layer)")
-    taken = {leaf for leaf in _leaves(names) if _taken_for_experts(model, leaf)}
-    modules = [n for n in names if _end(n) not in taken]
-    parameters = [f"{n}.weight" for n in names if _end(n) in taken]
-    return Targets(
-        {*modules, *parameters},
-        _short(modules, every, parts=1),
-        _short(parameters, (n for n, _ in model.named_parameters()), parts=2),
-        left_out,
-    )
+
+    def _called(self, word: str) -> list[str]:
+        """Return the layers that a name or a pattern means."""
+        found = [n for n in self.names if _fits(word, n)]
+        refused = [n for n in self.refused if _fits(word, n)]
+        if found and not (refused and word in _leaves(refused)):
+            return found
+        there = f"Its layers: {', '.join(_leaves(self.names))}."
+        if refused:
+            what = f"`{refused[0]}` {self.refused[refused[0]]}, and no adapter is put on it."
+        else:
+            hint = did_you_mean(word, ["all-linear", "attention", *_leaves(self.names)])
+            what = f"no linear layer of this model ({self.kind}) is called that, or fits it as a pattern.{hint}"
+        raise ModelError(f"lora_target_modules: `{word}`: {what} {there}")
 
 
 def check_injected(model: nn.Module, adapter: str, targets: Targets) -> None:
@@ -181,6 +223,20 @@ def _taken_for_experts(model: Any, leaf: str) -> bool:
 
 def _named(pattern: re.Pattern[str], name: str, module: nn.Module) -> bool:
     return bool(pattern.search(name) or pattern.search(type(module).__name__))
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
+    return _named(ATTENTION, _end(name), module)
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def _fits(word: str, name: str) -> bool:
+    """Return True if a layer has this name, ends with it, or fits it as a regular expression."""
+    return f".{name}".endswith(f".{word}") or re.fullmatch(word, name) is not None
 
 
 def _end(name: str) -> str:
