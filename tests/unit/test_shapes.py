@@ -378,6 +378,15 @@ def test_preference_data_is_named_with_the_way_to_train_on_the_better_answer(
     assert turns(one(tmp_path, row, columns=mapping)) == QA
 
 
+def test_a_problem_that_all_rows_have_is_written_out_once(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *[{"prompt": "q", "chosen": "a", "rejected": "b"}] * 30)
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+    lines = str(caught.value).split("\n")
+    assert "preference data" in lines[0]
+    assert lines[1:] == [*(f"{path}:{line}: the same" for line in range(2, 21)), "and 10 more"]
+
+
 def test_images_are_refused(tmp_path: Path) -> None:
     row = {"messages": CHAT, "images": ["a.jpg"]}
     refused(tmp_path, row, "`images` is filled, and sftx trains on text", "data.columns={images:null}")

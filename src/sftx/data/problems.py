@@ -13,8 +13,8 @@ from sftx.errors import DataError
 MAX_LISTED = 20
 MAX_TEXT = 600
 """Characters of one problem: a row may have thousands of keys, a header one cell of a megabyte."""
-
-
+LONG = 80
+"""Characters beyond which a problem that the row before has too is not written out again."""
 SKIP = "to train without these rows set data.on_bad_rows=skip"
 """The last line of an error about rows, where others of the file are valid."""
 
@@ -59,7 +59,12 @@ class Problems:
         """Raise one DataError that lists the problems, if there are any."""
         if not self.count:
             return
-        said = [f"{origin_text(self.path, line, record)}: {text}" for line, record, text in self._listed]
+        said: list[str] = []
+        before = ""
+        for line, record, text in self._listed:
+            repeated = text == before and len(text) > LONG
+            said.append(f"{origin_text(self.path, line, record)}: {'the same' if repeated else text}")
+            before = text
         if self.count > len(said):
             said.append(f"and {self.count - len(said)} more")
         if valid_rows and self._rows == self.count and not any("data.on_bad_rows" in text for text in said):
