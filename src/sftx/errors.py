@@ -23,7 +23,7 @@ EXIT_PIPE = 141
 
 
 class SftxError(Exception):
-    """A mistake the user can mend; its text names what was found, what was wanted and what to do."""
+    """A mistake the user can mend; its text names what was found, what was expected and what to do."""
 
     exit_code = EXIT_USER
 

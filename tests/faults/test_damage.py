@@ -242,7 +242,7 @@ def test_when_all_are_damaged_the_run_refuses_to_start_over(copy: Path, mode: st
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ("lora_rank=4", r"found shape \[4, \d+\], wanted shape \[8, \d+\]"),
+        ("lora_rank=4", r"expected shape \[8, \d+\], got shape \[4, \d+\]"),
         ("mode", "its adapter cannot be read|its weights do not fit this model"),
         ("optimizer=sgd", "its optimizer is torch.SGD, and this run uses torch.AdamW"),
     ],

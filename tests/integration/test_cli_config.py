@@ -54,14 +54,14 @@ def test_mistakes_everywhere_at_once(tmp_path):
     assert "Traceback" not in err
     assert seconds < 3
     for said in (
-        f"{tmp_path}/experiment/mine.yaml:1: `seed`: found the text 'abc', wanted a whole number",
+        f"{tmp_path}/experiment/mine.yaml:1: `seed`: expected an integer >= 0 and <= 9223372036854775807, got 'abc'",
         f"{tmp_path}/experiment/mine.yaml:2: `optimizer` has no option 'adamw_tourch'. Did you mean `adamw_torch`?",
         f"{tmp_path}/experiment/mine.yaml:3: unknown key `scheduler.poewr`",
-        f"{tmp_path}/sweep/mine.yaml:1: `lora_alpha`: found the text 'x', wanted a number",
-        f"{tmp_path}/my.json:1: `lora_dropout`: found 1.5, wanted a number, at least 0, below 1",
+        f"{tmp_path}/sweep/mine.yaml:1: `lora_alpha`: expected a number > 0, got 'x'",
+        f"{tmp_path}/my.json:1: `lora_dropout`: expected a number >= 0 and < 1, got 1.5",
         f"{tmp_path}/my.json:2: unknown key `lora_rnk` (value 8). Did you mean `lora_rank`?",
         "command line: `mode=qlra`: `mode` has no option 'qlra'. Did you mean `qlora`?",
-        "command line: `logging_steps=0`: `logging_steps`: found 0, wanted a whole number, at least 1",
+        "command line: `logging_steps=0`: `logging_steps`: expected an integer >= 1, got 0",
         "command line: `hydra.swep.dir=x`: unknown key `hydra.swep`. Did you mean `sweep`?",
     ):
         assert said in err

@@ -189,7 +189,7 @@ def test_convert_writes_what_can_be_read_again(corpus: Path, tmp_path: Path, cap
     assert [(r["category"], r["human"], r["assistant"]) for r in rows[:12]] == ROWS
     assert rows[12]["assistant"] == "2"
     assert checked(capsys_cleared(capsys), out)["records"] == 13
-    with pytest.raises(DataError, match=r"wanted FILES OUT\.jsonl"):
+    with pytest.raises(DataError, match=r"expected FILES OUT\.jsonl"):
         sftx(["data", "convert", str(corpus)])
 
 

@@ -121,7 +121,7 @@ def test_a_signal_to_one_rank_of_zero3_discards_the_partial_step(tmp_path: Path,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["optim=adafactor"], "found optim=adafactor, wanted adamw or sgd"),
+        (["optim=adafactor"], "expected adamw or sgd, got optim=adafactor"),
         (["mode=qlora"], "cannot split a 4-bit base"),
     ],
 )

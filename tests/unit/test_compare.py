@@ -268,7 +268,7 @@ def test_a_folder_that_is_no_run_says_what_is_near(leave: Leave, tmp_path: Path)
         tmp_path / "sweep/0": "this trial ended before it was a run: DataError: no such file",
         tmp_path: "is a folder of runs, not a run's. Its runs: 10-00-00-lora.",
         run / "final": f"It lies in the run {run}: name that.",
-        run / "config.yaml": f"is a file, wanted a run folder. It lies in the run {run}",
+        run / "config.yaml": f"is a file, expected a run folder. It lies in the run {run}",
     }.items():
         with pytest.raises(RunFolderError) as raised:
             open_run(path)

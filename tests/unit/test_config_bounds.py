@@ -95,7 +95,8 @@ def test_each_key_is_held_to_its_bounds():
         values = {k: v[side] for k, v in values.items() if len(v) > side}
         found = problems([f"{k}={v}" for k, v in values.items()])
         for key, value in values.items():
-            assert [p for p in found if p.startswith(f"command line: `{key}={value}`: `{key}`: found {value}, wanted ")]
+            start = f"command line: `{key}={value}`: `{key}`: expected "
+            assert [p for p in found if p.startswith(start) and p.endswith(f", got {value}.")], (key, value, found)
         assert len(found) == len(values), found
 
 
@@ -111,8 +112,8 @@ def test_each_number_of_a_component_is_held_to_its_bounds(group, option):
             continue
         found = problems([*choice, *(f"++{k}={v}" for k, v in values.items())])
         for key, value in values.items():
-            start = f"command line: `++{key}={value}`: `{key}`: found "
-            assert [p for p in found if p.startswith(start) and ", wanted " in p], (key, value, found)
+            start = f"command line: `++{key}={value}`: `{key}`: expected "
+            assert [p for p in found if p.startswith(start) and ", got " in p], (key, value, found)
         assert len(found) == len(values), found
 
 
@@ -145,13 +146,13 @@ TRAINED_SILENTLY = [
 def test_what_trained_silently_or_ended_in_a_traceback_is_one_line(words):
     [found] = problems(words.split())
     assert "\n" not in found
-    assert ("found" in found and "wanted" in found) or "needs a momentum" in found
+    assert ("expected" in found and "got" in found) or "needs a momentum" in found
 
 
 @pytest.mark.parametrize("words", ["lora_rank=8,0", "mode.rank=8,0", "scheduler=cosine scheduler.floor=0.1,-1"])
 def test_bounds_hold_at_every_point_of_a_sweep(words):
     [found] = problems(["-m", *words.split()])
-    assert ", wanted " in found
+    assert ", got " in found
 
 
 OWN = """
@@ -182,8 +183,8 @@ def test_bounds_of_a_users_own_component(tmp_path, monkeypatch):
     assert prepare([*own, "+scheduler.free=-1", "+scheduler.teeth=1", "+scheduler.named=100"])
     found = problems([*own, "+scheduler.teeth=0", "+scheduler.low=1"])
     assert [p.partition("`: ")[2] for p in found] == [
-        "`scheduler.teeth`: found 0, wanted a whole number, at least 1.",
-        "`scheduler.low`: found 1, wanted a number, at least 0, below 1.",
+        "`scheduler.teeth`: expected an integer >= 1, got 0.",
+        "`scheduler.low`: expected a number >= 0 and < 1, got 1.",
     ]
 
 
@@ -192,8 +193,8 @@ def test_a_refusal_is_one_line_with_exit_code_2(cli):
     assert done.returncode == 2
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     assert "Traceback" not in done.stderr
-    assert [line for line in lines if "`mode.alpha`: found -1, wanted a number, above 0." in line]
-    assert [line for line in lines if "each at least 0, below 1." in line]
+    assert [line for line in lines if "`mode.alpha`: expected a number > 0, got -1." in line]
+    assert [line for line in lines if "expected a list of 2 numbers, each >= 0 and < 1, got [0.9,1.5]." in line]
 
 
 @pytest.mark.parametrize(

@@ -187,9 +187,9 @@ def test_hydras_prefixes(typed, overrides):
 
 
 REFUSED = {
-    "lora_rank=": "`lora_rank`: found nothing, wanted a whole number, at least 1",
-    "output_dir=": "`output_dir`: found nothing, wanted text or null",
-    "save_steps=null": "`save_steps`: found null, wanted a whole number",
+    "lora_rank=": "`lora_rank`: expected an integer >= 1, got an empty value",
+    "output_dir=": "`output_dir`: expected null or a string, got an empty value",
+    "save_steps=null": "`save_steps`: expected auto or an integer >= 1, got null",
     "~lora_alpha": "`lora_alpha` cannot be taken out",
     "~precision": "`precision` cannot be taken out",
     "~optim": "`optim` cannot be taken out",
@@ -197,8 +197,8 @@ REFUSED = {
     "mode=null": "`mode` has no option 'null'",
     "+lora_rnk=8": "Did you mean `lora_rank`?",
     "++experimnt=quickstart": "Did you mean `experiment`?",
-    "logging_steps.x=3": "`logging_steps`: found a mapping {x:3}",
-    "eval_steps=[8]": "`eval_steps`: found a list [8]",
+    "logging_steps.x=3": "`logging_steps`: expected an integer >= 1, got {x:3}",
+    "eval_steps=[8]": "`eval_steps`: expected auto or an integer >= 1, got [8]",
     "lora_rank": "`lora_rank` is not an override",
     "lora rank=8": "`lora rank=8` is not an override",
     "秩=8": "`秩=8` is not an override",

@@ -22,14 +22,14 @@ MISTAKES = {
         ["unknown key `scheduler.poewr` (value 2). Did you mean `power`?", "scheduler=polynomial"],
     ),
     "unknown group": ({"schedulr": "cosine"}, ["unknown key `schedulr` (value cosine). Did you mean `scheduler`?"]),
-    "wrong type": ({"seed": "abc"}, ["`seed`: found the text 'abc', wanted a whole number"]),
+    "wrong type": ({"seed": "abc"}, ["`seed`: expected an integer >= 0 and <= 9223372036854775807, got 'abc'"]),
     "wrong choice": (
         {"save_strategy": "stpes"},
-        ["`save_strategy`: found the text 'stpes', wanted one of steps, epoch, no. Did you mean `steps`?"],
+        ["`save_strategy`: expected one of steps, epoch, no, got 'stpes'. Did you mean `steps`?"],
     ),
-    "wrong nested type": ({"mode.use_rslora": 3}, ["`mode.use_rslora`: found 3, wanted true or false"]),
-    "out of bounds": ({"lora_dropout": 1.5}, ["`lora_dropout`: found 1.5, wanted a number, at least 0, below 1"]),
-    "below its bound": ({"learning_rate": 0}, ["`learning_rate`: found 0, wanted a number, above 0"]),
+    "wrong nested type": ({"mode.use_rslora": 3}, ["`mode.use_rslora`: expected true or false, got 3"]),
+    "out of bounds": ({"lora_dropout": 1.5}, ["`lora_dropout`: expected a number >= 0 and < 1, got 1.5"]),
+    "below its bound": ({"learning_rate": 0}, ["`learning_rate`: expected a number > 0, got 0"]),
     "unknown option": (
         {"optim": "adamw_tourch"},
         ["`optimizer` has no option 'adamw_tourch'. Did you mean `adamw_torch`?", "Allowed: adafactor, adamw, "],
@@ -55,12 +55,21 @@ MISTAKES = {
     ),
     "impossible: adapter": ({"adapter": "x", "train_mode": "full"}, ["`adapter` needs mode=lora or mode=qlora"]),
     "impossible: two halves": ({"fp16": True, "bf16": True}, ["`fp16` and `bf16` are both true"]),
-    "impossible: share and number": ({"warmup_steps": 2.5}, ["`warmup_steps`: found 2.5, wanted a whole number"]),
     "impossible: targets": (
         {"lora_target_modules": "(q_proj"},
         ["`lora_target_modules`: '(q_proj' is neither a layer's name nor a regular expression: missing )"],
     ),
-    "impossible: resume": ({"resume": "nevr"}, ["`resume`: found 'nevr'", "Did you mean `never`?"]),
+    "impossible: share and number": (
+        {"warmup_steps": 2.5},
+        ["`warmup_steps`: expected an integer number of steps, or a share < 1, got 2.5"],
+    ),
+    "impossible: resume": (
+        {"resume": "nevr"},
+        [
+            "`resume`: expected auto, never, or the folder of a run or of a checkpoint, got 'nevr'",
+            "Did you mean `never`?",
+        ],
+    ),
 }
 
 
@@ -166,7 +175,7 @@ def test_a_wrong_knob_is_not_blamed_on_the_components_that_use_it():
             "planted.yaml:3: `verbose` stands twice, first in line 2",
         ),
         ("sweep", "种子: 3".encode("gb18030"), "is not UTF-8"),
-        ("scheduler", b"- a\n- b\n", "planted.yaml:1: found a list, wanted `key: value` lines"),
+        ("scheduler", b"- a\n- b\n", "planted.yaml:1: expected `key: value` lines, got a list"),
         ("experiment", b"!!python/object:os.system {}\n", "planted.yaml:1: not valid YAML"),
     ],
 )
@@ -202,8 +211,8 @@ def test_a_broken_file_hides_nothing(tmp_path, group):
         (
             "defaults: {mode: lora}\nhydra: 3\nexperiment: base\n",
             [
-                "planted.yaml:1: `defaults`: found",
-                "planted.yaml:2: `hydra`: found",
+                "planted.yaml:1: `defaults`: expected a list such as",
+                "planted.yaml:2: `hydra`: expected a mapping, got",
                 "planted.yaml:3: `experiment` is chosen on the command line",
             ],
         ),
@@ -215,15 +224,15 @@ def test_a_broken_file_hides_nothing(tmp_path, group):
             "hydra:\n  swep: {dir: x}\n  mode: FOO\n  callbacks: {x: {_target_: nope.Y}}\n",
             [
                 "planted.yaml:2: unknown key `hydra.swep`. Did you mean `sweep`?",
-                "planted.yaml:3: `hydra.mode`: found the text 'FOO'",
+                "planted.yaml:3: `hydra.mode`: cannot be 'FOO'",
                 "planted.yaml:4: `hydra.callbacks.x._target_=nope.Y`: this is no part of sftx",
             ],
         ),
         (
             "output_dir: 2024\nmode: {rank: abc}\nscheduler: {_target_: sftx.training.schedulers.Cosin}\n",
             [
-                "planted.yaml:1: `output_dir`: found 2024, wanted text or null. Put it in quotes.",
-                "planted.yaml:2: `mode.rank`: found the text 'abc'",
+                "planted.yaml:1: `output_dir`: expected null or a string, got 2024. Put it in quotes.",
+                "planted.yaml:2: `mode.rank`: expected an integer >= 1, got 'abc'",
                 "no class or function `Cosin` in sftx.training.schedulers. Did you mean `Cosine`?",
             ],
         ),
@@ -256,7 +265,7 @@ def test_a_components_file_cannot_choose_another_group(tmp_path):
         (b"", ":1: not valid JSON"),
         (b'{\n"lora_rank": 8,\n}', ":3: not valid JSON"),
         (b'{"a": 1', "not valid JSON"),
-        (b"[1]", ":1: wanted an object"),
+        (b"[1]", ":1: expected an object"),
         (b'{\n"seed": 1,\n"seed": 2}', ":3: `seed` stands twice, first in line 2"),
         ('{"路径": 1}'.encode("gb18030"), "is not UTF-8"),
         ('{\n"秩 1": 1}'.encode(), ":2: unknown key '秩 1'"),
@@ -277,7 +286,7 @@ def test_a_broken_json_file_hides_nothing(tmp_path):
     found = problems([f"args_file={tmp_path}/my.json", "args_file=nowhere.json", "lora_rnk=3"])
     for said in (
         f"{tmp_path}/my.json:3: unknown key `scheduler.poewr`",
-        f"{tmp_path}/my.json:4: `seed`: found nan",
+        f"{tmp_path}/my.json:4: `seed`: expected an integer >= 0 and <= 9223372036854775807, got nan",
         "args_file: cannot read nowhere.json",
         "`lora_rnk`",
     ):
@@ -296,7 +305,7 @@ ON_THE_COMMAND_LINE = {
     "modle/x=y": "there is no config group `modle/x`",
     "hydra.mode=FOO": "expected one of [RUN, MULTIRUN]",
     "hydra.job.nam=x": "unknown key `hydra.job.nam`. Did you mean `name`?",
-    "--cfg jb": "`--cfg`: found jb, wanted one of job, hydra, all. Did you mean `job`?",
+    "--cfg jb": "`--cfg`: expected one of job, hydra, all, got jb. Did you mean `job`?",
     "--config-name x": "choose it by experiment=NAME",
     "lora_rank=8,16": "several values are a sweep: add -m",
     "mode=lora,qlora": "several values are a sweep: add -m",

@@ -86,7 +86,7 @@ def test_a_missing_folder_and_a_file_in_its_place_are_told_apart(tmp_path: Path)
     with pytest.raises(DataError, match=r"train_file_path=.*nowhere: there is no such folder"):
         find_file(str(tmp_path / "nowhere"), "a.csv", key="train_file_name")
     path = put(tmp_path / "a.csv")
-    with pytest.raises(DataError, match=rf"is a file, wanted .*train_file_path={tmp_path} train_file_name=a\.csv"):
+    with pytest.raises(DataError, match=rf"is a file, expected .*train_file_path={tmp_path} train_file_name=a\.csv"):
         find_file(str(path), "b.csv", key="train_file_name")
 
 

@@ -56,19 +56,19 @@ def test_gpus_are_counted_without_torch_in_this_process() -> None:
         (
             ["parallel.num_processes=0"],
             {},
-            r"`parallel.num_processes`: found 0, wanted a whole number or null, at least 1, ",
+            r"`parallel.num_processes`: expected null or an integer >= 1 and <= 1024, got 0",
         ),
         (
             ["parallel.hang_seconds=-1"],
             {},
-            r"`parallel.hang_seconds`: found -1, wanted a whole number or null, at least 1, ",
+            r"`parallel.hang_seconds`: expected null or an integer >= 1 and <= 31536000, got -1",
         ),
         (
             ["parallel.timeout_seconds=0"],
             {},
-            r"`parallel.timeout_seconds`: found 0, wanted a whole number, at least 1, ",
+            r"`parallel.timeout_seconds`: expected an integer >= 1 and <= 31536000, got 0",
         ),
-        (["parallel.num_processes=two"], {}, r"found the text 'two', wanted a whole number or null"),
+        (["parallel.num_processes=two"], {}, r"expected null or an integer >= 1 and <= 1024, got 'two'"),
         (["parallel.num_process=2"], {}, r"Did you mean `num_processes`"),
         (["parallel.num_processes=4"], {"RANK": "0", "WORLD_SIZE": "2"}, r"has started 2 processes: leave it out"),
     ],

@@ -130,9 +130,9 @@ def test_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", [-1, "x", "", "nan", "-1", True, [1], "inf"])
 def test_a_weight_is_a_number_from_0_up(tmp_path: Path, weight: object) -> None:
-    refused(tmp_path, {"prompt": "q", "completion": "a", "weight": weight}, "`weight` is", "wanted a number from 0 up")
+    refused(tmp_path, {"prompt": "q", "completion": "a", "weight": weight}, "`weight` is", "expected a number >= 0")
     messages = [CHAT[0], CHAT[1] | {"weight": weight}]
-    refused(tmp_path, {"messages": messages}, "turn 2 of `messages`: `weight` is", "wanted a number from 0 up")
+    refused(tmp_path, {"messages": messages}, "turn 2 of `messages`: `weight` is", "expected a number >= 0")
 
 
 def test_tools_calls_and_thinking(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_marks_that_cannot_be_honoured_are_refused(tmp_path: Path) -> None:
     assert one(tmp_path, pair | {"label": False}, columns={"label": None}).extra == {"label": False}
     refused(tmp_path, pair | {"loss": False, "weight": 1}, "`weight` 1, `loss` 0 contradict each other")
     refused(
-        tmp_path, {"messages": [CHAT[0], CHAT[1] | {"loss": 0.5}]}, "turn 2 of `messages`: `loss` is 0.5; wanted true"
+        tmp_path, {"messages": [CHAT[0], CHAT[1] | {"loss": 0.5}]}, "turn 2 of `messages`: `loss` is 0.5; expected true"
     )
     refused(tmp_path, {"messages": [CHAT[0], CHAT[1] | {"loss": False, "train": True}]}, "contradict each other")
     refused(
@@ -546,12 +546,12 @@ def test_a_mapped_column_that_is_not_there(tmp_path: Path) -> None:
         ({"prompt": "q\0", "completion": "a"}, ["`prompt` holds \\u0000 or half a surrogate pair"]),
         ({"prompt": "q", "completion": "\ud83d"}, ["`completion` holds \\u0000 or half a surrogate pair"]),
         ({"prompt": "q", "completion": "a", "category": 5}, ["`category` is 5, not a string"]),
-        ({"conversation": []}, ["`conversation` is []", "wanted a list of objects"]),
-        ({"conversation": ["x"]}, ['round 1 of `conversation` is "x"; wanted']),
+        ({"conversation": []}, ["`conversation` is []", "expected a list of objects"]),
+        ({"conversation": ["x"]}, ['round 1 of `conversation` is "x"; expected']),
         ({"conversation": [{"human": "q", "asistant": "a"}]}, ["has no `assistant`", "Did you mean `asistant`?"]),
         ({"conversation": [{"human": "q", "assistant": ""}]}, ["round 1 of `conversation`: `assistant` is empty"]),
-        ({"messages": []}, ["`messages` is []; wanted a list of turns"]),
-        ({"messages": None}, ["`messages` is null; wanted a list of turns"]),
+        ({"messages": []}, ["`messages` is []; expected a list of turns"]),
+        ({"messages": None}, ["`messages` is null; expected a list of turns"]),
         ({"messages": [5]}, ["turn 1 of `messages` is 5, not an object"]),
         ({"messages": [{"content": "q"}]}, ["turn 1 of `messages` has no `role`", "Found `content`"]),
         ({"messages": [{"role": "usr", "content": "q"}]}, ['the role is "usr"', "Did you mean `user`?"]),

@@ -489,7 +489,7 @@ def test_small_corpora_are_tokenised_here() -> None:
     assert tokenise.worker_count(8, 2001) == 3
     assert tokenise.worker_count(4, 10**6) == 4
     assert tokenise.worker_count(0, 10**6) == 0
-    with pytest.raises(ConfigError, match=r"`data\.num_workers`: found -1"):
+    with pytest.raises(ConfigError, match=r"`data\.num_workers`: expected null or an integer >= 0, got -1"):
         tokenise.worker_count(-1, 5)
 
 

@@ -25,7 +25,7 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
 def _convert(asked: argparse.Namespace) -> int:
     files, settings = sort_words(asked.words)
     if len(files) < 2 or Path(files[-1]).suffix != ".jsonl":
-        raise DataError(f"sftx data convert: wanted FILES OUT.jsonl, found {' '.join(files)}.")
+        raise DataError(f"sftx data convert: expected FILES OUT.jsonl, got {' '.join(files)}.")
     from sftx.build import build
     from sftx.config.check import freeze
     from sftx.config.compose import compose_checked

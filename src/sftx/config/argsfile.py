@@ -48,7 +48,7 @@ def read_args_file(name: str) -> ArgsFile:
             _flatten(tree, "", path, text, out)
         else:
             out.problems.append(
-                f'{path}:1: wanted an object such as {{"lora_rank": 32}}, found {json.dumps(tree)[:60]}.'
+                f'{path}:1: expected an object such as {{"lora_rank": 32}}, got {json.dumps(tree)[:60]}.'
             )
     return out
 

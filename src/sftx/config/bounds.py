@@ -29,16 +29,16 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        """Return the limits in words: `at least 0, below 1`."""
-        return self._written("at least ", "above ", "at most ", "below ")
+        """Return the limits as a sentence has them: `>= 0 and < 1`."""
+        return self._written(" and ", ">= ", "> ", "<= ", "< ")
 
     def symbols(self) -> str:
-        """Return the limits in symbols: `>=0, <1`."""
-        return self._written(">=", ">", "<=", "<")
+        """Return the limits in few letters: `>=0, <1`."""
+        return self._written(", ", ">=", ">", "<=", "<")
 
-    def _written(self, *words: str) -> str:
+    def _written(self, between: str, *words: str) -> str:
         limits = zip(words, (self.at_least, self.above, self.at_most, self.below), strict=True)
-        return ", ".join(f"{word}{limit}" for word, limit in limits if limit is not None)
+        return between.join(f"{word}{limit}" for word, limit in limits if limit is not None)
 
 
 def _numbers(value: Any) -> Iterator[float]:

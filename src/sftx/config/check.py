@@ -140,14 +140,16 @@ def config_from(tree: dict[Any, Any]) -> TrainConfig:
 def check_knob(key: str, value: Any, origin: Origin) -> list[str]:
     """Check one of the schema's keys."""
     return _check_value(key, value, str(KNOBS[key].type), origin) or (
-        [f"{origin(key)}: `{key}`: found nothing, wanted {describe(str(KNOBS[key].type))}."] if value == "" else []
+        [f"{origin(key)}: `{key}`: expected {describe(str(KNOBS[key].type))}, got an empty value."]
+        if value == ""
+        else []
     )
 
 
 def _check_value(key: str, value: Any, annotation: str, origin: Origin) -> list[str]:
     if matches(value, annotation):
         return []
-    return [f"{origin(key)}: `{key}`: found {found(value)}, wanted {describe(annotation)}.{_hint(value, annotation)}"]
+    return [f"{origin(key)}: `{key}`: expected {describe(annotation)}, got {found(value)}.{_hint(value, annotation)}"]
 
 
 def _hint(value: Any, annotation: str) -> str:
@@ -195,7 +197,7 @@ def check_group(tree: Tree, key: str, wrong: set[str], origin: Origin) -> list[s
     """Check what a config group was composed to."""
     value = tree.values[key]
     if not isinstance(value, dict):
-        return [f"{origin(key)}: `{key}`: found {found(value)}, wanted one of: {', '.join(options(key))}."]
+        return [f"{origin(key)}: `{key}`: expected one of {', '.join(options(key))}, got {found(value)}."]
     if key not in LIST_GROUPS:
         return check_component(key, tree, wrong, origin)
     problems = []
@@ -218,7 +220,7 @@ def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> li
     """
     node = _at(tree.values, key)
     if not isinstance(node, dict):
-        return [f"{origin(key)}: `{key}`: found {found(node)}, wanted a component with `_target_`."]
+        return [f"{origin(key)}: `{key}`: expected a component with `_target_`, got {found(node)}."]
     target = node.get("_target_")
     if not isinstance(target, str):
         return [f"{origin(key)}: `{key}._target_` names no class."]

@@ -48,7 +48,7 @@ def check_key(key: str, value: Any, origin: str) -> str | None:
         OmegaConf.update(_schema(), key, value, merge=True)
     except OmegaConfBaseException as error:
         reason = str(error).split("\n")[0].rstrip(".")
-        return f"{origin}: `hydra.{key}`: found {found(value)}: {reason}."
+        return f"{origin}: `hydra.{key}`: cannot be {found(value)}: {reason}."
     return None
 
 

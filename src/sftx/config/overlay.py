@@ -135,8 +135,8 @@ def _defaults(file: YamlFile, reading: Reading) -> tuple[list[Any], dict[str, An
     raw = file.body.get("defaults", [])
     if not isinstance(raw, list):
         reading.problems.append(
-            f"{file.place('defaults')}: `defaults`: found {show(raw)!r}, wanted a list such as "
-            f"`- override /mode: qlora`."
+            f"{file.place('defaults')}: `defaults`: expected a list such as "
+            f"`- override /mode: qlora`, got {show(raw)!r}."
         )
         return [], {}, False
     entries: list[Any] = []
@@ -201,7 +201,7 @@ def default_of(group: str) -> Any:
 def _hydra_body(file: YamlFile, group: str, reading: Reading) -> dict[str, Any]:
     hydra = file.body.get("hydra") or {}
     if not isinstance(hydra, dict):
-        reading.problems.append(f"{file.place('hydra')}: `hydra`: found {show(hydra)!r}, wanted a mapping.")
+        reading.problems.append(f"{file.place('hydra')}: `hydra`: expected a mapping, got {show(hydra)!r}.")
         return {}
     reading.problems += hydra_keys.check_body(hydra, lambda key: file.place(f"hydra.{key}"))
     sweeper = hydra.get("sweeper")

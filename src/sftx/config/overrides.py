@@ -145,7 +145,7 @@ def _take_flag(word: str, action: Any, words: list[str], line: CommandLine) -> N
     line.bypass |= action.dest in ("hydra_help", "shell_completion", "version", "experimental_rerun")
     if action.choices and action.nargs != "?" and given not in action.choices:
         line.problems.append(
-            f"command line: `{name}`: found {given or 'nothing'}, wanted one of {', '.join(action.choices)}."
+            f"command line: `{name}`: expected one of {', '.join(action.choices)}, got {given or 'nothing'}."
             f"{did_you_mean(given, action.choices)}"
         )
 

@@ -160,7 +160,7 @@ def _patterns(tree: Tree) -> str | None:
 def _whole_warmup(tree: Tree) -> str | None:
     warmup = tree["warmup_steps"]
     if warmup > 1 and warmup != int(warmup):
-        return f"`warmup_steps`: found {show(warmup)}, wanted a whole number of steps, or a share below 1."
+        return f"`warmup_steps`: expected an integer number of steps, or a share < 1, got {show(warmup)}."
     return None
 
 
@@ -170,7 +170,7 @@ def _checkpoint_to_resume(tree: Tree) -> str | None:
     if resume in ("auto", "never") or Path(resume).is_dir():
         return None
     hint = did_you_mean(resume, ["auto", "never"])
-    return f"`resume`: found {resume!r}, wanted auto, never, or the folder of a run or of a checkpoint.{hint}"
+    return f"`resume`: expected auto, never, or the folder of a run or of a checkpoint, got {resume!r}.{hint}"
 
 
 def _splits(tree: Tree) -> bool:
@@ -183,7 +183,7 @@ def _splittable_optimizer(tree: Tree) -> str | None:
         return None
     return (
         f"`parallel=zero3` splits the optimizer's state value by value: "
-        f"found optim={tree['optim']}, wanted adamw or sgd."
+        f"expected adamw or sgd, got optim={tree['optim']}."
     )
 
 

@@ -66,7 +66,7 @@ def pattern_problem(pattern: Any) -> str | None:
     """Return what is wrong with one entry of `allow_targets`, or None."""
     if isinstance(pattern, str) and PATTERN.fullmatch(pattern):
         return None
-    return f"`allow_targets`: found {show(pattern)}, wanted `package.*` or the whole name of a class."
+    return f"`allow_targets`: expected `package.*` or the full name of a class, got {show(pattern)}."
 
 
 def is_allowed(target: str, allow: Sequence[str]) -> bool:
@@ -79,7 +79,7 @@ def refusal(
 ) -> str | None:
     """Return why a `_target_` may not run, or None; `listed`: whole names beside sftx's; `none`: what it is not."""
     if not isinstance(target, str) or not all(p.isidentifier() for p in target.split(".")) or "." not in target:
-        return "wanted the dotted name of a class, written out."
+        return "expected the dotted name of a class, written out."
     if target in allow or target in listed:
         return None
     if is_allowed(target, allow):
@@ -158,7 +158,7 @@ def unlisted_hydra(tree: dict[str, Any], allow: Sequence[str], origin: Origin) -
         problems += bad_logging(tree.get(name), f"hydra.{name}", origin)
     name = (tree.get("job") or {}).get("name", "train")
     if not JOB_NAME.fullmatch(str(name)):  # Hydra's log file is named after it
-        problems.append(f"{origin('hydra.job.name')}: `hydra.job.name={show(name)}`: wanted a name without `/`.")
+        problems.append(f"{origin('hydra.job.name')}: `hydra.job.name={show(name)}`: expected a name without `/`.")
     return problems
 
 
@@ -224,7 +224,7 @@ def bad_logging(tree: Any, path: str, origin: Origin) -> list[str]:
 
 def _bad_entry(name: str, value: Any) -> str | None:
     if isinstance(value, dict | list):
-        return "wanted a name, written out." if name in ("()", "class") else None
+        return "expected a name, written out." if name in ("()", "class") else None
     if name in ("()", "class"):
         if value in LOGGING or (name, value) == ("class", "logging.FileHandler"):
             return None
@@ -234,7 +234,7 @@ def _bad_entry(name: str, value: Any) -> str | None:
     if name == "filename":
         return None if value in LOG_FILES else "sftx writes train.log itself; a log file elsewhere is not allowed."
     if isinstance(value, str) and ("${" in value or re.search(r"(ext|cfg)://", value)) and value not in STREAMS:
-        return f"wanted a value, written out. Allowed: {', '.join(sorted(STREAMS))}."
+        return f"expected a value, written out. Allowed: {', '.join(sorted(STREAMS))}."
     return None
 
 

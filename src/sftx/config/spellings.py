@@ -126,7 +126,7 @@ def _rewrite_precision(values: Mapping[str, Any], origin: Origin, out: Choices) 
     bad = {k: v for k, v in given.items() if any(not isinstance(b, bool) for b in each(v))}
     for key, value in bad.items():
         wrong = [b for b in each(value) if not isinstance(b, bool)]
-        out.problems.append(f"{origin(key)}: `{key}`: found {found(wrong[0])}, wanted true or false.")
+        out.problems.append(f"{origin(key)}: `{key}`: expected true or false, got {found(wrong[0])}.")
     if not given or bad:
         return
     if len(given) == 2 and any(isinstance(v, Sweep) for v in given.values()):
@@ -187,14 +187,10 @@ def show(value: Any) -> str:
 
 
 def found(value: Any) -> str:
-    """Say what a value is, for `found ..., wanted ...`."""
+    """Write a value for `expected ..., got ...`; a string stands in quotes."""
     if value == "":
-        return "nothing"
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    if isinstance(value, list | dict):
-        return f"a {'list' if isinstance(value, list) else 'mapping'} {show(value)}"
-    return show(value)
+        return "an empty value"
+    return repr(value) if isinstance(value, str) else show(value)
 
 
 def raise_if(problems: list[str]) -> None:

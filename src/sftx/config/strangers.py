@@ -97,7 +97,7 @@ def _plugin_problem(parts: list[str], value: Any, typed: str) -> str | None:
     if below[0] not in (LAUNCHER if node == "launcher" else SWEEPER):
         return typed
     if isinstance(value, str) and re.search(r"[\n\r\0]", value):
-        return f"`{'.'.join(parts)}`: found a line break, wanted one word."
+        return f"`{'.'.join(parts)}`: expected one word, got a line break."
     if below[0] in ("params", "search_space") and len(below) > 1 and bare_name(below[1]).startswith(("hydra", "_")):
         return f"`{'.'.join(parts)}`: Hydra's own settings cannot be swept."
     return None

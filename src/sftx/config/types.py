@@ -14,16 +14,14 @@ from typing import Any
 from sftx.config.bounds import Bounds
 
 WORDS = {
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
     "bool": "true or false",
-    "str": "text",
+    "str": "a string",
     "None": "null",
     "Any": "anything",
 }
-
-
-MANY = {"whole number": "whole numbers", "number": "numbers", "text": "texts", "true or false": "true or false"}
+MANY = {"an integer": "integers", "a number": "numbers", "a string": "strings", "true or false": "booleans"}
 SEQUENCES = ("list", "List", "tuple", "Tuple", "Sequence", "Iterable")
 MAPPINGS = ("dict", "Dict", "Mapping", "Node")
 
@@ -47,12 +45,12 @@ def options_of(annotation: str) -> list[str]:
 
 
 def matches(value: Any, annotation: str) -> bool:
-    """Return True if a plain value is of the written type and within its bounds; a whole number is also a number."""
+    """Return True if a plain value is of the written type and within its bounds; an integer is also a number."""
     return _matches(value, parsed(annotation))
 
 
 def describe(annotation: str) -> str:
-    """Say a written type in words: `a whole number or null`."""
+    """Say a written type in words: `null or an integer >= 1`; numbers last, because bounds follow them."""
     return _describe(parsed(annotation))
 
 
@@ -152,9 +150,9 @@ def _is_collection(node: ast.expr) -> bool:
 
 def _describe(node: ast.expr) -> str:
     words = list(dict.fromkeys(_describe_one(a) for a in _alternatives(node)))
-    if "a number" in words and "a whole number" in words:
-        words.remove("a whole number")
-    return " or ".join(words)
+    if "a number" in words and "an integer" in words:
+        words.remove("an integer")
+    return " or ".join(sorted(words, key=lambda w: 0 if w == "null" else 2 if w in ("a number", "an integer") else 1))
 
 
 def _describe_one(node: ast.expr) -> str:
@@ -164,15 +162,17 @@ def _describe_one(node: ast.expr) -> str:
         case ast.Subscript(value=outer, slice=inner):
             name, parts = _name(outer), _elements(inner)
             if name == "Annotated":
-                each = "each " if _is_collection(parts[0]) else ""
-                return ", ".join([_describe(parts[0]), *(f"{each}{b}" for b in _bounds(parts[1:]))])
+                between = ", each " if _is_collection(parts[0]) else " "
+                return _describe(parts[0]) + "".join(f"{between}{b}" for b in _bounds(parts[1:]))
             if name == "Literal":
                 return ("one of " if len(parts) > 1 else "") + ", ".join(str(ast.literal_eval(e)) for e in parts)
             if name in ("tuple", "Tuple") and not _is_ellipsis(parts[-1]):
-                return f"a list of {len(parts)}: " + ", ".join(map(_describe, parts))
+                each = list(map(_describe, parts))
+                same = MANY.get(each[0]) if len(set(each)) == 1 else None
+                return f"a list of {len(parts)} {same}" if same else f"a list of {len(parts)}: {', '.join(each)}"
             if name in SEQUENCES:
-                one = _describe(parts[0]).removeprefix("a ")
-                return f"a list of {MANY.get(one, one)}"
+                one = _describe(parts[0])
+                return f"a list of {MANY.get(one, one.removeprefix('a '))}"
             if name in MAPPINGS:
                 return "a mapping"
     name = _name(node)

@@ -97,8 +97,8 @@ def _parse(path: Path, text: str) -> YamlFile:
     finally:
         loader.dispose()
     if not isinstance(body, dict):
-        found = "a list" if isinstance(body, list) else f"the text {str(body)!r}"
-        return YamlFile(path, text, problems=(f"{where}:1: found {found}, wanted `key: value` lines.",))
+        found = "a list" if isinstance(body, list) else repr(str(body))
+        return YamlFile(path, text, problems=(f"{where}:1: expected `key: value` lines, got {found}.",))
     problems = list(_twice(node, where)) if node is not None else []
     lines = _lines(node) if node is not None else {}
     body = {str(k): v for k, v in body.items()}

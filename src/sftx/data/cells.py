@@ -91,7 +91,7 @@ def weight_of(value: object, what: str) -> float | None:
     elif value is None:
         return None
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
-        raise RowError(f"{what} is {show(value)}; wanted a number from 0 up")
+        raise RowError(f"{what} is {show(value)}; expected a number >= 0")
     return float(number)
 
 
@@ -112,7 +112,7 @@ def weight_from(marks: Mapping[str, object], where: str = "") -> float | None:
         if name in FLAGS:
             flag = flag_of(value)
             if flag is None:
-                raise RowError(f"{where}`{name}` is {show(value)}; wanted true or false")
+                raise RowError(f"{where}`{name}` is {show(value)}; expected true or false")
             said[name] = float(flag)
         else:
             said[name] = weight_of(value, f"{where}`{name}`") or 0.0

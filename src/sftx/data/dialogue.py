@@ -67,7 +67,7 @@ def _listed(value: object, what: str) -> list[Any]:
 def _named(one: Any, what: str, wanted: str | None) -> dict[str, Any]:
     function = one.get("function", one) if isinstance(one, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError(f"{what} holds {show(one)}; wanted an object with a `name`, or with a `function` that has one")
+        raise RowError(f"{what} holds {show(one)}; expected an object with a `name`, or with a `function` that has one")
     if wanted and function.get(wanted) is None:
         raise RowError(f"{what}: the call of `{function['name']}` has no `{wanted}`; add it ({{}} when there are none)")
     if wanted and isinstance(function[wanted], str):
@@ -143,7 +143,7 @@ def turns_of(value: object, what: str, columns: Mapping[str, str | None]) -> Tur
     """Return the messages of a list of turns, with the names of OpenAI, of ShareGPT or those mapped."""
     found = parsed(value, what)
     if not isinstance(found, list) or not found:
-        raise RowError(f"{what} is {show(found)}; wanted a list of turns, each with a role and its text")
+        raise RowError(f"{what} is {show(found)}; expected a list of turns, each with a role and its text")
     messages: list[Message] = []
     tools: tuple[dict[str, Any], ...] = ()
     for place, turn in enumerate(found, 1):
@@ -191,7 +191,7 @@ def rounds_of(value: object, what: str, columns: Mapping[str, str | None]) -> Tu
     if found is None:
         return [], ()
     if not isinstance(found, list):
-        raise RowError(f"{what} is {show(found)}; wanted a list of [question, answer], or of turns")
+        raise RowError(f"{what} is {show(found)}; expected a list of [question, answer], or of turns")
     first = {str(key).casefold() for key in found[0]} if found and isinstance(found[0], dict) else set()
     roles = columns.get("role") or "role"
     if first & {"role", "from", roles.casefold()}:
@@ -218,7 +218,7 @@ def _round(value: object, where: str, columns: Mapping[str, str | None]) -> list
         weight = keys.weight(learned=True)
         keys.check_all_used()
     else:
-        raise RowError(f"{where} is {show(value)}; wanted [question, answer], or an object with `human`, `assistant`")
+        raise RowError(f"{where} is {show(value)}; expected [question, answer], or an object with `human`, `assistant`")
     question, answer = (filled(text_of(text, name), name) for name, text in named)
     return [Message("user", question), Message("assistant", answer, weight)]
 
@@ -233,7 +233,7 @@ def _message(turn: _Turn, before: list[Message]) -> Message:
     role = ROLE_NAMES.get(name)
     if role is None:
         hint = did_you_mean(name, ROLE_NAMES)
-        raise RowError(f"{where}: the role is {show(called)}; wanted one of {', '.join(ROLE_NAMES)}.{hint}")
+        raise RowError(f"{where}: the role is {show(called)}; expected one of {', '.join(ROLE_NAMES)}.{hint}")
     key, content = turn.field("content")
     weight = turn.weight(learned=role == "assistant")
     if name in CALL_ROLES:
@@ -275,7 +275,7 @@ def joined(content: object, where: str) -> object:
 
 def _part(part: object, where: str) -> str:
     if not isinstance(part, dict):
-        raise RowError(f"{where}: the content holds {show(part)}; wanted parts of type `text`, or one text")
+        raise RowError(f"{where}: the content holds {show(part)}; expected parts of type `text`, or one text")
     texts = [part[key] for key in ("text", "value") if part.get(key) is not None]
     others = [k for k, v in part.items() if k not in ("type", "text", "value", *METADATA) and not is_empty(v)]
     kind = part.get("type", "text")

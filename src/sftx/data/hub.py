@@ -76,7 +76,7 @@ def _load(name: str, said: str, *, streaming: bool) -> Any:
                 "mirror, or download it where there is a network (save_to_disk, or its Parquet files) and name that "
                 "folder or file."
             ) from error
-        wanted = "Wanted org/name, org/name:split or org/name/config:split"
+        wanted = "Expected org/name, org/name:split or org/name/config:split"
         raise DataError(f"{begun}{_first_line(error)}. {wanted}.") from error
 
 

@@ -249,7 +249,7 @@ class Shaper:
             turns = rounds_of(cells["conversation"], "`conversation`", self._columns)
             if not turns[0]:
                 raise RowError(
-                    f"`conversation` is {show(cells['conversation'])}; wanted a list of objects "
+                    f"`conversation` is {show(cells['conversation'])}; expected a list of objects "
                     "with `human` and `assistant`"
                 )
             return turns

@@ -163,7 +163,7 @@ def _fetched(source: Source, key: str) -> list[Source]:
 def _check_folder(base: Path, folder: str, name: str, key: str) -> None:
     if base.is_file():
         raise DataError(
-            f"train_file_path={folder}: is a file, wanted its folder: "
+            f"train_file_path={folder}: is a file, expected its folder: "
             f"train_file_path={base.parent} train_file_name={base.name}."
         )
     if not base.is_dir():

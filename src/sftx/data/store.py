@@ -185,7 +185,7 @@ class TokenRows(Rows):
             raise DataError(f"{path}: cannot be read: {error}") from error
         marked = (table.schema.metadata or {}).get(b"sftx", b"").decode("utf-8", "replace")
         if marked != self.key or not table.schema.equals(pa.schema(COLUMNS)) or table.num_rows != self.totals.rows:
-            raise DataError(f"{path}: holds other rows (key {marked or 'none'}, wanted {self.key}).")
+            raise DataError(f"{path}: holds other rows (expected key {self.key}, got {marked or 'none'}).")
         self._table = table
         self._batches: dict[int, _Batch] = {}
         self._first_rows = np.cumsum([0, *(len(c) for c in table["ids"].chunks)])

@@ -40,7 +40,7 @@ def worker_count(asked: int | None, records: int) -> int:
         ConfigError: fewer than none were asked for.
     """
     if asked is not None and asked < 0:
-        raise ConfigError(f"`data.num_workers`: found {asked}, wanted 0 or more, or null.")
+        raise ConfigError(f"`data.num_workers`: expected null or an integer >= 0, got {asked}.")
     if records < ALONE:
         return 0
     if asked is None:

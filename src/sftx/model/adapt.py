@@ -321,4 +321,4 @@ def check_fit(found: Mapping[str, torch.Tensor], adapter: Adapter, what: str) ->
         first = min(unfit)
         there = f"shape {list(found[first].shape)}" if first in found else "nothing"
         wanted = f"shape {list(shapes[first])}" if first in shapes else "nothing"
-        raise ModelError(f"{what}: {len(unfit)} tensors differ, first {first}: found {there}, wanted {wanted}.")
+        raise ModelError(f"{what}: {len(unfit)} tensors differ, first {first}: expected {wanted}, got {there}.")

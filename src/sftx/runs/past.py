@@ -98,7 +98,7 @@ def _check_folder(path: Path) -> None:
     if not path.exists():
         raise _missing(path)
     if not path.is_dir():
-        raise RunFolderError(f"{path}: is a file, wanted a run folder.{_around(path)}")
+        raise RunFolderError(f"{path}: is a file, expected a run folder.{_around(path)}")
     if is_run(path):
         return
     if (path / TRIAL).is_file():
@@ -160,7 +160,7 @@ def _json(path: Path, problems: dict[str, str]) -> dict[str, Any] | None:
         problems[path.name] = f"{path}: cannot be read: {why}."
         return None
     if not isinstance(found, dict):
-        problems[path.name] = f"{path}: cannot be read: wanted an object."
+        problems[path.name] = f"{path}: cannot be read: expected an object."
         return None
     return found
 

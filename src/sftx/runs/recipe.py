@@ -134,7 +134,7 @@ def _typed(words: Sequence[str], run: PastRun) -> tuple[dict[str, Any], list[str
     for word in words:
         found = read_override(word, multirun=False)
         if found is None or isinstance(found.value, Deleted | Sweep) or found.prefix:
-            problems.append(f"command line: {word!r}: wanted key=value.")
+            problems.append(f"command line: {word!r}: expected key=value.")
         elif found.name == "output_dir":
             problems.append(f"command line: `{word}`: where to train is given by --output_dir {show(found.value)}")
         elif found.name not in allowed:
