@@ -18,6 +18,7 @@ from sftx.data.corpus import Corpus
 from sftx.data.jsontext import CHUNK
 from sftx.data.problems import SKIP
 from sftx.data.read import FileReader, How, read_file
+from sftx.data.record_store import message_dict
 from sftx.data.sources import Source
 from sftx.errors import DataError
 
@@ -243,6 +244,55 @@ def test_tables(tmp_path: Path, kind: str, name: str, size: int) -> None:
     assert (reading.encoding, reading.delimiter, reading.shape) == (None, None, "human_assistant")
     assert reading.format == ("parquet" if kind == "parquet" else "arrow")
     assert back(write(tmp_path, table(rows, kind), "a.bin"), format=reading.format) == rows
+
+
+def tool_rows() -> list[dict[str, Any]]:
+    """Calls of tools with other arguments each; `limit` of the first is really null, and its tool requires it."""
+
+    def definition(name: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": properties, "required": required}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    def row(name: str, arguments: dict[str, Any], tools: Any) -> dict[str, Any]:
+        call = {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "r", "name": name}, {"role": "assistant", "content": "z"},
+        ]  # fmt: skip
+        return {"messages": messages, "tools": tools}
+
+    number, text = {"type": "integer", "minimum": 0}, {"type": "string", "enum": ["x", "y"]}
+    return [
+        row("f", {"a": 1, "limit": None}, [definition("f", {"a": number, "limit": number}, ["a", "limit"])]),
+        row("g", {"b": "x", "in": {"c": 1.5}}, [definition("g", {"b": text, "in": {"type": "object"}}, [])]),
+        row("h", {"in": {"d": [{"e": True}]}}, [definition("h", {}, [])]),
+        row("f", {"a": 2, "limit": 3}, [definition("f", {"a": number}, ["a"])]),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_names_of_other_rows_are_no_part_of_a_call_or_schema(tmp_path: Path, kind: str, as_text: bool) -> None:
+    rows = tool_rows()
+    if as_text:
+        rows = [row | {"tools": json.dumps(row["tools"])} for row in rows]
+    plain = read_file(write(tmp_path, "\n".join(map(json.dumps, rows)), "a.jsonl")).records
+    stored = read_file(write(tmp_path, table(rows, kind), "a.parquet" if kind == "parquet" else "a.arrow")).records
+    assert [json.dumps(message_dict(m)) for r in stored for m in r.messages] == [
+        json.dumps(message_dict(m)) for r in plain for m in r.messages
+    ]
+    assert [json.dumps(r.tools) for r in stored] == [json.dumps(r.tools) for r in plain]
+
+
+def test_a_null_that_may_be_filled_in_is_read_as_absent(tmp_path: Path) -> None:
+    rows = tool_rows()
+    rows[0]["tools"][0]["function"]["parameters"]["required"] = ["a"]
+    (record, *_) = read_file(write(tmp_path, table(rows), "a.parquet")).records
+    assert record.messages[1].tool_calls[0]["function"]["arguments"] == {"a": 1}
+    text = [{"messages": [dict(m) for m in row["messages"]]} for row in tool_rows()]
+    text[0]["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": '{"a": 1, "limit": null}'}}]
+    (record, *_) = read_file(write(tmp_path, table(text[:1]), "b.parquet")).records
+    assert record.messages[1].tool_calls[0]["function"]["arguments"] == '{"a": 1, "limit": null}'
 
 
 @pytest.mark.parametrize("kind", ["parquet", "file", "stream"])

@@ -27,7 +27,7 @@ from sftx.files import cache_root, locked, write_chunks, write_folder, write_tex
 
 __all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources", "split"]
 
-READER_VERSION = 8
+READER_VERSION = 9
 """Part of the cache key: raise it when the same file would be read differently."""
 FACTS, SKIPPED = "facts.json", "skipped.jsonl"
 

@@ -17,6 +17,7 @@ from sftx.data.record import Record, origin_text
 from sftx.data.shapes import Shaper, UsedColumns, said_of_columns
 from sftx.data.sources import Source
 from sftx.data.streaming import Reader
+from sftx.data.tables import without_filled
 
 SAMPLE = 1000
 """The first records, which are looked at before training."""
@@ -141,7 +142,7 @@ class HubReader:
 
     def __iter__(self) -> Iterator[Record]:
         name = self._source.path.as_posix()
-        for number, row in enumerate(hub_rows(name, f"train_file_name={name}"), 1):
+        for number, row in enumerate(map(without_filled, hub_rows(name, f"train_file_name={name}")), 1):
             if number == 1:
                 self._shaper.header(list(row), 1)
                 self.shape = self._shaper.shape

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,55 @@ def _arrow(path: Path) -> tuple[list[str], Iterator[Any]]:
 
 
 def _rows(batch: Any, names: list[str]) -> Iterator[dict[str, object]]:
+    import pyarrow as pa
+
+    nested = any(pa.types.is_nested(column.type) for column in batch.columns)
     for start in range(0, batch.num_rows, BATCH):
         columns = [column.to_pylist() for column in batch.slice(start, BATCH).columns]
         for values in zip(*columns, strict=True):
-            yield dict(zip(names, values, strict=True))
+            row = dict(zip(names, values, strict=True))
+            yield without_filled(row) if nested else row
+
+
+def without_filled(row: dict[str, Any]) -> dict[str, object]:
+    """Return a row without the nulls inside its objects.
+
+    In a column all objects have the same names, so Parquet and Arrow fill in as null each that only other rows have.
+    A null argument of a call is kept where the tool's definition in the same row requires that argument.
+    """
+    required: dict[str, list[str]] | None = None
+
+    def kept(value: Any, names: Sequence[str] = ()) -> Any:
+        nonlocal required
+        if isinstance(value, list):
+            return [kept(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        found = {name: kept(one) for name, one in value.items() if one is not None or name in names}
+        arguments = value.get("arguments")
+        if isinstance(arguments, dict) and None in arguments.values():
+            required = _required_arguments(list(row.values())) if required is None else required
+            found["arguments"] = kept(arguments, required.get(value.get("name", ""), ()))
+        return found
+
+    return {name: kept(value) for name, value in row.items()}
+
+
+def _required_arguments(value: Any) -> dict[str, list[str]]:
+    """Return the arguments that the definitions of tools inside a value require, by the tool's name."""
+    if isinstance(value, str) and '"required"' in value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    if isinstance(value, list):
+        return {name: names for one in value for name, names in _required_arguments(one).items()}
+    if not isinstance(value, dict):
+        return {}
+    parameters = value.get("parameters")
+    if isinstance(parameters, dict):
+        return {str(value.get("name")): parameters.get("required") or []}
+    return _required_arguments(list(value.values()))
 
 
 def unwritable(value: object) -> str | None:
