@@ -117,6 +117,17 @@ def test_a_stopped_run_is_not_made_shorter_than_it_is() -> None:
     assert contents(stopped) == before
 
 
+def test_a_part_of_an_epoch_is_resumed_to_the_last_bit() -> None:
+    """1.5 epochs of 5 steps are 8 steps; stopped in the third, it ends amid the second epoch."""
+    typed = ("max_steps=null", "num_train_epochs=1.5", "scheduler=cosine", "lora_dropout=0.1")
+    (whole,) = run([composed(*typed, "output_dir=whole")])
+    stopped = stop(composed(*typed))
+    assert [r.output_dir for r in run([composed(*typed)])] == [stopped]
+    assert manifest(stopped)["result"]["steps"] == whole.steps == 8
+    assert curve(stopped) == curve(whole.output_dir)
+    assert_same_weights(stopped, whole.output_dir)
+
+
 def started(launcher: tuple[str, ...], words: list[str], here: Path) -> subprocess.Popen[str]:
     """Start a run whose end is far, with paths that a shell must not take apart, and return when it has made steps."""
     process = subprocess.Popen(

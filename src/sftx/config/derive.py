@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,12 @@ def derive_steps(config: TrainConfig, units: int | None, world_size: int) -> Ste
         return Steps(None, config.max_steps, f"max_steps={config.max_steps} (streamed: a pass has no known length)")
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     per_epoch = -(-units // (sequences_per_device(config) * world_size))
-    total = per_epoch * config.num_train_epochs
+    total = math.ceil(per_epoch * Fraction(str(config.num_train_epochs)))  # the number as it is written: 0.07 x 100 = 7
     ranks = f" x {world_size} ranks" if world_size > 1 else ""
-    epochs = f" x {config.num_train_epochs} epochs" if config.num_train_epochs > 1 else ""
+    epochs = f" x {config.num_train_epochs:g} epochs = {total} steps" if config.num_train_epochs != 1 else ""
     word = "packs" if config.batching == "packed" else "rows"
     a_step = f"{accumulation} a step" if batch == "auto" else f"{batch} a batch x {accumulation} accumulated"
     formula = f"{units} {word} / ({a_step}{ranks}) = {per_epoch} steps{epochs}"
-    if config.num_train_epochs > 1:
-        formula += f" = {total} steps"
     if config.max_steps is not None:
         total = config.max_steps
         formula = f"max_steps={total} ({per_epoch} steps are one epoch)"

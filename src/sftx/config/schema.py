@@ -60,9 +60,10 @@ class TrainConfig:
         "training mode: lora, qlora or full; the same choice as mode=",
         "训练模式：lora、qlora 或 full，与 mode= 等价",
     )
-    num_train_epochs: Annotated[int, Bounds(at_least=1)] = knob(
-        "whole passes over the training data; more risks over-fitting, fewer under-fitting",
-        "训练轮数；过多容易过拟合，过少则欠拟合",
+    num_train_epochs: Annotated[float, Bounds(above=0)] = knob(
+        "passes over the training data, also a part of one (0.5; rounded up to whole steps); more risks over-fitting, "
+        "fewer under-fitting",
+        "训练轮数，可为小数（如 0.5，步数向上取整）；过多容易过拟合，过少则欠拟合",
     )
     per_device_train_batch_size: Annotated[int | Literal["auto"], Bounds(at_least=1)] = knob(
         "sequences per device and micro-batch; auto: gradient_accumulation_steps sequences a step, in as few "

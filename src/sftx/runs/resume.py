@@ -165,8 +165,8 @@ def refuse_shorter(trial: Trial, step: int, where: str) -> None:
         key = "num_train_epochs" if config.max_steps is None else "max_steps"
         value = config.num_train_epochs if config.max_steps is None else config.max_steps
         raise RunFolderError(
-            f"{key}={value} ends at step {total}, and {where} is at step {step} already. Nothing was changed. Choose "
-            f"at least {step} steps, or another output_dir."
+            f"{key}={value:.15g} ends at step {total}, and {where} is at step {step} already. Nothing was changed. "
+            f"Choose at least {step} steps, or another output_dir."
         )
 
 
