@@ -406,6 +406,7 @@ def test_an_empty_category_is_none_of_its_own(tmp_path: Path) -> None:
     [
         ("human,assistant", "data.columns={category:null}"),
         ("问题,回答", "'data.columns={human:问题,assistant:回答,category:null}'"),
+        ('"q, 1",2', '\'data.columns={human:"q, 1",assistant:"2",category:null}\''),
         ("category,human,asistant", "'data.columns={assistant:asistant}'"),
         ("prompt,reply", "'data.columns={completion:reply}'"),
         ("id,query,answers,tools", "'data.columns={response:answers}'"),
@@ -416,7 +417,7 @@ def test_an_empty_category_is_none_of_its_own(tmp_path: Path) -> None:
 )
 def test_a_missing_column_leads_to_the_mapping(tmp_path: Path, header: str, mapping: str) -> None:
     path = tmp_path / "a.csv"
-    path.write_text(f"{header}\n" + ",".join("x" * len(header.split(","))) + "\n", encoding="utf-8")
+    path.write_text(f"{header}\n" + ",".join("x" * len(next(csv.reader([header])))) + "\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
         read_file(path)
     assert mapping in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ WEIGHTS = ("weight", "loss_weight", "loss_scale")
 """Numbers by which other trainers, too, multiply a turn's loss."""
 FLAGS = ("loss", "train")
 """Booleans by which others say whether a turn is learned."""
+
+PLAIN_NAME = re.compile(r"(?!(?:null|true|false|\d+)$)[\w-]+(?: [\w-]+)*", re.IGNORECASE)
+"""A name that need not be quoted in a setting."""
 
 
 class RowError(Exception):
@@ -34,6 +38,15 @@ def quoted(names: Iterable[str], most: int = 12) -> str:
     listed = list(names)
     more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
     return (", ".join(f"`{name if len(name) <= 40 else name[:40] + '...'}`" for name in listed[:most]) or "none") + more
+
+
+def mapping(columns: Mapping[str, str | None]) -> str:
+    """Return the setting that maps columns, as it is typed in a shell."""
+
+    def word(name: str | None) -> str:
+        return "null" if name is None else name if PLAIN_NAME.fullmatch(name) else json.dumps(name, ensure_ascii=False)
+
+    return f"'data.columns={{{','.join(f'{word(field)}:{word(column)}' for field, column in columns.items())}}}'"
 
 
 def is_empty(value: object) -> bool:

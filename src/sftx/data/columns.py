@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sftx.data.cells import FLAGS, WEIGHTS, quoted
+from sftx.data.cells import FLAGS, WEIGHTS, mapping, quoted
 from sftx.data.dialogue import TOOLS
 from sftx.errors import DataError, did_you_mean, nearest
 
@@ -161,12 +161,11 @@ def missing(kind: str, absent: Mapping[str, str], names: Names, shape: Shape) ->
     rest = [name for name in spare if name not in near.values()]
     unknown = [field for field in absent if field not in near and field != "category"]
     guessed = dict(zip(unknown, rest, strict=True)) if len(rest) == len(unknown) else {}
-    mapped = {f: near.get(f) or guessed.get(f, "COLUMN") for f in absent if f != "category"}
+    mapped: dict[str, str | None] = {f: near.get(f) or guessed.get(f, "COLUMN") for f in absent if f != "category"}
     if "category" in absent:
-        mapped["category"] = near.get("category", "null")
+        mapped["category"] = near.get("category")
     hint = f", the nearest is `{next(iter(near.values()))}`: rename it, or" if near else "; add it, or"
-    columns = ",".join(f"{field}:{column}" for field, column in mapped.items())
-    return f"{what}{hint} say which column is meant, such as 'data.columns={{{columns}}}'"
+    return f"{what}{hint} say which column is meant, such as {mapping(mapped)}"
 
 
 def _near(column: str, spare: Sequence[str]) -> str | None:
@@ -179,11 +178,12 @@ def _near(column: str, spare: Sequence[str]) -> str | None:
 def preference(names: Names) -> str:
     """Say how to train on the better answers of a file that holds better and worse ones."""
     turns = names.find("conversations") or names.find("messages")
+    columns: dict[str, str | None] = {"messages": "chosen"}
     if any(names.find(asked) for asked in (*PAIRS, "instruction")):
-        columns = "completion:chosen"
-    else:
-        columns = f"prompt:{turns},completion:chosen" if turns else "messages:chosen"
+        columns = {"completion": "chosen"}
+    elif turns:
+        columns = {"prompt": turns, "completion": "chosen"}
     return (
         "this is preference data (`chosen`, `rejected`), and sftx trains on one answer; to train on `chosen` set "
-        f"'data.columns={{{columns}}}'"
+        f"{mapping(columns)}"
     )

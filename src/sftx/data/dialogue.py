@@ -15,6 +15,7 @@ from sftx.data.cells import (
     filled,
     is_empty,
     is_sound,
+    mapping,
     parsed,
     quoted,
     show,
@@ -131,7 +132,7 @@ class _Turn:
             raise RowError(
                 f"{self.where} has {quoted(left)}, which {'is' if len(left) == 1 else 'are'} not used here, such as "
                 f"{show(self._turn[left[0]])}; to ignore what is not used set "
-                f"'data.columns={{{','.join(f'{key}:null' for key in left[:12])}}}'"
+                f"{mapping(dict.fromkeys(left[:12]))}"
             )
 
 

@@ -6,7 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sftx.data.cells import FLAGS, WEIGHTS, RowError, filled, flag_of, is_empty, quoted, show, text_of, weight_from
+from sftx.data.cells import (
+    FLAGS,
+    WEIGHTS,
+    RowError,
+    filled,
+    flag_of,
+    is_empty,
+    mapping,
+    quoted,
+    show,
+    text_of,
+    weight_from,
+)
 from sftx.data.columns import (
     FIELDS,
     MARKS,
@@ -131,7 +143,7 @@ class Shaper:
             if not is_empty(row[column]):
                 raise RowError(
                     f"`{column}` is filled, and sftx trains on text; leave such rows out with data.on_bad_rows=skip, "
-                    f"or ignore the column with data.columns={{{column}:null}}"
+                    f"or ignore the column with {mapping({column: None})}"
                 )
         cells = {field: row[column] for field, column in plan.places.items()}
         assert self._shape is not None
