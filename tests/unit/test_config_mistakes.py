@@ -45,6 +45,10 @@ MISTAKES = {
         {"keep_best": True, "save_strategy": "no"},
         ["`keep_best=true` needs checkpoints: set save_strategy=steps or epoch"],
     ),
+    "impossible: rollback": (
+        {"on_nonfinite": "rollback", "save_strategy": "no"},
+        ["`on_nonfinite=rollback` needs checkpoints: set save_strategy=steps or epoch"],
+    ),
     "impossible: plateau": (
         {"eval_ratio": 0, "lr_scheduler_type": "reduce_lr_on_plateau"},
         ["`scheduler=reduce_lr_on_plateau` needs an evaluation"],

@@ -90,6 +90,13 @@ def _best_of_checkpoints(tree: Tree) -> str | None:
     return "`keep_best=true` needs checkpoints: set save_strategy=steps or epoch." if nothing_kept else None
 
 
+@rule("on_nonfinite", "on_loss_spike", "save_strategy")
+def _rollback_to_checkpoints(tree: Tree) -> str | None:
+    key = next((k for k in ("on_nonfinite", "on_loss_spike") if tree[k] == "rollback"), None)
+    nothing_kept = key is not None and tree["save_strategy"] == "no"
+    return f"`{key}=rollback` needs checkpoints: set save_strategy=steps or epoch." if nothing_kept else None
+
+
 @rule("callback", "eval_ratio", "eval_file_name")
 def _stopping_by_evaluation(tree: Tree) -> str | None:
     stops = "early_stopping" in tree["callback"] and not evaluates(tree)
