@@ -572,11 +572,17 @@ def test_jsonl_is_utf8_unless_an_encoding_is_given(tmp_path: Path) -> None:
 
 
 def test_format(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"suffix `.xlsx` is not known; use one of .csv, .tsv, .jsonl"):
-        read_file(tmp_path / "a.xlsx")
+    with pytest.raises(DataError, match=r"suffix `.xyz` is not known; use one of .csv, .tsv, .jsonl"):
+        read_file(tmp_path / "a.xyz")
+    with pytest.raises(DataError, match=r"a.txt: plain text has no questions and answers; .* data.format=csv or"):
+        read_file(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a.XLS: an old Excel workbook; save it as .xlsx or as CSV"):
+        read_file(tmp_path / "a.XLS")
     with pytest.raises(DataError, match=r"suffix `` is not known"):
         read_file(tmp_path / "a")
-    with pytest.raises(DataError, match="format `tsv` is not known; use auto, csv, jsonl, json, parquet or arrow"):
+    with pytest.raises(
+        DataError, match="format `tsv` is not known; use auto, csv, jsonl, json, parquet, arrow or xlsx"
+    ):
         read_file(tmp_path / "a.csv", format="tsv")
     assert triples(read_file(write(tmp_path, HEADER + "a,b,c", "a.txt"), format="csv")) == [("a", "b", "c")]
     rows = objects({"category": "a", "human": "b", "assistant": "c"})

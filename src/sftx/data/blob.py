@@ -19,7 +19,7 @@ CHUNK = 1 << 20
 MAGICS = (
     (
         b"PK\x03\x04",
-        "this is an Excel workbook or a zip file; name a workbook *.xlsx, or save it as CSV in UTF-8",
+        "this is an Excel workbook or a zip file; name it *.xlsx or set data.format=xlsx, or save it as CSV",
     ),
     (b"\xd0\xcf\x11\xe0", "this is an old Excel or Word file (.xls, .doc); save it as CSV in UTF-8"),
     (b"%PDF", "this is a PDF; only tables of text can be read"),

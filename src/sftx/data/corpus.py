@@ -117,7 +117,7 @@ class Corpus:
     """How a corpus is read; group `data`."""
 
     # The types stand here in full: they are read from this text to check `conf/`.
-    format: Literal["auto", "csv", "jsonl", "json", "parquet", "arrow"] = "auto"
+    format: Literal["auto", "csv", "jsonl", "json", "parquet", "arrow", "xlsx"] = "auto"
     encoding: str = "auto"
     delimiter: str = "auto"
     shape: Literal["auto", "human_assistant", "alpaca", "sharegpt", "messages", "firefly", "prompt_completion"] = "auto"

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 from sftx.data.blob import Blob
 from sftx.data.problems import Problems
@@ -159,25 +160,23 @@ class _Table:
 
 
 def filled_down(
-    rows: Iterator[tuple[int, list[str]]], columns: Sequence[str], problems: Problems
-) -> Iterator[tuple[int, list[str]]]:
+    header: int, names: Sequence[str], rows: Iterator[tuple[int, list[Any]]], columns: Sequence[str], problems: Problems
+) -> Iterator[tuple[int, list[Any]]]:
     """Fill empty cells of some columns with the cell above, as merged cells of a spreadsheet need; it is noted.
 
     Raises:
         DataError: the header has no such column.
     """
-    line, names = next(rows)
-    yield line, names
     lowered = [name.casefold() for name in names]
     places = {column: lowered.index(column.casefold()) for column in columns if column.casefold() in lowered}
     for column in columns:
         if column not in places:
-            problems.stop(line, f"data.fill_down: no column `{column}`; found {', '.join(f'`{n}`' for n in names)}")
+            problems.stop(header, f"data.fill_down: no column `{column}`; found {', '.join(f'`{n}`' for n in names)}")
     filled = dict.fromkeys(places, 0)
-    above: dict[str, str] = {}
+    above: dict[str, Any] = {}
     for line, row in rows:
         for column, place in places.items():
-            if row[place].strip():
+            if str(row[place]).strip():
                 above[column] = row[place]
             elif column in above:
                 row[place] = above[column]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sftx.data.blob import COMPRESSIONS, Blob, sha256_file
 from sftx.data.csvtext import csv_rows, filled_down, find_delimiter, other_delimiter
@@ -19,14 +19,24 @@ from sftx.data.record import Record
 from sftx.data.shapes import ShapeName, Shaper, UsedColumns, check_columns, known_names
 from sftx.data.tables import open_table
 from sftx.data.text import Survey, survey, text_lines
+from sftx.data.workbook import open_workbook
 from sftx.errors import DataError
 
 __all__ = ["FORMATS", "MAX_LISTED", "FileReader", "Format", "How", "Reading", "is_known", "read_file", "sha256_file"]
 
-Format = Literal["auto", "csv", "jsonl", "json", "parquet", "arrow"]
+Format = Literal["auto", "csv", "jsonl", "json", "parquet", "arrow", "xlsx"]
 FORMATS = {
     ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
+    ".xlsx": "xlsx", ".xlsm": "xlsx",
 }  # fmt: skip
+OTHERS = {
+    ".txt": "plain text has no questions and answers; for CSV or JSONL set data.format=csv or data.format=jsonl",
+    ".xls": "an old Excel workbook; save it as .xlsx or as CSV in UTF-8",
+    ".ods": "an OpenDocument table; save it as .xlsx or as CSV in UTF-8",
+    ".ndjson": "JSONL by another name; set data.format=jsonl",
+    ".pkl": "a Python pickle can run code when it is opened; save it as JSONL or Parquet",
+}
+"""What to do with files that people have and that are not read."""
 NUL = "a NUL character; the file is damaged or binary, export it again"
 
 
@@ -100,7 +110,7 @@ class FileReader:
         self.used = UsedColumns()
         """What became of its columns, as far as its rows are read."""
         check_columns(self._how.shape, self._how.columns)
-        if self._how.fill_down and self.format != "csv":
+        if self._how.fill_down and self.format not in ("csv", "xlsx"):
             raise DataError(f"{self.path}: data.fill_down is for CSV and workbooks, this is {self.format}")
 
     @property
@@ -110,7 +120,8 @@ class FileReader:
 
     def __iter__(self) -> Iterator[Record]:
         count = 0
-        for record in self._table() if self.format in ("parquet", "arrow") else self._text():
+        readers = {"parquet": self._table, "arrow": self._table, "xlsx": self._workbook}
+        for record in readers.get(self.format, self._text)():
             count += 1
             if not self._problems.count:  # else only the problems are still wanted
                 yield record
@@ -153,25 +164,32 @@ class FileReader:
         mark = find_delimiter(self._blob, text.encoding, self._how.delimiter, known_names(self._how.columns))
         self.delimiter = mark
         rows = csv_rows(self._blob, text, mark, self._problems)
-        if self._how.fill_down:
-            rows = filled_down(rows, self._how.fill_down, self._problems)
+        line, names = next(rows)
+        other = other_delimiter(names, known_names(self._how.columns))
+        if other:
+            one = f"the header is one cell, `{names[0]}`, with the delimiter {mark!r}"
+            self._problems.stop(line, f"{one}; set data.delimiter={other!r}")
+        if text.nul:  # a problem of the file, noted above: it is not noted again for the row
+            rows = ((line, [cell.replace("\0", "?") for cell in row]) for line, row in rows)
+        yield from self._cells(line, names, rows, f"; the delimiter is {mark!r}")
+
+    def _cells(self, line: int, names: list[str], rows: Iterator[tuple[int, list[Any]]], hint: str) -> Iterator[Record]:
+        """Yield the records of rows of cells under a header."""
         shaper = self._shaper("column")
-        names: list[str] = []
-        for line, row in rows:
-            if not names:
-                names = row
-                other = other_delimiter(names, known_names(self._how.columns))
-                if other:
-                    one = f"the header is one cell, `{names[0]}`, with the delimiter {mark!r}"
-                    self._problems.stop(line, f"{one}; set data.delimiter={other!r}")
-                shaper.header(names, line, f"; the delimiter is {mark!r}")
-                self.shape = shaper.shape
-                continue
-            # A NUL is a problem of the file, said above: it is not said again for the row.
-            cells = [cell.replace("\0", "?") for cell in row] if text.nul else row
-            record = shaper.record(line, dict(zip(names, cells, strict=True)))
+        shaper.header(names, line, hint)
+        self.shape = shaper.shape
+        if self._how.fill_down:
+            rows = filled_down(line, names, rows, self._how.fill_down, self._problems)
+        for number, cells in rows:
+            record = shaper.record(number, dict(zip(names, cells, strict=True)))
             if record is not None:
                 yield record
+
+    def _workbook(self) -> Iterator[Record]:
+        with open_workbook(self._blob, self._problems) as rows:
+            header = next(rows, None)
+            if header is not None:
+                yield from self._cells(*header, rows, "")
 
     def _table(self) -> Iterator[Record]:
         with open_table(self._blob, self.format) as (names, rows):
@@ -195,10 +213,12 @@ def _format(path: Path, wanted: str) -> tuple[str, str | None]:
     suffix, compression = suffixes(path)
     kind = FORMATS.get(suffix) if wanted == "auto" else wanted
     if kind is None:
-        known = ", ".join(FORMATS)
-        raise DataError(f"{path}: the suffix `{suffix}` is not known; use one of {known} (each also .gz or .zst)")
+        known = f"use one of {', '.join(FORMATS)} (each also .gz or .zst)"
+        if suffix in OTHERS:
+            raise DataError(f"{path}: {OTHERS[suffix]}")
+        raise DataError(f"{path}: the suffix `{suffix}` is not known; {known}")
     if kind not in FORMATS.values():
-        raise DataError(f"{path}: format `{wanted}` is not known; use auto, csv, jsonl, json, parquet or arrow")
+        raise DataError(f"{path}: format `{wanted}` is not known; use auto, csv, jsonl, json, parquet, arrow or xlsx")
     return kind, compression
 
 

@@ -26,7 +26,7 @@ def open_table(blob: Blob, kind: str) -> Iterator[tuple[list[str], Iterator[dict
     import pyarrow as pa  # heavy: only who needs it pays for it
 
     word = {"parquet": "Parquet", "arrow": "Arrow"}[kind]
-    with _on_disk(blob) as path:
+    with on_disk(blob) as path:
         try:
             names, batches = _parquet(path) if kind == "parquet" else _arrow(path)
             yield names, (row for batch in batches for row in _rows(batch, names))
@@ -38,7 +38,7 @@ def open_table(blob: Blob, kind: str) -> Iterator[tuple[list[str], Iterator[dict
 
 
 @contextmanager
-def _on_disk(blob: Blob) -> Iterator[Path]:
+def on_disk(blob: Blob) -> Iterator[Path]:
     """Unpack what is compressed: these formats are read from several places."""
     if blob.compression is None:
         blob.head(1)  # a file that cannot be opened is told the same way for all formats
