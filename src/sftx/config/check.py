@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx import train_command
+from sftx.config.interface import DOCS, left_from_option, name_own_components, not_a_component
 from sftx.config.options import option_keys, options
 from sftx.config.other_trainers import counterpart
 from sftx.config.rules import broken_rules
@@ -125,6 +126,7 @@ def freeze(cfg: DictConfig) -> TrainConfig:
         raise ConfigError(problems)
     tree = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tree, dict)
+    name_own_components(tree)
     return config_from(tree)
 
 
@@ -230,13 +232,18 @@ def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> li
         signature = read_signature(target)
     except TargetNotFound as error:
         return [f"{origin(f'{key}._target_')}: `{key}._target_={target}`: {error}"]
+    reason = not_a_component(key, target)
+    if reason:
+        return [f"{origin(f'{key}._target_')}: `{key}._target_={target}`: {reason}"]
     if signature is None:
         return []
-    problems = []
+    left = left_from_option(key, target, tree.values)
+    unused = [n for n in left if n in node and n not in signature.arguments and not signature.open]
+    problems = _left_over(key, target, unused, left, origin)
     for name, value in node.items():
         path = f"{key}.{name}"
         argument = signature.arguments.get(name)
-        if name in HYDRA_KEYS or path in tree.unresolved or wrong.intersection(tree.targets(path)):
+        if name in HYDRA_KEYS or name in unused or path in tree.unresolved or wrong.intersection(tree.targets(path)):
             continue
         if argument is None and not signature.open:
             problems.append(
@@ -252,6 +259,18 @@ def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> li
         if argument.required and name not in node and "_partial_" not in node:
             problems.append(f"{origin(key)}: `{key}.{name}` has no value.")
     return problems
+
+
+def _left_over(key: str, target: str, names: list[str], options: dict[str, str], origin: Origin) -> list[str]:
+    """Report the keys of an option whose class was replaced by one that does not take them."""
+    if not names:
+        return []
+    keys, out = ", ".join(f"`{key}.{n}`" for n in names), " ".join(f"~{key}.{n}" for n in names)
+    option = f"{key.partition('.')[0]}={options[names[0]]}"
+    return [
+        f"{origin(f'{key}._target_')}: {keys} of {option}: {target} does not take this. "
+        f"Type {out}, or write an option file for it ({DOCS})."
+    ]
 
 
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})

@@ -19,6 +19,7 @@ from sftx.config.grammar import Deleted, Sweep, brings_keys, read_override
 from sftx.config.guard import bad_callbacks, guard
 from sftx.config.hydra_keys import check_key
 from sftx.config.idle import Uses
+from sftx.config.interface import name_own_components
 from sftx.config.options import ALL_GROUPS, family_of_type, options, unknown_option, user_folders
 from sftx.config.overlay import Reading, known_values
 from sftx.config.overrides import CommandLine, bare, override_text, read_command_line
@@ -115,6 +116,7 @@ class _Preparation:
                 self.problems += bad_callbacks(self.hydra, self.privileges, self.origin)
         raise_if(self.problems + self.reading.problems)
         assert base is not None
+        name_own_components(base)
         repeats = self.uses.repeats() if self.multirun and not self._searches() else []
         notes = list(dict.fromkeys(line.notes + self.reading.notes + self.uses.notes() + repeats))
         values, flags = dict(line.values), line.flags

@@ -80,6 +80,37 @@ def definition(target: str, hops: int = 20) -> str | None:
 
 
 @cache
+def methods_of(target: str) -> frozenset[str] | None:
+    """Return the methods and class attributes of a class, inherited ones too; None when no source says it."""
+    module, _, name = (definition(target) or "").rpartition(".")
+    path = module_file(module) if module else None
+    node = None if path is None else _Module(module, path).statement(name)
+    if isinstance(node, ast.FunctionDef):
+        return frozenset()
+    if not isinstance(node, ast.ClassDef):
+        return None
+    found = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+    found |= {
+        t.id for item in node.body if isinstance(item, ast.Assign) for t in item.targets if isinstance(t, ast.Name)
+    }
+    for base in map(_base_name, node.bases):
+        if base.rpartition(".")[2] in PLAIN_BASES:
+            continue
+        inherited = methods_of(f"{module}.{base}")
+        if inherited is None:
+            return None
+        found |= inherited
+    return None if "__getattr__" in found else frozenset(found)
+
+
+PLAIN_BASES = ("object", "ABC", "Generic", "Protocol")
+
+
+def _base_name(base: ast.expr) -> str:
+    return ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+
+
+@cache
 def public_names(module: str) -> tuple[str, ...]:
     """Return the names of the classes and functions that a module defines."""
     path = module_file(module)
@@ -139,11 +170,11 @@ class _Module:
 
     def defines(self, name: str) -> bool:
         """Tell whether the module binds a name."""
-        return self._definition(name) is not None
+        return self.statement(name) is not None
 
     def signature(self, names: list[str]) -> Signature | None:
         """Return the signature of `Class`, `function` or `Class.method`."""
-        node = self._definition(names[0])
+        node = self.statement(names[0])
         if node is None:
             hint = did_you_mean(names[0], public_names(self.name))
             raise TargetNotFound(f"no class or function `{names[0]}` in {self.name}.{hint}")
@@ -162,7 +193,7 @@ class _Module:
 
     def place(self, names: list[str], hops: int) -> str | None:
         """Return where `Class`, `function` or `Class.method` is defined, or None."""
-        node = self._definition(names[0])
+        node = self.statement(names[0])
         match node, names[1:]:
             case ((ast.FunctionDef() | ast.ClassDef()), []):
                 return f"{self.name}.{names[0]}"
@@ -179,9 +210,9 @@ class _Module:
 
     def is_class(self, name: str) -> bool:
         """Tell whether the module itself defines a class of this name."""
-        return isinstance(self._definition(name), ast.ClassDef)
+        return isinstance(self.statement(name), ast.ClassDef)
 
-    def _definition(self, name: str) -> ast.stmt | None:
+    def statement(self, name: str) -> ast.stmt | None:
         """Return the last statement that binds a name, also inside `if` and `try` blocks."""
         found: ast.stmt | None = None
         waiting: list[ast.stmt] = list(_tree(self.path).body)
@@ -242,8 +273,8 @@ class _Module:
         return Signature(arguments, is_open)
 
     def _of_base(self, base: ast.expr) -> Signature | None:
-        name = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
-        if name.rpartition(".")[2] in ("object", "ABC", "Generic", "Protocol"):
+        name = _base_name(base)
+        if name.rpartition(".")[2] in PLAIN_BASES:
             return Signature({}, False)
         try:
             return self.signature(name.split("."))
