@@ -335,7 +335,7 @@ def by_trl(family: Family, tokenizer: Any, record: Record, references: Path) -> 
     marked, tools, found = Renderer(tokenizer, trl(references, name), DATE), list(record.tools) or None, []
     for messages in prefixes(record):
         options: dict[str, Any] = {"tools": tools, "chat_template": marked.source}
-        options |= {"enable_thinking": thinks(messages[-1])} if marked.switches_thinking else {}
+        options |= {"enable_thinking": thinks(messages[-1])} if marked.thinking_switch else {}
         given = plain(family, messages)
         options["sanitize_control_tokens"] = sanitized
         out = tokenizer.apply_chat_template(given, return_assistant_tokens_mask=not sanitized, **options)

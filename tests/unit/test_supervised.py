@@ -154,6 +154,24 @@ def test_a_name_that_occurs_elsewhere_is_no_fault() -> None:
     assert learned(template_of("qwen2_5"), record)
 
 
+def test_thinking_that_the_prompt_closed_is_not_closed_again() -> None:
+    source = TURNS.replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
+    answer = "{% if m.role == 'assistant' %}<think></think>{% if messages | length > 2 %}</think>{% endif %}{% endif %}"
+    template = template_with(answer + "{{ m.content }}", source=source)
+    assert learned(template, talk("a", "b")) == ["b<|im_end|>"]
+    assert "its block of thinking ('</think>') occurs 2 times" in refused(
+        template, talk(system("s"), Message("user", "a"), said("b"))
+    )
+
+
+def test_a_name_may_be_written_twice_around_a_call() -> None:
+    written = (
+        "{{ m.content }}{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{{ c.function | tojson }}{% endfor %}"
+    )
+    record = talk("a", said("", tool_calls=(CALL,)), TOOL_TURN, "ok", tools=(WEATHER,))
+    assert learned(template_with(written + "{{ tools and '' }}"), record)
+
+
 def test_a_turn_that_ends_where_generation_does_not_stop_is_refused() -> None:
     """gpt-oss ends a call with a token of its own; only the model's EOS ids say that it is one."""
     answer = (

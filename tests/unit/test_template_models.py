@@ -251,6 +251,58 @@ def test_tags_of_thinking_are_tokens_where_the_model_has_them(name: str, inline:
     assert not set(tags) & set(row.ids_T[~row.supervised_T].tolist())  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("block", "written"),
+    [
+        ("<think>\n\n</think>\n\n", ""),
+        ("<think></think>", "<think>\n\n</think>\n\n"),
+        ("<|channel>thought\n<channel|>", ""),
+        ("<|START_THINKING|><|END_THINKING|>", ""),
+        ("<think></think>", "</think>"),
+    ],
+)
+def test_an_empty_thought_may_stand_in_the_prompt_only(block: str, written: str) -> None:
+    """Gemma 4 31B, DeepSeek-V3.2, Command R7B: the template leaves it out of a finished conversation."""
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}WRITTEN{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nBLOCK{% endif %}"
+    )
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", eos="<|im_end|>")
+    template = ChatTemplate(tokenizer, source.replace("BLOCK", block).replace("WRITTEN", written), [])
+    begin, prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>assistant\n" + block
+    assert spans(template, talk("hi", "yo", "bye", "ok")) == [
+        [begin + block, "yo<|im_end|>"],
+        [f"{begin}{written}yo<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n{prompt}", "ok<|im_end|>"],
+    ]
+    assert (
+        template.encode_batch([talk("hi", "yo")], ROOM)[0][0].ids_T.tolist()
+        == template.encode(  # type: ignore[union-attr]
+            talk("hi", "yo"), ROOM
+        )[0].ids_T.tolist()
+    )
+    with pytest.raises(ModelError, match="another text before the answer"):
+        template.encode(talk("hi", said("yo", reasoning="why")), ROOM)
+
+
+def test_the_option_for_thinking_may_have_another_name() -> None:
+    """DeepSeek-V3.1's and Granite's is `thinking`."""
+    source = (
+        OPENED.replace("enable_thinking", "thinking")
+        .replace("EMPTY", "")
+        .replace("ANSWER", "<think>{{ m.reasoning_content and '\n' + m.reasoning_content }}</think>{{ m.content }}")
+    )
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", "<think>", "</think>", eos="<|im_end|>")
+    template = ChatTemplate(tokenizer, source, [])
+    assert template.thinking_switch == "thinking"
+    begin = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert spans(template, talk("hi", "yo")) == [[begin + "<think></think>", "yo<|im_end|>"]]
+    assert spans(template, talk("hi", said("yo", reasoning="a"))) == [[begin + "<think>\n", "a</think>yo<|im_end|>"]]
+    rows = template.encode(talk("hi", "yo"), ROOM)
+    assert template.thinking_of(rows) is False  # type: ignore[arg-type]
+    mentions = ChatTemplate(tokenizer, "{# thinking is fun #}" + DATED, [])
+    assert mentions.thinking_switch is None
+
+
 # Llama 3.1, GLM-4.5, Phi-3.5: sftx's own templates
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,6 +10,8 @@ from sftx.data.record import Message, Record
 
 TooLong = Literal["truncate_right", "truncate_prompt", "drop", "split", "error"]
 Learn = Literal["all", "last"]
+Weights = Sequence[float]
+PAIR = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,16 @@ class EncodePolicy:
         if self.system is not None and messages[0].role != "system":
             messages.insert(0, Message("system", self.system))
         return replace(record, messages=tuple(messages))
+
+    def weights(self, record: Record) -> Weights:
+        """Return what a token of each message weighs: 0 is not supervised."""
+        if len(record.messages) == 2 and record.weight == 1.0:
+            asked, answered = record.messages
+            if asked.role == "user" and answered.role == "assistant" and answered.weight is None:
+                return PAIR
+        last = max((i for i, m in enumerate(record.messages) if m.role == "assistant"), default=-1)
+        out = []
+        for i, m in enumerate(record.messages):
+            usual = 1.0 if m.weight is None and (self.learn == "all" or i == last) else m.weight or 0.0
+            out.append(usual * record.weight if m.role == "assistant" else 0.0)
+        return out

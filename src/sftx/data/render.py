@@ -25,6 +25,8 @@ Marks = list[tuple[int, int]]
 """Where a template's `{% generation %}` blocks lie in what it rendered, in characters."""
 INLINE = "<think>\n{}\n</think>\n\n"
 """How reasoning stands before an answer when the template has no place for it."""
+SWITCHES = {"enable_thinking": "enable_thinking", "thinking": r"\bthinking is |(?:if|not) thinking\b"}
+"""Options by which templates let a model think, with how they read them; the second is DeepSeek's and Granite's."""
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 """How a template asks for today's date."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -63,7 +65,8 @@ class Renderer:
         self.date = date if "strftime_now" in said else None
         """The day that the template writes as today; None when it writes none."""
         self.source = source if self.date is None else _dated(source, self.date)
-        self.switches_thinking = "enable_thinking" in said
+        self.thinking_switch = next((name for name, reads in SWITCHES.items() if re.search(reads, said)), None)
+        """The template's option for thinking; None when it has none."""
         self.has_marks = "endgeneration" in said
         self._takes_reasoning = REASONING.search(said) is not None
         self._has_place_for = {"tools": "tools" in said, "tool_calls": "tool_calls" in said}
@@ -94,7 +97,7 @@ class Renderer:
             raise _cannot(error) from error
 
     def _switch(self, thinking: bool | None) -> dict[str, bool]:
-        return {} if thinking is None or not self.switches_thinking else {"enable_thinking": thinking}
+        return {} if thinking is None or not self.thinking_switch else {self.thinking_switch: thinking}
 
     def marked(
         self, messages: list[dict[str, Any]], *, tools: Sequence[Mapping[str, Any]], thinking: bool | None

@@ -17,6 +17,10 @@ from sftx.data.render import Marks, Reader
 from sftx.errors import ModelError
 
 OPEN_THINK = re.compile(r"<think>\n*$")
+NO_THOUGHT = r"(?:<think>\s*</think>\s*|<\|channel>thought\s*<channel\|>|<\|START_THINKING\|><\|END_THINKING\|>)"
+"""An empty block of thinking, as a prompt writes it where the model shall not think."""
+WRITTEN_NO_THOUGHT = rf"(?:<think>\s*)?</think>\n*|{NO_THOUGHT}"
+"""... and what templates write of it in a finished conversation."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class TurnReader:
         message = messages[index]
         thinking = None
         if self.switches_thinking:
-            thinking = "reasoning_content" in message or "</think>" in message["content"]
+            thinking = _thinks(message)
         prompt, completion, marks = self.rendered(messages, index, thinking)
         kept = self._kept(messages, index, prompt, completion, thinking)
         if marks is not None:
@@ -105,11 +109,16 @@ class TurnReader:
             prompt, _ = self.reader.render(messages[:index], generation_prompt=True, thinking=asked)
             if self.reader.starts(whole, prompt):
                 return prompt, whole[len(prompt) :], marks
+            empty = re.search(f"{NO_THOUGHT}$", prompt)
+            if empty and not _thinks(messages[index]) and self.reader.starts(whole, prompt[: empty.start()]):
+                answer = re.sub(f"^(?:{WRITTEN_NO_THOUGHT})", "", whole[empty.start() :])
+                shift = len(prompt) + len(answer) - len(whole)
+                return prompt, answer, marks and [(start + shift, end + shift) for start, end in marks]
         opened = OPEN_THINK.search(prompt)
         if opened and self.reader.starts(whole, prompt[: opened.start()]):
             return prompt, self._closed(messages[index], whole[opened.start() :]), None
-        if (answer := self._after_other_history(messages, index, whole, prompt)) is not None:
-            return prompt, answer, None
+        if (follows := self._after_other_history(messages, index, whole, prompt)) is not None:
+            return prompt, follows, None
         raise ModelError(
             "the chat template renders another text before the answer in training than at inference, so what is "
             f"learned would never be asked for. Prompt ends with {prompt[-40:]!r}; choose another template_name."
@@ -191,6 +200,10 @@ class TurnReader:
             else:
                 rows.append([turn])
         return rows
+
+
+def _thinks(message: dict[str, Any]) -> bool:
+    return "reasoning_content" in message or "</think>" in message["content"]
 
 
 def _within(marks: Marks, start: int, end: int, length: int) -> Marks | None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from sftx.data.fit import Answer, Draft, fit
 from sftx.data.letters import Letters
-from sftx.data.policy import EncodePolicy
+from sftx.data.policy import EncodePolicy, Weights
 from sftx.data.record import Message, Record
 from sftx.data.render import Conversation, Renderer
 from sftx.data.rows import Row
@@ -41,8 +41,6 @@ LOOKED_AT = 1000
 TRIALS = 2
 """The first fillings of a skeleton are compared with what the template renders."""
 Pieces = list[list[Piece]]
-Weights = Sequence[float]
-PAIR = (0.0, 1.0)
 Read = Callable[[Record, Weights], "Pieces | str"]
 
 
@@ -115,11 +113,16 @@ class ChatTemplate:
             raise ModelError("the tokenizer has no end-of-sequence token: the model could never stop.")
 
     def _reader(self, reader: Conversation | Probe) -> TurnReader:
-        return TurnReader(reader, self.stop_tokens, self._letters, switches_thinking=self._renderer.switches_thinking)
+        return TurnReader(reader, self.stop_tokens, self._letters, switches_thinking=bool(self.thinking_switch))
 
     def share_memory(self, processes: int) -> None:
         """Keep a part of the words that one process would: others keep as many."""
         self._letters.words.most //= processes
+
+    @property
+    def thinking_switch(self) -> str | None:
+        """The template's option for thinking, mostly `enable_thinking`; None when it has none."""
+        return self._renderer.thinking_switch
 
     @property
     def date(self) -> str | None:
@@ -166,7 +169,7 @@ class ChatTemplate:
 
         Read from the tokens before the answers, of rows all over the corpus: the store keeps no reasoning.
         """
-        if not self._renderer.switches_thinking:
+        if not self.thinking_switch:
             return None
         off, on = (self.prompt_ids(PROBE[:1], thinking=thinking) for thinking in (False, True))
         if off == on:
@@ -203,7 +206,7 @@ class ChatTemplate:
         for one in tried:
             with self._refusing(one, policy):
                 one.record = self._renderer.canonical(one.record)
-                one.weights = _weights(one.record, policy)
+                one.weights = policy.weights(one.record)
                 one.rows = read(one.record, one.weights)
         ids = self._tokenised(row for one in tried if not isinstance(one.rows, str) for row in one.rows)
         for one in tried:
@@ -385,17 +388,3 @@ class ChatTemplate:
         lies = dict(zip(places, ends, strict=True))
         spans = [(lies[a], lies[b]) for a, b in marks]
         return np.array([any(a < end and start < b for a, b in spans) for start, end in offsets], dtype=bool)
-
-
-def _weights(record: Record, policy: EncodePolicy) -> Weights:
-    """Return what a token of each message weighs: 0 is not learned."""
-    if len(record.messages) == 2 and record.weight == 1.0:
-        asked, told = record.messages
-        if asked.role == "user" and told.role == "assistant" and told.weight is None:
-            return PAIR
-    last = max((i for i, m in enumerate(record.messages) if m.role == "assistant"), default=-1)
-    out = []
-    for i, m in enumerate(record.messages):
-        usual = 1.0 if m.weight is None and (policy.learn == "all" or i == last) else m.weight or 0.0
-        out.append(usual * record.weight if m.role == "assistant" else 0.0)
-    return out

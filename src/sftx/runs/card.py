@@ -10,8 +10,8 @@ from sftx.config.schema import TrainConfig
 from sftx.model.builtin import NAME as BUILTIN
 
 
-def model_card(config: TrainConfig, manifest: dict[str, Any], final: Path, *, thinking: bool | None) -> str:
-    """Return the card of a finished run as Markdown; `thinking` is the template's switch that training set."""
+def model_card(config: TrainConfig, manifest: dict[str, Any], final: Path, *, switch: str) -> str:
+    """Return the card of a finished run as Markdown; `switch` is what the template was told about thinking."""
     result = manifest["result"]
     kind = "model" if config.train_mode == "full" else "LoRA adapter"
     rows = [
@@ -44,7 +44,7 @@ def model_card(config: TrainConfig, manifest: dict[str, Any], final: Path, *, th
         "## Use",
         "",
         "```python",
-        *_usage(config, final.absolute(), thinking),
+        *_usage(config, final.absolute(), switch),
         "```",
         "",
         "`config.yaml` holds every setting, `manifest.json` versions, code, data hashes, hardware and each fallback.",
@@ -58,7 +58,7 @@ def _corpus(facts: dict[str, Any]) -> str:
     return f"{facts['path']} ({facts['rows']} rows, sha256 {facts['sha256'][:12]})"
 
 
-def _usage(config: TrainConfig, final: Path, thinking: bool | None) -> list[str]:
+def _usage(config: TrainConfig, final: Path, switch: str) -> list[str]:
     """Return code that loads `final/` from any directory; the embedded base is built again if its cache is gone."""
     folder = json.dumps(str(final), ensure_ascii=False)
     if config.train_mode == "full":
@@ -72,7 +72,6 @@ def _usage(config: TrainConfig, final: Path, thinking: bool | None) -> list[str]
                 "",
                 "ensure_builtin()  # the base of this adapter",
             ]
-    switch = "" if thinking is None else f", enable_thinking={thinking}"
     return [
         *imports,
         "",
@@ -80,7 +79,7 @@ def _usage(config: TrainConfig, final: Path, thinking: bool | None) -> list[str]
         f"tokenizer = AutoTokenizer.from_pretrained({folder})",
         'messages = [{"role": "user", "content": "Who are you?"}]',
         "inputs = tokenizer.apply_chat_template(",
-        f'    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{switch}',
+        f'    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{switch and ", " + switch}',
         ")",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
     ]

@@ -59,7 +59,8 @@ def finish_trial(trial: Trial, session: Session) -> Result:
                 "loss_spikes": trial.faults.spikes,
             }
             thinking = session.template.thinking_of(session.rows)
-            card = model_card(config, trial.folder.manifest | {"result": facts}, final, thinking=thinking)
+            switch = "" if thinking is None else f"{session.template.thinking_switch}={thinking}"
+            card = model_card(config, trial.folder.manifest | {"result": facts}, final, switch=switch)
             write_text(trial.folder.path / "README.md", card)
             trial.folder.update(status="completed", result=facts)  # last: a completed run is not opened again
             log.info("%s", _closing(trial, result, chosen))
