@@ -176,7 +176,8 @@ GEMMA = (
 
 def test_a_call_may_end_with_what_opens_its_result() -> None:
     tokenizer = tokenizer_of(*GEMMA, eos="<eos>")
-    template = ChatTemplate(tokenizer, TURNS, ["<turn|>", "<eos>", "<|tool_response>"])
+    template = ChatTemplate(tokenizer, TURNS, ["<eos>", "<turn|>", "<|tool_response>"])
+    assert template.stop_tokens[0] == "<turn|>", "what ends a plain answer is the first, whatever the order of EOS ids"
     assert spans(template, called(reasoning="why")) == [
         [
             "<bos><|turn>user\nhi<turn|>\n<|turn>model\n",

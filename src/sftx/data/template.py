@@ -107,8 +107,9 @@ class ChatTemplate:
             )
         rest = completion.rpartition(PROBE[-1]["content"])[2]
         ends = self._letters.pattern.findall(rest)
-        if ends and not set(ends) & set(self.stop_tokens):
-            self.stop_tokens.insert(0, ends[0])
+        if ends:  # first of them: no other token of a model's EOS ids ends a plain answer
+            end = next((token for token in ends if token in self.stop_tokens), ends[0])
+            self.stop_tokens = list(dict.fromkeys([end, *self.stop_tokens]))
         if not self.stop_tokens:
             raise ModelError("the tokenizer has no end-of-sequence token: the model could never stop.")
 
