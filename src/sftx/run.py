@@ -41,6 +41,7 @@ from sftx.runs.metrics import SilentRecorder
 from sftx.runs.result import Result
 from sftx.runs.resume import identity_of, open_folders, resume_command
 from sftx.runs.third_party_log import ThirdPartyLog
+from sftx.terminal import counted
 from sftx.training.allocator import keep_freed_memory
 from sftx.training.determinism import deterministic_kernels
 from sftx.training.flops import work_of
@@ -325,6 +326,6 @@ def _remark_on_warmup(config: TrainConfig, steps: Steps, effective: Effective) -
         effective.settings["warmup_steps"] = warmup
         if warmup > steps.total:
             effective.remark(
-                f"warmup_steps={config.warmup_steps:g} is more than the run's {steps.total} steps: the rate only "
-                f"reaches {steps.total / warmup:.0%} of learning_rate. Usual is 5-10 %: warmup_steps=0.05."
+                f"warmup_steps={config.warmup_steps:g} is more than the run's {counted(steps.total, 'step')}: the lr "
+                f"only reaches {steps.total / warmup:.0%} of learning_rate. Usual is 5-10 %: warmup_steps=0.05."
             )

@@ -11,6 +11,11 @@ ZERO_WIDTH_JOINER = "\u200d"
 """Kept: emoji are joined by it."""
 
 
+def counted(number: int | float, noun: str) -> str:
+    """Return a number and its noun, in the plural unless there is one: `1 step`, `0 steps`."""
+    return f"{number:g} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def visible(text: str, keep: str = "") -> str:
     """Return text with control characters written as `<U+001B>`; file contents and names may hold any."""
     if text.isprintable():

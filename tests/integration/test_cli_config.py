@@ -97,7 +97,7 @@ def test_cfg_prints_the_same_for_either_spelling(tmp_path):
 
 def test_cfg_of_a_sweep_shows_its_first_point():
     assert "lora_rank: 8\n" in train("-m", "--cfg", "job", "lora_rank=8,16")[1]
-    code, printed, err, _ = train("--cfg", "job", "--resolve", "sweep=rate_and_rank", "train_file_name=训练 (1).csv")
+    code, printed, err, _ = train("--cfg", "job", "--resolve", "sweep=lr_and_rank", "train_file_name=训练 (1).csv")
     assert (code, err) == (0, "")
     assert "learning_rate: 0.0001\n" in printed
     assert "  rank: 8\n" in printed

@@ -68,7 +68,7 @@ def test_commands_name_sftx_train(installed, tmp_path):
     """There is no train.py beside an installed package."""
     assert "\n  sftx train mode=qlora lora_rank=32\n" in installed("train", "--help")
     assert "All keys: sftx train --help" in installed("train", "lora_rnk=3", ok=False)
-    shown = installed("train", "--cfg", "job", "sweep=rate_and_rank")
+    shown = installed("train", "--cfg", "job", "sweep=lr_and_rank")
     assert "train_file_name: aspcoder_train.csv" in shown
     assert list((tmp_path / "empty").iterdir()) == []
 

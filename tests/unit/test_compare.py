@@ -220,7 +220,7 @@ def test_a_run_that_goes_on_or_was_killed(leave: Leave, capsys: pytest.CaptureFi
         file.write('{"step": 2, "train/lo')
     code, out = told(capsys, leave("a"), b)
     assert code == 1
-    assert "(running, 1 steps, started 2026-01-01 10:00:00)" in out
+    assert "(running, 1 step, started 2026-01-01 10:00:00)" in out
     assert "status: completed -> running" in out
 
 

@@ -85,10 +85,10 @@ def test_values_that_name_other_keys():
 def test_a_sweep_file_runs_as_a_multirun_without_m(tmp_path):
     argv = sweep_file(tmp_path, ["lora_rank: 8,16"])
     assert prepare(argv).multirun
-    assert prepare(["sweep=rate_and_rank"]).multirun
+    assert prepare(["sweep=lr_and_rank"]).multirun
     assert not prepare([]).multirun
-    assert not prepare(["--cfg", "job", "sweep=rate_and_rank"]).multirun
-    with_comma = prepare(["sweep=rate_and_rank", "seed=1,2"])
+    assert not prepare(["--cfg", "job", "sweep=lr_and_rank"]).multirun
+    with_comma = prepare(["sweep=lr_and_rank", "seed=1,2"])
     assert with_comma.multirun
     assert "seed=1,2" in with_comma.overrides
 

@@ -272,7 +272,7 @@ def test_damage_inside_is_found_on_demand(template: ChatTemplate) -> None:
 
 
 def test_nothing_is_kept_when_no_record_can_be_used(template: ChatTemplate) -> None:
-    with pytest.raises(DataError, match=r"no row can be learned from. The first of 3: corpus.csv:2: its prompt"):
+    with pytest.raises(DataError, match=r"no row can be trained on. The first of 3: corpus.csv:2: \d+ prompt tokens"):
         open_rows(corpus(3), FILES, template, EncodePolicy(2))
     assert cache.entries() == []
     assert [p.name for p in (cache.cache_root() / "tokens").iterdir() if p.is_dir()] == []
@@ -418,7 +418,11 @@ def descendants() -> set[int]:
 @pytest.mark.parametrize(
     ("trouble", "kind", "said"),
     [
-        ("killed", SftxError, "ended by signal 9 before its work was done.*data.num_workers=2, or 0"),
+        (
+            "killed",
+            SftxError,
+            "tokenizer worker was killed by signal 9; its results were discarded.*data.num_workers=2, or 0",
+        ),
         ("refused", DataError, "corpus.csv:52: refused"),
         pytest.param("fault", ZeroDivisionError, "a fault", marks=pytest.mark.slow),
     ],

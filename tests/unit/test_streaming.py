@@ -206,7 +206,7 @@ def test_a_process_of_its_own_makes_the_same_steps() -> None:
 
 
 def test_a_corpus_without_a_row_to_learn_is_refused() -> None:
-    with pytest.raises(DataError, match=r"no record of the whole corpus can be learned from. The first: 0.jsonl:0"):
+    with pytest.raises(DataError, match=r"no record of the whole corpus can be trained on. The first: 0.jsonl:0"):
         steps_of(feed_of(corpus(1)), 1)
     with pytest.raises(DataError, match=r"no record of the whole corpus"):
         steps_of(feed_of(corpus(0)), 1)

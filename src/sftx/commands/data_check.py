@@ -29,7 +29,9 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
     parser.add_argument("words", nargs="+", metavar="FILE|key=value", help="files, folders or patterns; settings")
     parser.add_argument("--eval", action="append", default=[], metavar="FILE", help="held-out files, to look for leaks")
     parser.add_argument("--show", type=int, default=2, metavar="N", help="rows to show as they are trained on (2)")
-    parser.add_argument("--near", type=float, metavar="LIKENESS", help="look for near-duplicates from this likeness on")
+    parser.add_argument(
+        "--near", type=float, metavar="THRESHOLD", help="report near-duplicates with similarity >= THRESHOLD"
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the distribution of lengths (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print all findings as JSON")
     parser.set_defaults(run=_check)

@@ -156,7 +156,7 @@ def show(checked: Checked, *, rows: int, terminal: TextIO) -> None:
 def _totals(checked: Checked) -> str:
     a, config, epoch = checked.audit, checked.config, checked.epoch
     lines = [
-        f"{a.records:,} records -> {a.rows:,} rows, {a.tokens:,} tokens, {a.supervised_tokens:,} of them learned "
+        f"{a.records:,} records -> {a.rows:,} rows, {a.tokens:,} tokens, {a.supervised_tokens:,} of them supervised "
         f"({config.model_name_or_path}; template: {checked.template.origin})"
     ]
     if epoch:
@@ -164,7 +164,7 @@ def _totals(checked: Checked) -> str:
         where = f" ({', '.join(epoch.held_out_files)})" if epoch.held_out_files else ""
         lines.append(
             f"an epoch of a run: {epoch.rows:,} rows, {epoch.tokens:,} tokens, "
-            f"{epoch.supervised_tokens:,} of them learned; {held}{where}"
+            f"{epoch.supervised_tokens:,} of them supervised; {held}{where}"
         )
     return "\n".join(lines)
 
@@ -173,7 +173,7 @@ def _findings(checked: Checked) -> list[tuple[str, list[str]]]:
     a = checked.audit
     return [
         ("left out", checked.left_out),
-        ("nothing to learn", a.unlearnable),
+        ("no supervised tokens", a.unlearnable),
         (f"longer than max_seq_length={checked.config.max_seq_length}", a.truncated),
         ("duplicates", a.duplicates),
         *([("near-duplicates", a.near_duplicates)] if checked.near is not None else []),
@@ -199,14 +199,14 @@ def _lengths(found: Audit) -> Text:
     most = max(count for *_, count in n.histogram)
     names = [f"{low:,}-{high:,}" for low, high, _ in n.histogram]
     width = max(map(len, names))
-    text = Text.assemble("\n", ("tokens a row", "bold"), "\n")
+    text = Text.assemble("\n", ("tokens per row", "bold"), "\n")
     for name, (low, _, count) in zip(names, n.histogram, strict=True):
         style = "yellow" if low > n.max_seq_length else "cyan"
         bar = _bar(count / most)
         text.append(f"{name:>{width}} ").append(bar + " " if bar else "", style=style).append(f"{count:,}\n")
     if found.unlearnable:
-        text.append(f"rows with nothing to learn are not counted: {len(found.unlearnable):,}\n", style="yellow")
-    text.append(f"median {n.median:,}, 90 % up to {n.p90:,}, 99 % up to {n.p99:,}, longest {n.longest:,}\n")
+        text.append(f"rows without supervised tokens are not counted: {len(found.unlearnable):,}\n", style="yellow")
+    text.append(f"median {n.median:,}, p90 {n.p90:,}, p99 {n.p99:,}, max {n.longest:,}\n")
     of = f"the other {found.rows:,} rows" if found.unlearnable else "the rows"
     text.append(f"max_seq_length={n.max_seq_length} covers {n.covered:.1%} of {of}; ")
     return text.append(f"proposed: {n.proposed}, which covers {n.proposed_covers:.1%}\n")
@@ -220,8 +220,8 @@ def _bar(share: float) -> str:
 
 def _categories(found: Audit) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("category", "records", "tokens", "learned", "languages, by script"):
-        table.add_column(name, justify="left" if name[0] in "cl" and name != "learned" else "right", overflow="fold")
+    for name in ("category", "records", "tokens", "supervised", "languages, by script"):
+        table.add_column(name, justify="left" if name[0] in "cl" and name != "supervised" else "right", overflow="fold")
     for name, c in found.categories.items():
         languages = ", ".join(f"{k} {v:,}" for k, v in c.languages.items())
         table.add_row(Text(visible(name)), f"{c.rows:,}", f"{c.tokens:,}", f"{c.supervised_tokens:,}", languages)
@@ -256,7 +256,7 @@ def draw(checked: Checked, path: Path) -> None:
         if at <= 1.1 * reach:
             axes.axvline(at, color=color, linewidth=1.5, label=f"{name}={at} covers {covered:.1%}")
     more = f"; {beyond:,} longer than {reach:,}, up to {n.longest:,}" if beyond else ""
-    axes.set(xlabel="tokens a row", ylabel="rows", title=f"{checked.audit.rows:,} rows, median {n.median:,}{more}")
+    axes.set(xlabel="tokens per row", ylabel="rows", title=f"{checked.audit.rows:,} rows, median {n.median:,}{more}")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     buffer = io.BytesIO()

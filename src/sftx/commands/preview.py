@@ -37,7 +37,7 @@ def heading(row: Row) -> Text:
     """Name a row and count its tokens."""
     cut = f" of {row.full_length:,}, the rest is cut off" if row.truncated else ""
     return Text(
-        f"{visible(row.origin)}  {len(row.ids_T):,} tokens{cut}; {row.supervised_tokens:,} learned", style="bold"
+        f"{visible(row.origin)}  {len(row.ids_T):,} tokens{cut}; {row.supervised_tokens:,} supervised", style="bold"
     )
 
 

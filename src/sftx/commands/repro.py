@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sftx import INSTALLED, PROJECT_ROOT
 from sftx.errors import EXIT_FAULT
-from sftx.terminal import visible
+from sftx.terminal import counted, visible
 
 if TYPE_CHECKING:
     from sftx.runs.past import PastRun
@@ -116,9 +116,9 @@ def _verdict_lines(run: PastRun, folder: Path, verdict: Verdict, expected: str |
 
     if verdict.same:
         part = "" if run.status == "completed" else f" as far as {run.path} came"
-        yield f"Same bits{part}: {len(verdict.metrics)} metrics at {verdict.shared_steps} steps" + (
-            ", and the weights in final/." if verdict.compared_weights else "."
-        )
+        weights = ", and the weights in final/" if verdict.compared_weights else ""
+        metrics = counted(len(verdict.metrics), "metric")
+        yield f"Same bits{part}: {metrics} at {counted(verdict.shared_steps, 'step')}{weights}."
     elif verdict.first is not None:
         yield f"Not the same bits: {visible(verdict.first.metric)} differs first, at {change_words(verdict.first)}"
     elif not verdict.weights and not verdict.shared_steps:

@@ -12,7 +12,7 @@ from typing import Any
 from sftx.runs.compare import Difference, Section
 from sftx.runs.compare_metrics import Change, Metric, eval_loss
 from sftx.runs.past import PastRun
-from sftx.terminal import visible
+from sftx.terminal import counted, visible
 
 WIDTH = 100
 """Of what is not printed on a terminal."""
@@ -23,7 +23,7 @@ LONG = 240
 def headings(name: str, run: PastRun) -> Iterator[str]:
     """Name a run, how it ended, how far it came, and which of its files cannot be read."""
     started = str(run.fact("environment", "started") or "")[:19].replace("T", " ")
-    steps = f"{run.last_step} steps"
+    steps = counted(run.last_step, "step")
     told = [run.status, steps, *([f"started {started}"] if started else [])]
     yield visible(f"{name}  {run.path}  ({', '.join(told)})")
     for problem in run.problems.values():
@@ -81,7 +81,7 @@ def written(value: Any) -> str:
 
 def _metric_lines(metrics: Sequence[Metric], a: PastRun, b: PastRun) -> Iterator[str]:
     apart = [m for m in metrics if m.differs]
-    steps = f"{len(a.records.keys() & b.records.keys())} steps that both recorded"
+    steps = f"{counted(len(a.records.keys() & b.records.keys()), 'step')} that both recorded"
     if not metrics:
         yield "metrics: none recorded"
         return

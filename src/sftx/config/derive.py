@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config.schema import TrainConfig
+from sftx.terminal import counted
 
 PATHS = {"output_dir", "train_file_path", "train_file_name", "eval_file_name", "model_name_or_path", "adapter"}
 PRESENTATION = {
@@ -46,13 +47,15 @@ def derive_steps(config: TrainConfig, units: int | None, world_size: int) -> Ste
     per_epoch = -(-units // (sequences_per_device(config) * world_size))
     total = math.ceil(per_epoch * Fraction(str(config.num_train_epochs)))  # the number as it is written: 0.07 x 100 = 7
     ranks = f" x {world_size} ranks" if world_size > 1 else ""
-    epochs = f" x {config.num_train_epochs:g} epochs = {total} steps" if config.num_train_epochs != 1 else ""
+    epochs = f" x {config.num_train_epochs:g} epochs = {counted(total, 'step')}" if config.num_train_epochs != 1 else ""
     word = "packs" if config.batching == "packed" else "rows"
-    a_step = f"{accumulation} a step" if batch == "auto" else f"{batch} a batch x {accumulation} accumulated"
-    formula = f"{units} {word} / ({a_step}{ranks}) = {per_epoch} steps{epochs}"
+    a_step = counted(accumulation, "sequence") + " per step"
+    if batch != "auto":
+        a_step = f"batch size {batch} x {counted(accumulation, 'accumulation step')}"
+    formula = f"{units} {word} / ({a_step}{ranks}) = {counted(per_epoch, 'step')}{epochs}"
     if config.max_steps is not None:
         total = config.max_steps
-        formula = f"max_steps={total} ({per_epoch} steps are one epoch)"
+        formula = f"max_steps={total} ({counted(per_epoch, 'step')} per epoch)"
     return Steps(per_epoch, total, formula)
 
 

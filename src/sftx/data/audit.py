@@ -85,7 +85,7 @@ def audit(
     held_out: Sequence[Record] = (),
     near: float | None = None,
 ) -> Audit:
-    """Look a corpus through; `near` is the likeness from which rows are near-duplicates, None does not look.
+    """Look a corpus through; `near` is the similarity from which rows are near-duplicates, None does not look.
 
     `training` are those of its records that a run would train on, `held_out` what it would be evaluated on.
     """

@@ -147,7 +147,7 @@ def _build(
                 writer.add(block)
             totals = writer.finish()
         if totals.skipped and not totals.rows:
-            raise DataError(f"no row can be learned from. The first of {totals.skipped}: {writer.first_skipped}")
+            raise DataError(f"no row can be trained on. The first of {totals.skipped}: {writer.first_skipped}")
         write_json(into / FACTS, {"key": key, "names": asdict(names), "totals": asdict(totals)})
 
     write_folder(folder, fill, replace=True)

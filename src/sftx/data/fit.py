@@ -112,11 +112,9 @@ def _cut_right(drafts: list[Draft], record: Record, limit: int) -> list[Row] | s
     if not kept:
         before = drafts[0].answers[0].start
         if before >= limit:
-            what = (
-                "its prompt alone" if sum(len(d.answers) for d in drafts) == 1 else "what comes before its first answer"
-            )
+            what = "its answer" if sum(len(d.answers) for d in drafts) == 1 else "its first answer"
             return (
-                f"{what} has {before} tokens, so max_seq_length={limit} would cut the whole answer; "
+                f"{before} prompt tokens leave no room for {what} in max_seq_length={limit}; "
                 f"raise max_seq_length to {longest} to use it"
             )
         kept = [row for row in [drafts[0].row(record, 0, limit)] if row.supervised_T.any()]

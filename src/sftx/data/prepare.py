@@ -94,7 +94,7 @@ def _streamed(config: TrainConfig, corpus: Corpus, template: ChatTemplate) -> Da
     encoded = stream.encoder(files.sample())
     rows = [row for found in encoded if not isinstance(found, str) for row in found]
     if not rows:
-        raise DataError(f"{files.path}: none of the first {len(encoded)} records can be learned from: {encoded[0]}")
+        raise DataError(f"{files.path}: none of the first {len(encoded)} records can be trained on: {encoded[0]}")
     if config.eval_file_name is None:
         return Data([files], MemoryRows(rows), MemoryRows([]), [], stream)
     held = corpus.load(config.train_file_path, config.eval_file_name, key="eval_file_name", keep_columns=keep)
@@ -169,7 +169,7 @@ def tokenise(selection: Selection, config: TrainConfig, template: ChatTemplate) 
     """
     train, skipped = rows_of(selection.files[0], selection.training, selection.corpus, config, template)
     if not len(train):
-        raise DataError(f"{selection.files[0].path}: no row can be learned from. The first: {(skipped or ['none'])[0]}")
+        raise DataError(f"{selection.files[0].path}: no row can be trained on. The first: {(skipped or ['none'])[0]}")
     held_out, more = _held_out_rows(selection.files[-1], selection.held_out, selection.corpus, config, template)
     return Data([*selection.files], train, held_out, [*selection.left_out, *skipped, *more])
 

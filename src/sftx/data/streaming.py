@@ -149,7 +149,7 @@ class StreamedFeed:
                 told.clear()
             if not given and cursor.record == 0:
                 why = f" The first: {told.left_out[0]}" if told.left_out else ""
-                raise DataError(f"no record of the whole corpus can be learned from.{why}")
+                raise DataError(f"no record of the whole corpus can be trained on.{why}")
             cursor = Cursor(cursor.epoch + 1)
 
     def _groups(self, start: Cursor, told: _Told) -> Iterator[tuple[list[list[Row]], Cursor]]:

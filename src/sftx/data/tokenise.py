@@ -215,8 +215,10 @@ class _Workers:
 
 
 def _ended(status: int | None) -> SftxError:
-    how = f"by signal {-status}" if status is not None and status < 0 else f"with exit code {status}"
+    how = "ended early" if status is None else f"ended with exit code {status}"
+    if status is not None and status < 0:
+        how = f"was killed by signal {-status}"
     return SftxError(
-        f"a process that tokenises ended {'' if status is None else how + ' '}before its work was done; nothing of it "
-        "is kept. When memory ran out, fewer help: data.num_workers=2, or 0 to tokenise in the training process."
+        f"a tokenizer worker {how}; its results were discarded. If memory ran out, use fewer workers: "
+        "data.num_workers=2, or 0 to tokenise in the training process."
     )

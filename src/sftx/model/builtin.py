@@ -1,6 +1,6 @@
 """`qwen-tiny`: a real Qwen2 architecture of three million parameters, built in seconds on first use.
 
-It is for trying things out: it has seen no text. The byte-level BPE merges are in
+It is randomly initialized: for smoke tests only. The byte-level BPE merges are in
 `qwen_tiny_merges.txt`, made once by `tokenizers`' BpeTrainer over the embedded corpus with Qwen2's
 pre-tokenizer; the weights come from a fixed seed.
 """

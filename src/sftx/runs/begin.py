@@ -17,6 +17,7 @@ from sftx.errors import ConfigError, RunFolderError
 from sftx.files import write_chunks
 from sftx.model.load import Source
 from sftx.runs.effective import Effective
+from sftx.runs.end import SMOLLM2
 from sftx.runs.folder import RunFolder, RunLog, point_latest
 from sftx.runs.header import as_text, count, header, length_line
 from sftx.runs.metrics import Recorder, Tracker, drop_after
@@ -24,6 +25,7 @@ from sftx.runs.origin import foreign_adapter, foreign_checkpoint
 from sftx.runs.result import Result
 from sftx.runs.resume import finished, refuse_shorter, remark_on_length
 from sftx.secrets import scrub
+from sftx.terminal import counted
 from sftx.training import checkpoint
 from sftx.training.preflight import rehearse
 from sftx.training.saving import MOST_OVERHEAD
@@ -87,7 +89,7 @@ def open_trial(trial: Trial, session: Session, setting: Setting, who: dict[str, 
     _remark_on_rows(data, folder, config, effective)
     if source.is_builtin:
         effective.remark(
-            "qwen-tiny has seen no text: it is for trying sftx out. For a real model: make smollm2, then "
+            f"qwen-tiny is randomly initialized; use it only for smoke tests. For a real model: {SMOLLM2}, then "
             "model=smollm2; or model_name_or_path=<folder or hub id>."
         )
     folder.update(effective=effective.facts())
@@ -142,12 +144,12 @@ def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effectiv
     invalid = sum(file.skipped_rows for file in data.files)
     if invalid:
         first = next(reason for file in data.files for reason in file.skipped())
-        effective.remark(f"skipped {invalid} invalid rows (data.on_bad_rows=skip; see {SKIPPED_ROWS}), e.g. {first}")
+        effective.remark(
+            f"skipped {counted(invalid, 'invalid row')} (data.on_bad_rows=skip; see {SKIPPED_ROWS}), e.g. {first}"
+        )
     skipped = data.left_out
     if skipped:
-        effective.remark(
-            f"rows that cannot be learned from: {len(skipped)} (all in {SKIPPED_ROWS}), first {skipped[0]}"
-        )
+        effective.remark(f"skipped {counted(len(skipped), 'row')} (see {SKIPPED_ROWS}), e.g. {skipped[0]}")
     if invalid or skipped:
         reasons = chain((reason for file in data.files for reason in file.skipped()), skipped)
         write_chunks(folder.path / SKIPPED_ROWS, (f"{reason}\n".encode() for reason in reasons))
@@ -156,8 +158,8 @@ def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effectiv
     if cut:
         longest = max(length for length, _ in cut)
         effective.remark(
-            f"rows longer than max_seq_length={config.max_seq_length} lose their last tokens: {len(cut)} "
-            f"(longest: {longest} tokens), first {cut[0][1]}"
+            f"truncated {counted(len(cut), 'row')} to max_seq_length={config.max_seq_length} (the longest has "
+            f"{longest} tokens), e.g. {cut[0][1]}"
         )
 
 
@@ -187,24 +189,25 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
     config, model = trial.config, session.model.facts(trial.adapter)
     train_file = data.files[0]
     lengths = length_line(data.train.full_lengths.tolist(), config.max_seq_length)
-    many = f"{len(data.train)} rows to train on"
+    many = counted(len(data.train), "training row")
     if data.stream:
-        many, lengths = "streamed, not read through", f"of the first {len(data.train)} rows: {lengths}"
+        many, lengths = "streamed, not read to its end", f"first {counted(len(data.train), 'row')}: {lengths}"
     held = f"{len(data.held_out)} held out" + (f" in {data.files[1].path}" if len(data.files) > 1 else "")
     share = model["trained_parameters"] / model["parameters"]
-    rate = f"{config.learning_rate:g}, {config.lr_scheduler_type}"
+    lr = f"{config.learning_rate:g}, {config.lr_scheduler_type}"
     if config.lr_scheduler_type != "constant":
-        rate += f", {warmup_length(config.warmup_steps, trial.steps.total)} steps of warm-up"
-    saves = f"every {config.save_steps} steps" if config.save_strategy == "steps" else config.save_strategy
+        lr += f", {counted(warmup_length(config.warmup_steps, trial.steps.total), 'warm-up step')}"
+    saves = f"every {counted(config.save_steps, 'step')}" if isinstance(config.save_steps, int) else ""
+    saves = saves if config.save_strategy == "steps" else config.save_strategy
     if config.save_strategy == "steps" and config.save_steps == "auto":
         took = trial.pace.save_seconds or 0.0
         why = "" if trial.pace.interval <= trial.pace.lost_seconds else f": at most {MOST_OVERHEAD:.0%} of the time"
-        saves = f"every {trial.pace.interval / 60:.3g} minutes (one takes {took:.2g} s{why})"
+        saves = f"every {trial.pace.interval / 60:.3g} minutes ({took:.2g} s each{why})"
     ranks, dtype = session.engine.world_size, str(session.numerics.dtype).removeprefix("torch.")
     attention = trial.effective.settings["attn_implementation"]
-    compute = f"{session.numerics.device}, {dtype}, {attention}, {torch.get_num_threads()} threads"
+    compute = f"{session.numerics.device}, {dtype}, {attention}, {counted(torch.get_num_threads(), 'thread')}"
     if kernels := trial.effective.settings.get("kernels"):
-        compute += f", a kernel each for {', '.join(kernels)}"
+        compute += f", fused kernels: {', '.join(kernels)}"
     kind = f"{source.model_type}, {count(model['parameters'])} parameters"
     if share_4 := model["share_in_4_bits"]:
         kind += f", {share_4:.0%} in 4 bits"
@@ -216,7 +219,7 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
         ("template", session.template.origin),
         ("length", lengths),
         ("steps", trial.steps.formula),
-        ("rate", rate),
+        ("lr", lr),
         ("saves", saves),
         ("compute", compute + (f", {ranks} processes" if ranks > 1 else "")),
         ("folder", str(trial.folder.path)),

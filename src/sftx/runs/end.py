@@ -16,6 +16,7 @@ from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
 from sftx.runs.folder import ONLY_TO_FILE, speaking
 from sftx.runs.result import Result
+from sftx.terminal import counted
 from sftx.training import checkpoint
 from sftx.training.trial import Session, Trial
 
@@ -70,7 +71,7 @@ def finish_trial(trial: Trial, session: Session) -> Result:
 
 def _closing(trial: Trial, result: Result, chosen: int) -> str:
     """Say where everything is and what to type next."""
-    lines = ["", f"Done: {result.steps} steps."]
+    lines = ["", f"Done: {counted(result.steps, 'step')}."]
     if result.eval_loss is not None and result.eval_loss_before is not None:
         change = result.eval_loss / result.eval_loss_before - 1
         share = f" ({change:+.1%})" if math.isfinite(change) else ""

@@ -45,7 +45,7 @@ def length_line(lengths: Sequence[int], limit: int) -> str:
     at = {p: ordered[min(len(ordered) - 1, int(p / 100 * len(ordered)))] for p in (50, 90, 99)}
     covered = sum(n <= limit for n in lengths) / len(lengths)
     return (
-        f"tokens a row: median {at[50]}, 90 % up to {at[90]}, 99 % up to {at[99]}, longest {ordered[-1]}; "
+        f"tokens per row: median {at[50]}, p90 {at[90]}, p99 {at[99]}, max {ordered[-1]}; "
         f"max_seq_length={limit} covers {covered:.1%} (proposed: {propose_length(lengths)})"
     )
 

@@ -25,6 +25,7 @@ from sftx.parallel.engine import Engine, on_main
 from sftx.runs.effective import Effective
 from sftx.runs.folder import MANIFEST, RunFolder
 from sftx.runs.result import Result
+from sftx.terminal import counted
 from sftx.training import checkpoint
 from sftx.training.trial import Trial
 
@@ -147,9 +148,9 @@ def finished(trial: Trial, earlier: dict[str, Any] | None) -> Result | None:
     result = Result(folder.path, steps, facts.get("eval_loss_before"), facts.get("eval_loss"), reason)
     loss = "" if result.eval_loss is None else f", eval loss {result.eval_loss:.4f}"
     log.info(
-        "%s is finished (%d steps%s%s). Nothing was trained or written. To train longer: %s. To train again: another "
+        "%s is finished (%s%s%s). Nothing was trained or written. To train longer: %s. To train again: another "
         "output_dir.",
-        folder.path, steps, loss, f"; {reason}" if reason else "", longer,
+        folder.path, counted(steps, "step"), loss, f"; {reason}" if reason else "", longer,
     )  # fmt: skip
     return result
 
@@ -183,8 +184,8 @@ def remark_on_length(trial: Trial, before: int | None, effective: Effective) -> 
     last = min(before, total) - 1
     if lr(step, before) != lr(step, total) or lr(last, before) != lr(last, total):
         effective.remark(
-            f"{total} steps instead of {before} change the schedule {trial.config.lr_scheduler_type}: after step "
-            f"{step} lr {_short(lr(step, before))} -> {_short(lr(step, total))}"
+            f"{counted(total, 'step')} instead of {before} change the schedule {trial.config.lr_scheduler_type}: after "
+            f"step {step} lr {_short(lr(step, before))} -> {_short(lr(step, total))}"
         )
 
 

@@ -31,7 +31,7 @@ from sftx.runs.folder import RunFolder
 from sftx.runs.launch import launch
 from sftx.runs.result import Result
 from sftx.secrets import scrub, scrub_text
-from sftx.terminal import visible
+from sftx.terminal import counted, visible
 
 log = logging.getLogger("sftx")
 TRIAL = "trial.json"
@@ -123,7 +123,7 @@ def table_of(outcomes: list[dict[str, Any]], folder: Path) -> Table:
     """Return the trials as a table: best eval loss first, failed ones last."""
     order = sorted(outcomes, key=lambda o: (o["status"] != "completed", _rank(o), o["number"]))
     shared = set.intersection(*(set(o["overrides"]) for o in outcomes)) if len(outcomes) > 1 else set()
-    table = Table(title=f"{len(outcomes)} trials in {folder}", title_justify="left")
+    table = Table(title=f"{counted(len(outcomes), 'trial')} in {folder}", title_justify="left")
     for column in ("trial", "differs in", "eval loss", "before", "status"):
         table.add_column(column, justify="right" if column in ("eval loss", "before") else "left", overflow="fold")
     for o in order:

@@ -187,7 +187,7 @@ def _is_learned_from(trial: Trial, loss: float) -> bool:
 
 
 def _read(session: Session, trial: Trial) -> bool:
-    """Take note of what the newest step came to, if that was not done; return False when the trial has gone back."""
+    """Process the pending step's loss and norm; return False if the trial was rolled back."""
     launched, trial.unread = trial.unread, None
     if launched is None:
         return True
@@ -293,7 +293,7 @@ def _record(session: Session, trial: Trial) -> None:
         metrics["train/loss_scale"] = trial.stepper.loss_scale
     trial.recorder.log(trial.step, metrics)
     log.info(
-        "step %d/%d  loss %.4f  grad norm %.3f  rate %.2e  %s tokens/s",
+        "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %s tokens/s",
         trial.step, trial.steps.total, metrics["train/loss"], made.grad_norm, made.learning_rate,
         f"{metrics['perf/tokens_per_second']:,.0f}",
     )  # fmt: skip

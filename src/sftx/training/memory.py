@@ -1,4 +1,4 @@
-"""What becomes of a micro-batch for which memory does not suffice: it is halved, or named."""
+"""Out-of-memory handling: halve the micro-batch, or report the row."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from sftx.config.derive import largest_divisor, sequences_per_device
 from sftx.data.loader import Batch
 from sftx.errors import TrainingError
+from sftx.terminal import counted
 
 if TYPE_CHECKING:
     from sftx.training.trial import Session, Trial
@@ -77,7 +78,7 @@ def shrink(session: Session, trial: Trial, failed: Batch | None, longest: Sequen
         torch.cuda.empty_cache()
     session.saver.wait(trial)  # loader processes are started, which no other thread must see
     trial.open_feed(session)
-    now = f"micro-batches of {trial.micro_batch} sequences, {sequences // trial.micro_batch} a step"
+    now = f"micro-batches of {counted(trial.micro_batch, 'sequence')}, {sequences // trial.micro_batch} per step"
     log.warning("%s From now on %s; a step's sequences stay the same.", what, now)
     trial.effective.settings["micro_batch"] = trial.micro_batch
     trial.effective.fall_back("per_device_train_batch_size", "auto", str(trial.micro_batch), what)

@@ -61,7 +61,7 @@ def _padding_free(config: TrainConfig, session: Session, trials: Sequence[Trial]
         for trial in trials:
             trial.effective.settings["attn_implementation"] = "sdpa" if reason else VARLEN
             if reason:
-                trial.effective.fall_back("attn_implementation", VARLEN, "sdpa, a call a row", reason)
+                trial.effective.fall_back("attn_implementation", VARLEN, "sdpa, one call per row", reason)
     reason = documents_leak(tried)
     if reason is None:
         return True

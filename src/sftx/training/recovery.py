@@ -23,14 +23,14 @@ MOST_OVERFLOWS = 20
 """Steps that the loss scaler may skip one after the other: each halves its factor, which starts at 2^16."""
 MOST_ROLLBACKS = 3
 SMALLER = 0.5
-"""A rollback's factor on the rate."""
+"""A rollback's factor on the lr."""
 STEPS_OF_A_TREND = 20
 """Steps before the first loss that can be called far out."""
 NEWEST = 0.05
 """Weight of the newest loss in the trend."""
 DEVIATIONS, LEAST_RISE = 6.0, 0.5
 """How far out a spike is: standard deviations, and at least this share of the mean."""
-CURES = "Usual cures: a smaller learning_rate (now {rate:g}), warm-up, or bf16 instead of fp16."
+CURES = "Usual fixes: a smaller learning_rate (now {lr:g}), warm-up, or bf16 instead of fp16."
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def recover(session: Session, trial: Trial, step: Step, made: Made) -> bool:
         case "rollback":
             _roll_back(session, trial, what, key)
             return True
-    raise TrainingError(f"{what} {CURES.format(rate=made.learning_rate)} Or {key}=skip, or rollback.")
+    raise TrainingError(f"{what} {CURES.format(lr=made.learning_rate)} Or {key}=skip, or rollback.")
 
 
 def _note_overflow(trial: Trial, made: Made) -> None:
@@ -166,7 +166,7 @@ def _skip(trial: Trial, what: str, key: str) -> None:
 
 
 def _roll_back(session: Session, trial: Trial, what: str, key: str) -> None:
-    """Go back to the newest checkpoint with a smaller rate."""
+    """Go back to the newest checkpoint with a smaller lr."""
     if trial.faults.rollbacks == MOST_ROLLBACKS:
         raise TrainingError(f"{what} {MOST_ROLLBACKS} rollbacks have not helped.")
     session.saver.wait(trial)
@@ -183,5 +183,5 @@ def _roll_back(session: Session, trial: Trial, what: str, key: str) -> None:
     if session.engine.is_main:
         for records in (trial.folder.metrics, trial.folder.streamed_rows):
             drop_after(records, trial.step)
-    back = f"Back to step {trial.step} ({folder}), with {faults.rate_factor:g} of the rate ({key}=rollback)."
+    back = f"Back to step {trial.step} ({folder}), with lr x {faults.rate_factor:g} ({key}=rollback)."
     log.warning("%s %s", what, back)
