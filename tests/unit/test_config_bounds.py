@@ -160,6 +160,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import sftx.config.bounds
+import sftx.training.schedulers
 from sftx.config.bounds import Bounds
 
 raise RuntimeError("a configuration is checked before this is imported")
@@ -167,7 +168,7 @@ raise RuntimeError("a configuration is checked before this is imported")
 MOST = 9
 
 @dataclass
-class Sawtooth:
+class Sawtooth(sftx.training.schedulers.Schedule):
     free: int = 5
     teeth: Annotated[int, Bounds(at_least=1)] = 5
     low: Annotated[float, "a share", sftx.config.bounds.Bounds(at_least=0, below=1)] = 0.2

@@ -209,7 +209,8 @@ def test_an_own_component_by_target(tmp_path, monkeypatch):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler/mine.yaml").write_text("_target_: own_schedule.Mine\nslope: 0.5\n")
     (tmp_path / "own_schedule.py").write_text(
-        "class Mine:\n    def __init__(self, slope: float, floor: float = 0): ...\n"
+        "from sftx.training.schedulers import Schedule\n"
+        "class Mine(Schedule):\n    def __init__(self, slope: float, floor: float = 0): ...\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     argv = ["--config-dir", str(tmp_path), "lr_scheduler_type=mine", "allow_targets=[own_schedule.*]"]
