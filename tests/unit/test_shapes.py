@@ -328,6 +328,8 @@ def test_thinking_of_a_turn(tmp_path: Path) -> None:
     inline = {"role": "assistant", "content": "<think>\nX\n</think>\n\na"}
     both = {"messages": [CHAT[0], inline | {"reasoning_content": "X\n"}]}
     assert one(tmp_path, both).messages[1] == Message("assistant", "a", reasoning="X\n")
+    none = {"role": "assistant", "content": "<think>\n\n</think>\n\na", "thinking": "X"}
+    assert one(tmp_path, {"messages": [CHAT[0], none]}).messages[1] == Message("assistant", "a", reasoning="X")
     refused(
         tmp_path,
         {"messages": [CHAT[0], inline | {"thinking": "Y"}]},
@@ -376,6 +378,23 @@ def test_preference_data_is_named_with_the_way_to_train_on_the_better_answer(
     said = ",".join(f"{field}:{column}" for field, column in mapping.items())
     refused(tmp_path, row, "preference data", f"'data.columns={{{said}}}'")
     assert turns(one(tmp_path, row, columns=mapping)) == QA
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("weight", "heavy"),
+        ("loss_scale", "high"),
+        ("category", 7),
+        ("system", 7),
+        ("history", "none"),
+        ("tools", "saw"),
+    ],
+)
+def test_an_optional_column_of_another_meaning_can_be_ignored(tmp_path: Path, column: str, value: object) -> None:
+    row = {"prompt": "q", "completion": "a", column: value}
+    refused(tmp_path, row, f"`{column}`", f"or ignore the column with 'data.columns={{{column}:null}}'")
+    assert turns(one(tmp_path, row, columns={column: None})) == QA
 
 
 def test_a_problem_that_all_rows_have_is_written_out_once(tmp_path: Path) -> None:

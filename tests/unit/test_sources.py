@@ -295,3 +295,4 @@ def test_what_became_of_columns_is_known_of_files_and_of_a_stream(tmp_path: Path
     stream = Corpus(streaming=True).stream(str(tmp_path), "a.jsonl", keep_columns=True, limit=None)
     assert len(stream.sample()) == 2
     assert stream.columns == stream.facts()["columns"] == [said]
+    assert stream.detected["shape"] == "prompt_completion"

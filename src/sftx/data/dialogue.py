@@ -262,7 +262,7 @@ def _thought_once(text: str, reasoning: str | None, what: str) -> str:
     inline = INLINE_THOUGHT.match(text) if reasoning and reasoning.strip() else None
     if inline is None:
         return text
-    if inline[1].strip() != (reasoning or "").strip():
+    if inline[1].strip() not in ("", (reasoning or "").strip()):
         raise RowError(f"{what} and the text's own <think> block differ; keep one of the two")
     return text[inline.end() :]
 

@@ -205,8 +205,8 @@ class FileReader:
         for line, row in rows:
             record = shaper.record(line, row)
             if record is not None:
+                self.shape = shaper.shape
                 yield replace(record, number=self._problems.record) if self._problems.record else record
-        self.shape = shaper.shape
 
 
 def _format(path: Path, wanted: str) -> tuple[str, str | None]:

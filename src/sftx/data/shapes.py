@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from sftx.data.cells import (
     FLAGS,
@@ -41,6 +41,7 @@ from sftx.data.tables import unwritable
 
 __all__ = ["DEFAULT_CATEGORY", "SHAPES", "ShapeName", "Shaper", "UsedColumns", "check_columns", "known_names"]
 
+T = TypeVar("T")
 DEFAULT_CATEGORY = "default"
 NAMED = 100
 """So many unused columns are kept by name: rows may have ever other keys."""
@@ -161,10 +162,11 @@ class Shaper:
     def _turns(self, shape: Shape, cells: Mapping[str, object], row: Mapping[str, object]) -> Turns:
         """Return a row's messages in order, and the definitions of its tools."""
         messages, own = self._messages(shape, cells)
-        tools = tools_of(cells.get("tools"))
+        tools = _optional("tools", lambda: tools_of(cells["tools"])) if "tools" in cells else ()
         if tools and own and tools != own:
             raise RowError("tools are defined both beside the conversation and in its system turn; keep one of the two")
-        messages = _with_system(cells, messages)
+        if cells.get("system") is not None:
+            messages = _optional("system", lambda: _with_system(cells["system"], messages))
         if messages[-1].role == "user":
             names = Names(tuple(row), self._columns)
             if names.find("chosen") and names.find("rejected"):
@@ -187,12 +189,12 @@ class Shaper:
             )
         given = {name: marks[name] for name in WEIGHTS if marks.get(name) is not None}
         given |= {name: marks[name] for name in FLAGS if flag_of(marks.get(name)) is not None}
-        weight = weight_from(given)
+        if not given:
+            return 1.0
+        weight = _optional(next(iter(given)), lambda: weight_from(given)) or 0.0
         for name in given:
             self.used.fields.setdefault(name, name)
             self.used.unused.pop(name, None)
-        if weight is None:
-            return 1.0
         self.used.weigh("rows", weight)
         return weight
 
@@ -272,8 +274,19 @@ class Shaper:
         else:
             more = cells.get("input") if shape.name == "alpaca" else None
             messages, tools = _question(cells, asked, answered, more), ()
-        before, earlier = rounds_of(cells.get("history"), "`history`", self._columns)
-        return [*before, *messages], tools or earlier
+        if "history" in cells:
+            before, earlier = _optional("history", lambda: rounds_of(cells["history"], "`history`", self._columns))
+            messages, tools = [*before, *messages], tools or earlier
+        return messages, tools
+
+
+def _optional(field: str, read: Callable[[], T]) -> T:
+    """Return what is read of an optional column; an error also says how to leave the column unused."""
+    try:
+        return read()
+    except RowError as error:
+        ignore = f", or ignore the column with {mapping({field: None})}"
+        raise RowError(*(reason + ignore for reason in error.args)) from None
 
 
 def _category(cells: Mapping[str, object], *, required: bool) -> str:
@@ -281,7 +294,7 @@ def _category(cells: Mapping[str, object], *, required: bool) -> str:
     given = cells.get("category")
     if "category" not in cells or (not required and is_empty(given)):
         return DEFAULT_CATEGORY
-    category = "" if given is None else text_of(given, "`category`")
+    category = "" if given is None else _optional("category", lambda: text_of(given, "`category`"))
     if not category.strip():
         raise RowError(
             "the `category` of this row is empty; fill it, take that of the row above (merged cells of a spreadsheet) "
@@ -306,7 +319,7 @@ def _texts(cells: Mapping[str, object], names: Iterable[str]) -> list[str]:
 
 def _question(cells: Mapping[str, object], asked: str, answered: str, more: object) -> list[Message]:
     question, answer = _texts(cells, (asked, answered))
-    if more := "" if more is None else text_of(more, "`input`"):
+    if more := "" if more is None else _optional("input", lambda: text_of(more, "`input`")):
         question = f"{question}\n{more}"
     return [Message("user", question), Message("assistant", answer)]
 
@@ -327,11 +340,10 @@ def _side(value: object, name: str, role: Any, columns: Mapping[str, str | None]
     return turns_of([value] if isinstance(value, dict) else value, f"`{name}`", columns)
 
 
-def _with_system(cells: Mapping[str, object], messages: list[Message]) -> list[Message]:
+def _with_system(given: object, messages: list[Message]) -> list[Message]:
     """Put the text of a `system` column, unless it is empty, before the turns."""
-    given = cells.get("system")
     given = given.get("parts", given) if isinstance(given, dict) else given
-    system = "" if given is None else text_of(joined(given, "`system`"), "`system`")
+    system = text_of(joined(given, "`system`"), "`system`")
     if system and messages[0].role == "system":
         raise RowError("both a `system` column and a system turn; keep one")
     return [Message("system", system), *messages] if system else messages
