@@ -1,6 +1,6 @@
 """The error tree: whose fault it is decides the message and the exit code.
 
-A `SftxError` is something the user can mend: one short message, no traceback, exit code 2.
+A `SftxError` is something the user can fix: one short message, no traceback, exit code 2.
 Anything else is a fault of sftx or of the machine: traceback, exit code 1.
 """
 
@@ -23,7 +23,7 @@ EXIT_PIPE = 141
 
 
 class SftxError(Exception):
-    """A mistake the user can mend; its text names what was found, what was expected and what to do."""
+    """A mistake the user can fix; its text names what was found, what was expected and what to do."""
 
     exit_code = EXIT_USER
 

@@ -70,7 +70,7 @@ def test_the_optimizer_of_the_page(here: Path) -> None:
 
 def test_the_schedule_of_the_page_is_shown_and_stored_by_its_own_name(here: Path) -> None:
     run, shown = trained(here, 1)
-    assert re.search(r"rate +0.001, my_parts.Sawtooth", shown)
+    assert re.search(r"lr +0.001, my_parts.Sawtooth", shown)
     assert "constant_with_warmup" not in shown
     assert yaml.safe_load((run / "config.yaml").read_text())["lr_scheduler_type"] == "my_parts.Sawtooth"
     assert json.loads((run / "manifest.json").read_text())["identity"]["config"]["lr_scheduler_type"] == (
@@ -103,10 +103,10 @@ def refused(*words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["optimizer._target_=torch.optim.AdamW"], "`optimizer._target_=torch.optim.AdamW`: this is no component of "
+        (["optimizer._target_=torch.optim.AdamW"], "`optimizer._target_=torch.optim.AdamW`: not a component of "
          "`optimizer`: it has no method `build`. To write one: define `build(parameters, learning_rate, effective)`"),
         (["scheduler._target_=sftx.training.optimizers.Sgd"], "derive from sftx.training.schedulers.Schedule"),
-        (["scheduler._target_=json.dumps"], "this is no component of `scheduler`: it has no method `at`"),
+        (["scheduler._target_=json.dumps"], "not a component of `scheduler`: it has no method `at`"),
         (["callback=[log_batches]", "callback.log_batches._target_=my_parts.Table"], "it has no method `on_start`"),
         (["tracker.tensorboard._target_=my_parts.StopBelow"], "it has no method `start`"),
         (["mode._target_=my_parts.NAdam"], "derive from sftx.model.adapt.Lora"),

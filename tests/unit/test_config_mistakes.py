@@ -229,7 +229,7 @@ def test_a_broken_file_hides_nothing(tmp_path, group):
             [
                 "planted.yaml:2: unknown key `hydra.swep`. Did you mean `sweep`?",
                 "planted.yaml:3: `hydra.mode`: cannot be 'FOO'",
-                "planted.yaml:4: `hydra.callbacks.x._target_=nope.Y`: this is no part of sftx",
+                "planted.yaml:4: `hydra.callbacks.x._target_=nope.Y`: not an sftx component",
             ],
         ),
         (

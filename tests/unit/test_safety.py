@@ -292,11 +292,11 @@ def test_the_bait_would_have_worked(lay: Any, tmp_path: Path) -> None:
         (["scheduler._target_=os.system"], "Do not run a configuration that asks for it."),
         (["scheduler._target_=sftx.training.schedulers.Cosin"], "Did you mean `Cosine`?"),
         (["scheduler._target_=sftx.training.scheduler.Cosine"], "Did you mean `sftx.training.schedulers.Cosine`?"),
-        (["scheduler._target_=sftx.files.write_text"], "this is no component. Components are the public classes of"),
+        (["scheduler._target_=sftx.files.write_text"], "not a component. Components are the public classes of"),
         (["allow_targets=[os]"], "`allow_targets`: expected `package.*` or the full name of a class, got os."),
         (["allow_targets=os.system"], "`allow_targets`: expected a list of strings, got 'os.system'"),
         (["-m", "allow_targets=[a.*],[b.*]"], "this is for all trials: it cannot be swept"),
-        (["hydra.launcher._target_=x.Y", "-m", "seed=1,2"], "this is none of BasicLauncher, JoblibLauncher, "),
+        (["hydra.launcher._target_=x.Y", "-m", "seed=1,2"], "not one of BasicLauncher, JoblibLauncher, "),
         (["hydra.overrides.task=[a=1]"], "Hydra fills this in itself"),
         (["template_name=${oc.decode:x}"], "the resolver `oc.decode` of ${oc.decode:x} is not allowed"),
     ],
@@ -319,8 +319,8 @@ def test_a_file_is_told_with_its_line(tmp_path: Path) -> None:
     assert sorted(refused.value.problems) == [
         f"{place}:2: `allow_targets`: only a person may set this, on the command line: allow_targets=[a.*]",
         f"{place}:5: `hydra.job.env_set`: a file may not set this; if you mean it, type it: hydra.job.env_set={{A:b}}",
-        f"{place}:7: `scheduler._target_=a.B`: this is none of sftx's components, and a configuration may run nothing "
-        "else. If it is yours, or you have read it, type: 'allow_targets=[a.*]'",
+        f"{place}:7: `scheduler._target_=a.B`: not an sftx component; configurations may only instantiate "
+        "those. If it is yours, or you have read it, type: 'allow_targets=[a.*]'",
     ]
 
 
@@ -477,7 +477,7 @@ def test_a_frozen_config_is_checked_again() -> None:
     """What reaches a job by another way than `prepare`, a sweeper's for example, is checked before it is built."""
     cfg = compose_checked([])
     cfg.scheduler["_target_"] = "os.system"
-    with pytest.raises(ConfigError, match="none of sftx's components"):
+    with pytest.raises(ConfigError, match="not an sftx component"):
         freeze(cfg)
 
 

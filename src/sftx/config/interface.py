@@ -52,7 +52,7 @@ def not_a_component(key: str, target: str) -> str | None:
     lacking = [m for m in interface.methods if methods is not None and m not in methods]
     if not lacking:
         return None
-    lack = f"this is no component of `{group}`: it has no method `{lacking[0]}`"
+    lack = f"not a component of `{group}`: it has no method `{lacking[0]}`"
     return f"{lack}. To write one: {interface.wanted} ({DOCS})."
 
 

@@ -75,9 +75,9 @@ def is_allowed(target: str, allow: Sequence[str]) -> bool:
 
 
 def refusal(
-    target: Any, allow: Sequence[str], listed: frozenset[str] = frozenset(), none: str = "none of sftx's components"
+    target: Any, allow: Sequence[str], listed: frozenset[str] = frozenset(), what: str = "an sftx component"
 ) -> str | None:
-    """Return why a `_target_` may not run, or None; `listed`: whole names beside sftx's; `none`: what it is not."""
+    """Return why a `_target_` may not run, or None; `listed`: whole names beside sftx's; `what` it would have to be."""
     if not isinstance(target, str) or not all(p.isidentifier() for p in target.split(".")) or "." not in target:
         return "expected the dotted name of a class, written out."
     if target in allow or target in listed:
@@ -89,14 +89,14 @@ def refusal(
         if module in COMPONENTS and not name.startswith("_") and defines_class(target):
             return None
         return _no_component(target)
-    return f"this is {none}, and a configuration may run nothing else. {cure(target)}"
+    return f"not {what}; configurations may only instantiate those. {cure(target)}"
 
 
 def cure(target: str) -> str:
     """Say what to type if the target is the user's own."""
     top = target.partition(".")[0]
     if top in sys.stdlib_module_names or top in ("sftx", "hydra", "omegaconf"):
-        return "Do not run a configuration that asks for it."
+        return "Do not run a configuration that names it."
     return f"If it is yours, or you have read it, type: 'allow_targets=[{top}.*]'"
 
 
@@ -118,7 +118,7 @@ def _no_component(target: str) -> str:
     inside = [".".join(parts[:n]) for n in range(2, len(parts) - 1)]
     within_module = any((path := module_file(m)) is not None and path.stem != "__init__" for m in inside)
     missing = None if within_module else _missing(target)  # what a module imports is not looked at
-    return missing or f"this is no component. Components are the public classes of {', '.join(COMPONENTS)}."
+    return missing or f"not a component. Components are the public classes of {', '.join(COMPONENTS)}."
 
 
 def _missing(target: str) -> str | None:
@@ -169,8 +169,7 @@ def _hydra_refusal(key: str, target: Any, allow: Sequence[str]) -> str | None:
     if isinstance(target, str) and target.startswith("sftx.") and not is_allowed(target, allow):
         return "sftx has no part that Hydra itself runs: take it out."
     known = ", ".join(sorted(name.rpartition(".")[2] for name in listed))
-    none = f"none of {known}" if known else "no part of sftx"
-    return refusal(target, allow, listed, none)
+    return refusal(target, allow, listed, f"one of {known}" if known else "an sftx component")
 
 
 def nodes(tree: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -66,16 +66,16 @@ class TrainConfig:
         "训练轮数，可为小数（如 0.5，步数向上取整）；过多容易过拟合，过少则欠拟合",
     )
     per_device_train_batch_size: Annotated[int | Literal["auto"], Bounds(at_least=1)] = knob(
-        "sequences per device and micro-batch; auto: gradient_accumulation_steps sequences a step, in as few "
-        "micro-batches as memory has room for, halved when it is out",
+        "sequences per device and micro-batch; auto: gradient_accumulation_steps sequences per step, in as few "
+        "micro-batches as memory allows, halved when it runs out",
         "每个设备每个微批次的样本数；auto：每步共 gradient_accumulation_steps 个样本，微批次尽量大，显存不足即减半",
     )
     gradient_accumulation_steps: Annotated[int, Bounds(at_least=1)] = knob(
         "micro-batches per optimizer step", "梯度累积步数，即每次参数更新所用的微批次数"
     )
     learning_rate: Annotated[float, Bounds(above=0)] = knob(
-        "step length: too high oscillates or diverges, too low crawls; full mode's default is 1e-5",
-        "学习率：过大震荡或发散，过小收敛缓慢；full 模式默认 1e-5",
+        "step size: too high diverges, too low converges slowly; full mode's default is 1e-5",
+        "学习率：过大发散，过小收敛缓慢；full 模式默认 1e-5",
     )
     max_seq_length: Annotated[int, Bounds(at_least=8)] = knob(
         "the longest sequence in tokens; cost and memory grow with it, and it should cover most rows",
@@ -85,8 +85,8 @@ class TrainConfig:
         "optimizer steps between two train-loss records", "每隔多少步记录一次训练损失"
     )
     save_steps: Annotated[int | Literal["auto"], Bounds(at_least=1)] = knob(
-        "optimizer steps between two checkpoints; auto: as many as lost_work_minutes take, unless saving so often "
-        "would cost more than 3 % of the time",
+        "optimizer steps between two checkpoints; auto: from lost_work_minutes, but at most 3 % of the time "
+        "is spent on saving",
         "每隔多少步保存一次检查点；auto：按 lost_work_minutes 决定，但保存所占时间不超过 3%",
     )
     save_strategy: Literal["steps", "epoch", "no"] = knob(
@@ -100,7 +100,8 @@ class TrainConfig:
         "the learning-rate schedule; the same choice as scheduler=", "学习率调度器，与 scheduler= 等价"
     )
     warmup_steps: Annotated[int | float, Bounds(at_least=0)] = knob(
-        "steps over which the rate rises to learning_rate; a fraction below 1 is a share of all steps; 5-10 % is usual",
+        "warm-up steps, over which the lr rises to learning_rate; a fraction below 1 is a share of all steps; "
+        "5-10 % is usual",
         "学习率从 0 升到设定值所用的步数；小于 1 的小数表示占总步数的比例，通常取 5-10%",
     )
     lora_rank: Annotated[int, Bounds(at_least=1)] = knob(
@@ -114,9 +115,9 @@ class TrainConfig:
         "LoRA 的 dropout，防过拟合可取 0.1-0.2",
     )
     gradient_checkpointing: bool | Literal["selective", "offload"] = knob(
-        "recompute activations in the backward pass: less memory, more time; selective: those of every other block; "
-        "offload: of all, and what is kept waits in host memory",
-        "反向传播时重新计算激活值：省显存，但更慢；selective：只对每隔一个层块重算；offload：全部重算，且保留的部分放在主机内存",
+        "recompute activations in the backward pass: less memory, more time; selective: in every other block; "
+        "offload: in all blocks, with their inputs kept in host memory",
+        "反向传播时重新计算激活值：省显存，但更慢；selective：每隔一层重算；offload：全部重算，各层的输入放在主机内存",
     )
     disable_tqdm: bool = knob(
         "print a progress line every minute instead of a bar", "不显示进度条，改为每分钟输出一行进度"
@@ -126,7 +127,7 @@ class TrainConfig:
         "all randomness; set before adapters are made", "随机种子，在创建适配器之前设定"
     )
     fp16: bool = knob(
-        "half-precision training; where the device has none (CPU) the run says so and trains in fp32",
+        "half-precision training; on a device without it (CPU) the run states so and trains in fp32",
         "半精度（fp16）训练；设备不支持时（CPU）会说明并改用 fp32",
     )
     bf16: bool = knob("bfloat16 training, instead of fp16", "bfloat16 训练，与 fp16 二选一")
@@ -166,7 +167,7 @@ class TrainConfig:
         "never：从头开始，目录已被占用则报错；或指定运行目录（取其最新检查点）或检查点目录",
     )
     async_save: bool = knob(
-        "write checkpoints while training goes on, from a copy in host memory; false: training waits",
+        "write checkpoints during training, from a copy in host memory; false: training waits",
         "训练继续进行的同时写检查点（先复制到内存）；false：训练等待写完",
     )
     template_date: str = knob(
@@ -180,7 +181,7 @@ class TrainConfig:
         "save_steps=auto 时，意外中断最多损失多少分钟的训练",
     )
     max_steps: Annotated[int | None, Bounds(at_least=1)] = knob(
-        "stop after this many optimizer steps, whatever the epochs say", "最多训练多少步（优先于轮数）"
+        "stop after this many optimizer steps; overrides num_train_epochs", "最多训练多少步（优先于轮数）"
     )
     max_train_rows: Annotated[int | None, Bounds(at_least=1)] = knob(
         "use only the first rows of the corpus", "只使用语料的前多少行"
@@ -199,7 +200,9 @@ class TrainConfig:
         "optimizer steps between two evaluations; auto: a tenth of the run",
         "每隔多少步评估一次；auto：全程的十分之一",
     )
-    eval_max_rows: Annotated[int, Bounds(at_least=1)] = knob("the most rows an evaluation uses", "评估最多使用多少行")
+    eval_max_rows: Annotated[int, Bounds(at_least=1)] = knob(
+        "maximum number of rows per evaluation", "评估最多使用多少行"
+    )
     keep_best: bool = knob(
         "final/ holds the checkpoint with the lowest eval loss instead of the last state",
         "final/ 保存评估损失最低的检查点，而不是最后的状态",
@@ -209,13 +212,14 @@ class TrainConfig:
         "mode=full 时 final/ 中权重的数值格式；auto 与基座模型一致；检查点始终为 fp32",
     )
     batching: Literal["padding_free", "padded", "length_bucketed", "packed"] = knob(
-        "how rows make a micro-batch: padding_free lays them end to end, padded pads them, length_bucketed pads rows "
-        "of like length together, packed fills max_seq_length with several rows and so makes fewer steps of an epoch",
-        "样本如何组成微批次：padding_free 首尾相接不填充，padded 填充，length_bucketed 将长度相近的样本放在一起填充，"
+        "how rows form a micro-batch: padding_free concatenates them without padding, padded pads them, "
+        "length_bucketed pads rows of similar length together, packed fills max_seq_length with several rows, so that "
+        "an epoch has fewer steps",
+        "样本如何组成微批次：padding_free 直接拼接、不填充，padded 填充，length_bucketed 将长度相近的样本放在一起填充，"
         "packed 将多个样本装满 max_seq_length（会减少每轮的步数）",
     )
     attn_implementation: Literal["auto", "sdpa", "eager"] = knob(
-        "how attention is computed: sdpa is torch's fused one, eager the plain one of the model's own file; auto: sdpa",
+        "attention implementation: sdpa is torch's fused one, eager the plain one of the model's own file; auto: sdpa",
         "注意力的实现：sdpa 为 torch 的融合实现，eager 为模型文件自带的朴素实现；auto 即 sdpa",
     )
     compile: bool = knob(
@@ -234,13 +238,14 @@ class TrainConfig:
     )
     on_nonfinite: Literal["stop", "skip", "rollback"] = knob(
         "what to do when a loss or gradient is not finite, which never changes the weights: stop; skip the step; "
-        "rollback to the last checkpoint and go on with half the rate",
+        "rollback to the last checkpoint and continue with half the lr",
         "损失或梯度非有限值时（绝不会更新权重）：stop 停止，skip 跳过该步，rollback 回到上一个检查点并将学习率减半",
     )
     on_loss_spike: Literal["warn", "skip", "rollback", "stop"] = knob(
-        "what to do when a loss stands far out above those before it (six standard deviations and half as much again): "
-        "warn and name the rows; or as on_nonfinite, without learning from the step",
-        "损失突增时（高出近期均值六个标准差且一半以上）：warn 警告并指出样本；其余同 on_nonfinite，该步不更新权重",
+        "what to do on a loss spike (more than 6 standard deviations and 50 % above the recent mean): warn and name "
+        "the rows; skip, rollback and stop as for on_nonfinite, without updating the weights",
+        "损失突增时（比近期均值高 6 个标准差以上，且高出 50% 以上）：warn 警告并指出样本；"
+        "其余同 on_nonfinite，跳过该步，不更新权重",
     )
     allow_targets: list[str] = knob(
         "classes of your own that a configuration may name: my_parts.* or whole names; only on the command line",
@@ -263,7 +268,7 @@ class TrainConfig:
     precision: Node = group("number formats of the computation", "计算精度")
     parallel: Node = group("one process or several", "单进程或多进程")
     tracker: dict[str, Node] = group("where metrics are shown", "指标上报")
-    callback: dict[str, Node] = group("what happens beside training", "训练过程中的附加动作")
+    callback: dict[str, Node] = group("training callbacks", "训练回调")
 
 
 KNOBS = {f.name: f for f in fields(TrainConfig) if "group" not in f.metadata}
@@ -271,9 +276,9 @@ GROUPS = {f.name: f for f in fields(TrainConfig) if "group" in f.metadata}
 LIST_GROUPS = frozenset({"tracker", "callback"})
 """Groups of which several options can be chosen at once: `tracker=[tensorboard,wandb]`."""
 OVERLAYS = {
-    "experiment": ("a ready configuration", "现成的实验配置"),
-    "sweep": ("a ready sweep from sweeps/", "sweeps/ 中现成的超参搜索"),
-    "debug": ("a mode for finding mistakes", "调试模式"),
+    "experiment": ("ready-made configurations", "现成的配置"),
+    "sweep": ("ready-made sweeps, from sweeps/", "sweeps/ 中现成的超参搜索"),
+    "debug": ("debugging presets", "调试预设"),
 }
 """Groups that hold no component but set keys everywhere; `null` unless chosen."""
 

@@ -25,7 +25,7 @@ def launch(config: TrainConfig, notes: Sequence[str], command: str) -> Result:
     """Run one configuration to its end.
 
     Errors:
-        SftxError: whatever the user can mend; with several ranks, whatever ended one of them.
+        SftxError: any error the user can fix; with several ranks, the one that ended the first of them.
     """
     count = count_ranks(config)
     if count > 1:

@@ -1,4 +1,4 @@
-"""What happens beside training; group `callback`. Derive from `Callback` to write your own."""
+"""Training callbacks; group `callback`. Derive from `Callback` to write your own."""
 
 from __future__ import annotations
 
