@@ -60,7 +60,7 @@ def test_truncate_right_ends_after_the_last_whole_answer_when_the_last_one_is_be
     (row,) = rows_of(CHATML, LONG, policy("truncate_right", first - 1))  # no whole answer fits: the first is cut
     assert texts([row])[0][1] == "a" * 10
     found = CHATML.encode(LONG, policy("truncate_right", first - 11))
-    assert f"what comes before its first answer has {first - 11} tokens" in str(found)
+    assert f"{first - 11} prompt tokens leave no room for its first answer" in str(found)
     assert f"raise max_seq_length to {full} " in str(found)
     assert isinstance(CHATML.encode(LONG, EncodePolicy(full - 11, "truncate_right", "last")), str)
 
