@@ -121,7 +121,7 @@ class _Table:
                 self._problems.row(first, f"cell {place} is filled, its column has no name; name it or empty the cell")
                 return None
             del row[width:]
-        if row == self.names or [_bare(name) for name in row] == self.names:
+        if _bare(row[0]) == self.names[0] and [_bare(name) for name in row] == self.names:
             self._problems.row(first, "the header again, as where files were joined; delete this row")
             return None
         if last > first and self._swallows(first, last, row):
@@ -132,8 +132,11 @@ class _Table:
 
     def _swallows(self, first: int, last: int, row: list[str]) -> bool:
         """Note a row whose every line has as many cells as the header: a stray quote may have swallowed rows."""
-        lines = _LINE_END.split(self._mark.join(row))
-        if any(line.count(self._mark) != len(self.names) - 1 for line in lines):
+        text, marks = self._mark.join(row), len(self.names) - 1
+        if text.count(self._mark) != marks * (last - first + 1):  # nearly always
+            return False
+        lines = _LINE_END.split(text)
+        if any(line.count(self._mark) != marks for line in lines):
             return False
         begins = {line.split(self._mark)[0].strip(' "') for line in lines[1:]} - {""}
         if begins & {row[0], *self._first_cells}:

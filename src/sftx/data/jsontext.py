@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from typing import Any, NoReturn
 
@@ -20,6 +20,8 @@ LISTS = ("data", "train")
 """Keys of an object under which a list of rows may stand."""
 NAMED = 5
 """Keys that a message names at most."""
+_STARTS: dict[str, Callable[[], Any]] = {"start_map": dict, "start_array": list}
+_ENDS = ("end_map", "end_array")
 Event = tuple[int, str, Any]
 """A line, and what ijson says of it: an event and its value."""
 # ijson's C backend reads half a surrogate pair as `?`, its Python backend as it stands.
@@ -127,7 +129,7 @@ def _events(blob: Blob, encoding: str, problems: Problems) -> Iterator[Event]:
     import ijson  # only JSON lists need it
 
     backend = ijson.get_backend("python") if _has_half_pair(blob, encoding) else ijson
-    events, line, depth = ijson.sendable_list(), 1, 0
+    events, line = ijson.sendable_list(), 1
     parser = backend.basic_parse_coro(events)
     with open_text(blob, encoding) as text:
         for piece in _pieces(text):
@@ -140,10 +142,7 @@ def _events(blob: Blob, encoding: str, problems: Problems) -> Iterator[Event]:
                 # A number of over 4,300 digits, which the C backend leaves as a damaged event: none is looked at.
                 problems.stop(line, _bad_json(str(found.__cause__ or found)))
             for event, value in events:
-                depth += event.startswith("start") - event.startswith("end")
-                if depth > MAX_DEPTH:
-                    problems.stop(line, f"bad JSON: nested more than {MAX_DEPTH} deep (no row after it was read)")
-                yield line, event, float(value) if isinstance(value, Decimal) else value
+                yield line, event, value
             if error is not None:
                 problems.stop(line, _bad_json(str(error)))
             del events[:]
@@ -179,7 +178,8 @@ def _has_half_pair(blob: Blob, encoding: str) -> bool:
     end = ""
     with open_text(blob, encoding) as text:
         while piece := text.read(CHUNK):
-            if _HALF_PAIR.search(end + piece):
+            piece = end + piece
+            if ("\\ud" in piece or "\\uD" in piece) and _HALF_PAIR.search(piece):
                 return True
             end = piece[-12:]
     return bool(_HALF_PAIR.search(end + 6 * " "))
@@ -194,7 +194,7 @@ def _find_list(events: Iterator[Event], problems: Problems) -> tuple[int, list[s
             keys.append(value)
         elif depth == 1 and event == "start_array" and keys[-1] in LISTS:
             return line, keys
-        depth += event.startswith("start") - event.startswith("end")
+        depth += (event in _STARTS) - (event in _ENDS)
         if depth == 0:
             break
     count = f"{len(keys)} key{'s' if len(keys) > 1 else ''}"
@@ -211,7 +211,7 @@ def _other_keys(events: Iterator[Event]) -> list[str]:
     for _, event, value in events:
         if depth == 1 and event == "map_key":
             keys.append(value)
-        depth += event.startswith("start") - event.startswith("end")
+        depth += (event in _STARTS) - (event in _ENDS)
     return keys
 
 
@@ -231,27 +231,30 @@ def _values(events: Iterator[Event]) -> Iterator[tuple[int, object, str | None]]
 
 def _value(event: str, value: Any, events: Iterator[Event]) -> tuple[object, str | None]:
     """Return the value that begins with an event, and what is wrong with it."""
+    wrong, key = None, ""
     root: list[Any] = []
     inside: list[Any] = [root]
-    keys: list[str] = [""]
-    wrong = None
     while True:
+        top = inside[-1]
         if event == "map_key":
-            if value in inside[-1]:
+            if value in top:
                 wrong = f"the key `{value}` is repeated"
-            keys[-1] = value
-        elif event.startswith("end"):
+            key = value
+        elif event in _ENDS:
             inside.pop()
-            keys.pop()
         else:
-            made = {} if event == "start_map" else [] if event == "start_array" else value
-            if isinstance(inside[-1], list):
-                inside[-1].append(made)
-            else:
-                inside[-1][keys[-1]] = made
-            if event.startswith("start"):
+            made: Any = value
+            if event in _STARTS:
+                made = _STARTS[event]()
                 inside.append(made)
-                keys.append("")
+                if len(inside) > MAX_DEPTH:
+                    wrong = f"nested more than {MAX_DEPTH} deep"
+            elif event == "number" and isinstance(value, Decimal):
+                made = float(value)
+            if isinstance(top, list):
+                top.append(made)
+            else:
+                top[key] = made
         if len(inside) == 1:
             return root[0], wrong
         _, event, value = next(events)
