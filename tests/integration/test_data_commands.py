@@ -152,7 +152,8 @@ def test_check_names_columns_and_the_templates_owner(tmp_path: Path, capsys) -> 
     shown = capsys.readouterr().out
     assert "columns: Question as question, answer, weight; unused: `context`; weights of rows: 1 to 8\n" in shown
     assert "template: the model's own)" in shown
-    assert checked(capsys, file)["files"][0]["columns"]["unused"] == ["context"]
+    found = checked(capsys, file)
+    assert (found["files"][0]["columns"]["unused"], found["template"]) == (["context"], "the model's own")
 
 
 def test_convert_keeps_what_is_not_to_be_learned(tmp_path: Path, capsys) -> None:

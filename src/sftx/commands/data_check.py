@@ -82,6 +82,7 @@ def sort_words(words: list[str]) -> tuple[list[str], list[str]]:
 def _as_json(checked: Checked) -> dict[str, Any]:
     return {
         "files": list(checked.loaded.files),
+        "template": checked.template.origin,
         "refused": checked.refused,
         "epoch": asdict(checked.epoch) if checked.epoch else None,
         "left_out": checked.left_out,

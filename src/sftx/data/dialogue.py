@@ -44,8 +44,9 @@ METADATA = ("id", "tool_call_id", "timestamp", "cache_control")
 """Keys of a turn that change nothing that is trained on."""
 INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 CALL_IN_TEXT = re.compile(
-    r"<\|?/?(tool|function|python)|\[TOOL_CALLS\]|^Action:|\"(name|arguments)\"\s*:", re.MULTILINE
+    r"<\|?(tool|function|python|plugin|action)|\[TOOL_CALLS\]|^Action:|\"(name|arguments)\"\s*:|```", re.MULTILINE
 )
+"""What shows that an answer calls a tool in its text: a tag, ReAct's action, a call as JSON, code that is run."""
 
 
 def calls_of(value: object, what: str) -> tuple[dict[str, Any], ...]:
