@@ -405,7 +405,7 @@ def test_what_a_file_cannot_give_is_typed_again(past: Path, trap: Path, capsys: 
 def test_a_package_that_none_should_allow_is_not_proposed(past: Path) -> None:
     edit(past, lambda c: c.update(allow_targets=["os.*"]))
     message = refused(past)
-    assert "Do not run a configuration that asks for it." in message
+    assert "Do not run a configuration that names it." in message
     assert "type it again" not in message
 
 

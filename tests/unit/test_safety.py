@@ -289,7 +289,7 @@ def test_the_bait_would_have_worked(lay: Any, tmp_path: Path) -> None:
     ("argv", "said"),
     [
         (["scheduler._target_=my_parts.Sawtooth"], "type: 'allow_targets=[my_parts.*]'"),
-        (["scheduler._target_=os.system"], "Do not run a configuration that asks for it."),
+        (["scheduler._target_=os.system"], "Do not run a configuration that names it."),
         (["scheduler._target_=sftx.training.schedulers.Cosin"], "Did you mean `Cosine`?"),
         (["scheduler._target_=sftx.training.scheduler.Cosine"], "Did you mean `sftx.training.schedulers.Cosine`?"),
         (["scheduler._target_=sftx.files.write_text"], "not a component. Components are the public classes of"),
