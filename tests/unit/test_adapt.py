@@ -184,7 +184,7 @@ ATTENTION = {f"{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qkvo"}
         ("q_proj", {"0.self_attn.q_proj", "1.self_attn.q_proj"}),
         (r".*layers\.1\..*(up|down)_proj", {"1.mlp.up_proj", "1.mlp.down_proj"}),
     ],
-    ids=str,
+    ids=["all-linear", "attention", "names", "ends of names", "a name", "a pattern"],  # sets have no order
 )
 def test_adapters_are_put_on_the_layers_that_are_named_and_plain_peft_finds_them(
     tmp_path: Path, wanted: str | list[str], layers: set[str]
