@@ -10,7 +10,7 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from sftx.terminal import visible_lines
@@ -94,6 +94,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?`, or an empty string when nothing is near."""
     match = nearest(name, known)
     return f" Did you mean `{match}`?" if match else ""
+
+
+def put_place(error: Exception, places: Mapping[str, str]) -> None:
+    """Put `file:line` before the text of a SftxError about `key=value`, where a file set that key."""
+    place = places.get(str(error).partition("=")[0])
+    if place is not None and isinstance(error, SftxError) and not isinstance(error, ConfigError):
+        error.args = (f"{place}: {error}",)
 
 
 def printed(error: BaseException) -> str:

@@ -163,6 +163,23 @@ def test_a_model_folder_that_is_not_there(out: Path, data: Path, tmp_path: Path)
     assert message.startswith(f"model_name_or_path={tmp_path}/nothing: there is no such folder.")
 
 
+@pytest.mark.parametrize("key", ["model_name_or_path", "train_file_path", "adapter"])
+def test_a_path_that_is_not_there_is_named_with_the_line_that_set_it(
+    out: Path, data: Path, tmp_path: Path, key: str
+) -> None:
+    """Of a JSON file or an experiment; what was typed names itself."""
+    typed = [word for word in words(out, data) if not word.startswith(f"{key}=")]
+    (tmp_path / "args.json").write_text(json.dumps({"seed": 1, key: f"{tmp_path}/nothing"}, indent=1))
+    assert refused([*typed, f"args_file={tmp_path}/args.json"], tmp_path).startswith(
+        f"{tmp_path}/args.json:3: {key}={tmp_path}/nothing: "
+    )
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(f"{key}: {tmp_path}/nothing\n")
+    assert refused([*typed, f"--config-dir={tmp_path}", "experiment=mine"], tmp_path).startswith(
+        f"{tmp_path}/experiment/mine.yaml:1: {key}={tmp_path}/nothing: "
+    )
+
+
 def test_a_model_folder_with_damaged_weights(out: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(ensure_builtin(), folder)

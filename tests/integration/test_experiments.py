@@ -86,7 +86,9 @@ def test_profile_writes_its_trace(make_config) -> None:
 def test_a_tracker_that_cannot_start_stops_the_run_unless_told_to_go_on(make_config, tmp_path: Path) -> None:
     """wandb refuses an unknown mode; with on_tracker_error=continue it is left out, and said."""
     broken = ["report_to=wandb", "tracker.wandb.project=a/b"]
-    with pytest.raises(ConfigError, match=r"tracker\.wandb.*cannot start"):
+    with pytest.raises(
+        ConfigError, match=r"tracker\.wandb.*cannot start: .*[^.]\. Without an .*: WANDB_MODE=offline\. Train"
+    ):
         run([make_config(*broken, "max_steps=1", output="stops")])
     config = make_config(*broken, "max_steps=1", "on_tracker_error=continue", output="goes")
     run([config])

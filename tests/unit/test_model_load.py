@@ -422,6 +422,29 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_a_hub(caches: Path, name:
     assert NAME in message
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("modles/Qwen", "Did you mean `models/Qwen`?"),
+        ("./modles/Qwen/", "Did you mean `models/Qwen`?"),
+        ("models/Qwn", "Did you mean `models/Qwen`?"),
+        ("models/llama", "The folders in models: Qwen, SmolLM2-135M."),
+        ("xyz", "Give a model's folder"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_named_with_the_nearest(
+    caches: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    """Also where the name could be a hub id: then what the hub said comes after it."""
+    for folder in ("Qwen", "SmolLM2-135M", ".hidden"):
+        put_model(caches / "models" / folder)
+    monkeypatch.chdir(caches)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = refused(name)
+    assert message.startswith(f"model_name_or_path={name}: there is no such folder. {said}")
+    assert ("As a hub id it is in no cache of this machine" in message) == (name == "modles/Qwen")
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """A hub behind a network that swallows every request."""
@@ -446,7 +469,7 @@ def test_a_hub_id_without_network_fails_soon_and_says_what_to_do(
     begin = time.monotonic()
     message = refused("Qwen/Qwen2.5-0.5B-Instruct")
     assert time.monotonic() - begin < 10
-    assert message.startswith("model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct: not on this machine, and it cannot be")
+    assert message.startswith("model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct: there is no such folder.")
     assert "Without a network give the model's folder; behind a mirror set HF_ENDPOINT, or USE_MODELSCOPE=1." in message
 
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from sftx import train_command
 from sftx.config import source
 from sftx.config.by_hydra import COMPOSITION_ERRORS, CONFIG_NAME, first_sentence, load, register_sources, whole
+from sftx.config.derive import PATHS
 from sftx.config.grammar import Deleted, Sweep, brings_keys, read_override
 from sftx.config.guard import bad_callbacks, guard
 from sftx.config.hydra_keys import check_key
@@ -43,6 +44,8 @@ class Request:
     overrides: list[str] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
     """The words after the program as the user typed them."""
+    places: dict[str, str] = field(default_factory=dict)
+    """Key -> `file:line`, of the paths that the JSON file or an experiment sets."""
     privileges: dict[str, Any] = field(default_factory=lambda: dict(TYPED_ONLY))
     """What only a person may set, as it was typed: `allow_targets`, `trust_remote_code`."""
     shown: str | None = None
@@ -127,7 +130,11 @@ class _Preparation:
         shown = _as_yaml(base, resolve="--resolve" in flags) if _shows_job(flags) else None
         multirun = self.multirun and not line.shows
         composed = None if flags or multirun else whole(base, self.hydra, overrides)
-        request = Request(flags + overrides, notes, multirun, overrides, list(argv), self.privileges, shown, composed)
+        places = {k: self.origin(k) for k in (*PATHS, "resume") if k in self._typed()}
+        places = {k: place for k, place in places.items() if not place.startswith("command line")}
+        request = Request(
+            flags + overrides, notes, multirun, overrides, list(argv), places, self.privileges, shown, composed
+        )
         return request, base
 
     def origin(self, key: str) -> str:

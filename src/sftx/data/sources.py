@@ -12,6 +12,7 @@ from sftx import EMBEDDED_DATA
 from sftx.data.hub import HUB_ID, hub_files
 from sftx.data.read import is_known, source_name
 from sftx.errors import DataError, nearest
+from sftx.folders import nearest_folder
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 EMBEDDED_FOLDER = "data"
@@ -167,7 +168,9 @@ def _check_folder(base: Path, folder: str, name: str, key: str) -> None:
             f"train_file_path={base.parent} train_file_name={base.name}."
         )
     if not base.is_dir():
-        raise DataError(f"train_file_path={folder}: there is no such folder (looked at {base.absolute()}).")
+        raise DataError(
+            f"train_file_path={folder}: there is no such folder (looked at {base.absolute()}).{nearest_folder(folder)}"
+        )
 
 
 def find_file(folder: str, name: str, *, key: str) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftx.data.template import ChatTemplate, template_source
 from sftx.errors import ConfigError, ModelError
+from sftx.folders import nearest_folder
 from sftx.model import builtin
 from sftx.model.attention import register
 from sftx.model.family import Family
@@ -110,8 +111,8 @@ def _download(name: str) -> Path:
     )
     if looks_like_path:
         raise ModelError(
-            f"model_name_or_path={name}: there is no such folder. Give a model's folder, a hub id such as "
-            f"Qwen/Qwen2.5-0.5B-Instruct, or {builtin.NAME} for the embedded model."
+            f"model_name_or_path={name}: there is no such folder.{nearest_folder(name)} Give a model's folder, a hub "
+            f"id such as Qwen/Qwen2.5-0.5B-Instruct, or {builtin.NAME} for the embedded model."
             + (" `make smollm2` fetches models/smollm2-135m." if "smollm2" in name else "")
         )
     try:
@@ -131,8 +132,8 @@ def _download(name: str) -> Path:
         raise ModelError(f"model_name_or_path={name}: ModelScope is not installed: pip install modelscope.") from error
     except Exception as error:
         raise ModelError(
-            f"model_name_or_path={name}: not on this machine, and it cannot be downloaded "
-            f"({type(error).__name__}: {_first_line(error)}). "
+            f"model_name_or_path={name}: there is no such folder.{nearest_folder(name)} As a hub id it is in no cache "
+            f"of this machine and cannot be downloaded ({type(error).__name__}: {_first_line(error).rstrip('.')}). "
             f"Without a network give the model's folder; behind a mirror set HF_ENDPOINT, or USE_MODELSCOPE=1."
         ) from error
 

@@ -175,7 +175,7 @@ def _trackers(trial: Trial) -> list[Tracker]:
             settings = scrub(asdict(trial.config))
             started.append(build(node).start(trial.folder.path, settings, trial.step))
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             if trial.config.on_tracker_error == "stop":
                 raise ConfigError(
                     f"`tracker.{name}` cannot start: {reason}. Train without it: on_tracker_error=continue, "

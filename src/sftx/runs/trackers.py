@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sftx.errors import ConfigError
 from sftx.runs.metrics import Tracker
 from sftx.secrets import scrub, scrub_text
 
@@ -49,9 +50,20 @@ class Wandb:
     tags: list[str]
 
     def start(self, folder: Path, config: Mapping[str, Any], resume_step: int) -> Tracker:
-        """Start a run named after the run folder; a resumed run goes on under the same id."""
+        """Start a run named after the run folder; a resumed run goes on under the same id.
+
+        Raises:
+            ConfigError: wandb does not start; how it does without an account is said.
+        """
         import wandb
 
+        try:
+            return self._start(wandb, folder, config)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ConfigError(f"{reason}. Without an account or a network: WANDB_MODE=offline") from error
+
+    def _start(self, wandb: Any, folder: Path, config: Mapping[str, Any]) -> Tracker:
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         with _discreet_argv():
             run = wandb.init(

@@ -25,7 +25,7 @@ from sftx.config.compose import Request
 from sftx.config.guard import unasked
 from sftx.config.schema import TrainConfig
 from sftx.data.sources import find_sources
-from sftx.errors import ConfigError, StoppedError, say
+from sftx.errors import ConfigError, SftxError, StoppedError, put_place, say
 from sftx.files import write_json, write_text
 from sftx.runs.folder import RunFolder
 from sftx.runs.launch import launch
@@ -45,7 +45,19 @@ class TrialFailed(Exception):
 
 
 def run_job(composed: DictConfig, request: Request) -> float | None:
-    """Run one composed configuration; in a multirun, in its own folder, leaving its outcome there."""
+    """Run one composed configuration; in a multirun, in its own folder, leaving its outcome there.
+
+    Raises:
+        SftxError: what the user can fix, with the file and line that set the key it is about.
+    """
+    try:
+        return _run_job(composed, request)
+    except SftxError as error:
+        put_place(error, request.places)
+        raise
+
+
+def _run_job(composed: DictConfig, request: Request) -> float | None:
     hydra = HydraConfig.get()
     problems = unasked(composed, request.privileges, lambda _: "config")  # a sweeper may add what nobody typed
     if problems:
@@ -67,6 +79,7 @@ def run_job(composed: DictConfig, request: Request) -> float | None:
     try:
         result = _run(replace(config, output_dir=str(folder)), request, command)
     except Exception as error:
+        put_place(error, request.places)
         code = say(error)
         outcome |= {"status": "failed", "exit_code": code, "error": f"{type(error).__name__}: {error}"}
         _leave(sweep_dir, outcome)
