@@ -163,23 +163,6 @@ def test_a_model_folder_that_is_not_there(out: Path, data: Path, tmp_path: Path)
     assert message.startswith(f"model_name_or_path={tmp_path}/nothing: there is no such folder.")
 
 
-@pytest.mark.parametrize("key", ["model_name_or_path", "train_file_path", "adapter"])
-def test_a_path_that_is_not_there_is_named_with_the_line_that_set_it(
-    out: Path, data: Path, tmp_path: Path, key: str
-) -> None:
-    """Of a JSON file or an experiment; what was typed names itself."""
-    typed = [word for word in words(out, data) if not word.startswith(f"{key}=")]
-    (tmp_path / "args.json").write_text(json.dumps({"seed": 1, key: f"{tmp_path}/nothing"}, indent=1))
-    assert refused([*typed, f"args_file={tmp_path}/args.json"], tmp_path).startswith(
-        f"{tmp_path}/args.json:3: {key}={tmp_path}/nothing: "
-    )
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text(f"{key}: {tmp_path}/nothing\n")
-    assert refused([*typed, f"--config-dir={tmp_path}", "experiment=mine"], tmp_path).startswith(
-        f"{tmp_path}/experiment/mine.yaml:1: {key}={tmp_path}/nothing: "
-    )
-
-
 def test_a_model_folder_with_damaged_weights(out: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(ensure_builtin(), folder)
@@ -281,18 +264,30 @@ def test_a_full_disk(data: Path, tmp_path: Path, size: str) -> None:
 # The program as a whole
 
 
-@pytest.mark.parametrize("what", ["missing file", "hub id without network", "file in the way"])
+@pytest.mark.parametrize(
+    "what",
+    ["missing file", "hub id without network", "file in the way", "folder set by JSON", "folder set by an experiment"],
+)
 def test_the_program_says_one_thing_and_exits_with_2(data: Path, tmp_path: Path, what: str) -> None:
     out = tmp_path / "run"
+    (tmp_path / "args.json").write_text(json.dumps({"seed": 1, "adapter": f"{tmp_path}/nothing"}, indent=1))
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(f"model_name_or_path: {tmp_path}/nothing\n")
     arguments = {
         "missing file": words(out, data, name="b.csv"),
         "hub id without network": words(out, data, "model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct"),
         "file in the way": words(data / "a.csv", data),
+        "folder set by JSON": words(out, data, f"args_file={tmp_path}/args.json"),
+        "folder set by an experiment": words(out, data, f"--config-dir={tmp_path}", "experiment=mine"),
     }[what]
     says = {
         "missing file": "sftx: train_file_name=b.csv: no such file in ",
-        "hub id without network": "sftx: model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct: not on this machine, and it ",
+        "hub id without network": "sftx: model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct: there is no such folder. ",
         "file in the way": f"sftx: {data / 'a.csv'}: cannot be written: a file is where a folder should be. ",
+        "folder set by JSON": f"sftx: {tmp_path}/args.json:3: adapter={tmp_path}/nothing: ",
+        "folder set by an experiment": (
+            f"sftx: {tmp_path}/experiment/mine.yaml:1: model_name_or_path={tmp_path}/nothing: there is no such folder. "
+        ),
     }[what]
     before = tree(tmp_path)
     done = subprocess.run(
