@@ -40,3 +40,14 @@ def _is_harmless(letter: str) -> bool:
 
 def _code(letter: str) -> str:
     return "\\n" if letter == "\n" else f"<U+{ord(letter):04X}>"
+
+
+def differing(one: str, other: str, *, most: int) -> tuple[str, str]:
+    """Return two texts, of long ones the part where they begin to differ; `most` counts characters."""
+    if max(len(one), len(other)) <= most:
+        return one, other
+    same = next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
+    start = max(0, same - most // 4)
+    head = "..." if start else ""
+    first, second = (head + t[start : start + most] + "..." * (len(t) > start + most) for t in (one, other))
+    return first, second

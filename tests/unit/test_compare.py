@@ -15,6 +15,7 @@ from sftx import cli
 from sftx.commands.run_report import difference_lines
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
+from sftx.config.derive import SEQUENCES
 from sftx.errors import RunFolderError
 from sftx.files import write_json, write_text
 from sftx.runs.compare import ABSENT, Difference, compare
@@ -293,7 +294,7 @@ def test_long_values_are_shown_where_they_differ(monkeypatch: pytest.MonkeyPatch
 
 
 def test_ranks_of_a_run_that_did_not_store_them(leave: Leave) -> None:
-    a = leave("a", {"ranks": None, "identity.config": {"sequences per step": 32}})
+    a = leave("a", {"ranks": None, "identity.config": {SEQUENCES: 32}})
     config = yaml.safe_load((a / "config.yaml").read_text())
     assert config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] == 16
     assert open_run(a).ranks == 2

@@ -339,3 +339,10 @@ def test_several_processes_need_a_parallel_setting(monkeypatch):
     [found] = problems([])
     assert "2 processes were started" in found
     assert prepare(["parallel=ddp"]).overrides == ["parallel=ddp"]
+
+
+def test_options_of_plugins_that_are_not_installed_say_what_to_install() -> None:
+    found = problems(["hydra/launcher=joblib", "hydra/sweeper=nevergrad"])
+    assert len(found) == 2
+    assert "is not tested with sftx: pip install hydra-joblib-launcher." in found[0]
+    assert "sftx does not support. Leave it out" in found[1]

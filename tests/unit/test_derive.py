@@ -9,7 +9,7 @@ import pytest
 
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
-from sftx.config.derive import config_hash, derive_steps
+from sftx.config.derive import SEQUENCES, config_hash, derive_steps, differences
 from sftx.config.schema import TrainConfig
 
 
@@ -40,3 +40,15 @@ def test_a_whole_number_with_a_point_is_the_same_run(tmp_path: Path) -> None:
     assert "3.0" in (tmp_path / "args.json").read_text()
     from_json = composed(f"args_file={tmp_path}/args.json")
     assert config_hash(from_json) == config_hash(composed("num_train_epochs=3"))
+
+
+def test_differences_of_a_refused_resume_are_named_to_the_key() -> None:
+    long = "x" * 90
+    before = {"config": {"mode": {"rank": 8, "alpha": 16}, "text": f"{long}left", SEQUENCES: 2}}
+    after = {"config": {"mode": {"rank": 16, "alpha": 16}, "text": f"{long}right", SEQUENCES: 4}}
+    rank, sequences, text = sorted(differences(before, after))
+    assert rank == "mode.rank: 8 -> 16"
+    assert sequences == "per_device_train_batch_size x gradient_accumulation_steps x processes: 2 -> 4"
+    was, now = text.split(" -> ")
+    assert was.endswith('left"')
+    assert now.endswith('right"')

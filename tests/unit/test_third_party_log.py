@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from sftx.runs.folder import RunLog
 from sftx.runs.third_party_log import ThirdPartyLog
@@ -26,6 +28,16 @@ def test_other_packages_write_to_the_log_file_only(tmp_path: Path, capfd: pytest
     assert shown.out + shown.err == "of sftx\n"
     logging.getLogger("other").warning("after the run")
     assert "after the run" not in (tmp_path / "train.log").read_text()
+
+
+def test_hydra_verbose_adds_messages_for_debugging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Hydra itself: it lowers the level of the root logger, or of the loggers that are listed."""
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"verbose": ["other"]}))
+    monkeypatch.setattr(logging.getLogger("other"), "level", logging.DEBUG)
+    with ThirdPartyLog() as third_party:
+        write(RunLog(third_party, is_main=True), tmp_path / "train.log")
+    assert "too fine" in (tmp_path / "train.log").read_text()
 
 
 def write(log: RunLog, path: Path) -> None:

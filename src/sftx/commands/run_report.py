@@ -12,7 +12,7 @@ from typing import Any
 from sftx.runs.compare import Difference, Section
 from sftx.runs.compare_metrics import Change, Metric, eval_loss
 from sftx.runs.past import PastRun
-from sftx.terminal import counted, visible
+from sftx.terminal import counted, differing, visible
 
 WIDTH = 100
 """Of what is not printed on a terminal."""
@@ -62,14 +62,8 @@ def difference_lines(d: Difference, words: tuple[str, str] = ("a", "b")) -> Iter
 
 def _pair(a: Any, b: Any) -> tuple[str, str]:
     """Write two values; of long ones the part where they begin to differ."""
-    one, other = written(a), written(b)
-    if max(len(one), len(other)) <= LONG:
-        return visible(one), visible(other)
-    same = next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
-    start = max(0, same - LONG // 4)
-    head = "..." if start else ""
-    cut = [head + t[start : start + LONG] + ("..." if len(t) > start + LONG else "") for t in (one, other)]
-    return visible(cut[0]), visible(cut[1])
+    one, other = differing(written(a), written(b), most=LONG)
+    return visible(one), visible(other)
 
 
 def written(value: Any) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ def main(words: Sequence[str]) -> None:
                 raise  # so that a launcher or a sweeper knows
             return None
 
+    if any(word.split("=")[0] in ("--info", "-i") for word in words):
+        logging.raiseExceptions = False  # Hydra logs what it shows, and `| head` ends that early
     sys.argv[1:] = request.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to `reported`, not to Hydra's printer
     if request.multirun:

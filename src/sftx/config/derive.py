@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config.schema import TrainConfig
-from sftx.terminal import counted
+from sftx.terminal import counted, differing
 
 PATHS = {"output_dir", "train_file_path", "train_file_name", "eval_file_name", "model_name_or_path", "adapter"}
 PRESENTATION = {
@@ -24,6 +24,8 @@ PRESENTATION = {
 MACHINES = {"parallel", "gradient_accumulation_steps", "per_device_train_batch_size"}
 UNTRIED_TOKENS = 4096
 LENGTH = {"num_train_epochs", "max_steps"}
+SEQUENCES = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+"""The name in an identity of how many sequences make a step."""
 RUNS = "outputs/runs"
 """Where a run without an `output_dir` has its folder, by date."""
 
@@ -103,7 +105,7 @@ def identity(
     How many processes share a step's sequences does not matter, how many sequences make a step does.
     """
     values = _settings(config, PATHS | PRESENTATION | LENGTH | MACHINES)
-    values["sequences per step"] = sequences_per_device(config) * world_size
+    values[SEQUENCES] = sequences_per_device(config) * world_size
     return {"config": values, "data": list(data), "model": model, "adapter": adapter}
 
 
@@ -115,11 +117,9 @@ def _settings(config: TrainConfig, left_out: set[str]) -> dict[str, Any]:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Name what differs between two identities, as `key: was -> is`."""
-    out = []
-    before, after = one.get("config", {}), other.get("config", {})
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            out.append(f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}")
+    was, now = flat(one.get("config")), flat(other.get("config"))
+    changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+    out = [f"{key}: {_changed(was.get(key), now.get(key))}" for key in changed]
     for key, word in (
         ("data", "the training data"),
         ("model", "the base model"),
@@ -130,9 +130,20 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return out
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+def flat(tree: Any, head: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, its keys dotted."""
+    if not isinstance(tree, dict):
+        return {head: tree} if head else {}
+    if not tree and head:
+        return {head: tree}
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{head}.{key}" if head else str(key))
+    return out
+
+
+def _changed(was: Any, now: Any) -> str:
+    return " -> ".join(differing(*(json.dumps(value, ensure_ascii=False) for value in (was, now)), most=60))
 
 
 def propose_length(lengths: Sequence[int], share: float = 0.99) -> int:

@@ -49,14 +49,11 @@ def help_text() -> str:
             meaning += f" [{' | '.join(allowed)}]"
         head = f"  {name}={show(values[name])}"
         lines += _entry(head, meaning)
-    lines += ["", "配置组（组=选项）" if zh else "Groups (group=option; the first is the default)"]
-    for name, group in GROUPS.items():
-        chosen = choices.get(name)
-        first = chosen if isinstance(chosen, list) else [chosen]
-        rest = [o for o in options(name) if o not in first]
-        lines += _entry(f"  {name}", f"{group.metadata['zh' if zh else 'en']}: {', '.join(map(str, [*first, *rest]))}")
-    for name, (en, chinese_text) in OVERLAYS.items():
-        lines += _entry(f"  {name}", f"{chinese_text if zh else en}: {', '.join(options(name))}")
+    lines += ["", "配置组（组=默认选项）" if zh else "Groups (group=default option)"]
+    meanings = {name: group.metadata["zh" if zh else "en"] for name, group in GROUPS.items()}
+    meanings |= {name: texts[zh] for name, texts in OVERLAYS.items()}
+    for name, meaning in meanings.items():
+        lines += _entry(f"  {name}={show(choices.get(name))}", f"{meaning}: {', '.join(options(name))}")
     lines += ["", "--hydra-help: Hydra's own flags" if not zh else "--hydra-help：Hydra 自带的选项"]
     return "\n".join(lines)
 

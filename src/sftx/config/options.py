@@ -17,6 +17,17 @@ from sftx.errors import did_you_mean
 
 ALL_GROUPS = frozenset(GROUPS) | frozenset(OVERLAYS)
 CONF = PROJECT_ROOT / "conf"
+PLUGINS = {
+    "hydra/launcher": {
+        "joblib": "joblib",
+        "submitit_local": "submitit",
+        "submitit_slurm": "submitit",
+        "ray": None,
+        "rq": None,
+    },
+    "hydra/sweeper": {"optuna": "optuna", "ax": None, "nevergrad": None},
+}
+"""Options that Hydra's plugins bring: the plugin's name, or None for those that the allowlist of targets refuses."""
 user_folders: list[Path] = []
 """Folders given by `--config-dir`, searched before `conf/`."""
 
@@ -72,12 +83,22 @@ def unknown_option(group: str, option: Any, origin: str) -> str | None:
         return None
     if isinstance(option, str) and option in known:
         return None
+    if isinstance(option, str) and option in PLUGINS.get(group, {}):
+        return f"{origin}: `{group}={option}` {_of_plugin(group, option)}\nAvailable here: {', '.join(known)}."
     hint = did_you_mean(show(option), [*known, *OTHER_NAMES.get(group, {})])
     if group == "model":
         hint += f" `model` is its family; the model itself is model_name_or_path={show(option)}."
     return (
         f"{origin}: `{group}` has no option {show(option)!r}.{hint}\nAllowed: {', '.join(known) or '(none here yet)'}."
     )
+
+
+def _of_plugin(group: str, option: str) -> str:
+    """Return what to do about an option of a plugin of Hydra that is not installed."""
+    plugin, kind = PLUGINS[group][option], group.removeprefix("hydra/")
+    if plugin is None:
+        return "is a plugin of Hydra that sftx does not support. Leave it out: a sweep is -m and comma lists."
+    return f"needs a plugin of Hydra, which is not tested with sftx: pip install hydra-{plugin}-{kind}."
 
 
 def family_of_type(model_type: str) -> str | None:

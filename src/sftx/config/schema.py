@@ -260,8 +260,11 @@ class TrainConfig:
     )
 
     # Config groups: each is built by Hydra from conf/<group>/<option>.yaml.
-    model: Node = group("the model family's facts: template, stop tokens", "模型系列的信息：模板、停止符")
-    mode: Node = group("what is trained: lora, qlora, full", "训练哪些参数：lora、qlora、full")
+    model: Node = group(
+        "the model family's facts: template, stop tokens; chosen by the model's own model_type unless typed",
+        "模型系列的信息：模板、停止符；未指定时按模型自身的 model_type 选择",
+    )
+    mode: Node = group("what is trained", "训练哪些参数")
     data: Node = group("how the corpus is read", "如何读取语料")
     optimizer: Node = group("the optimizer", "优化器")
     scheduler: Node = group("the learning-rate schedule", "学习率调度")

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from sftx.config.derive import PATHS
+from sftx.config.derive import PATHS, flat
 from sftx.data.digests import known_sha256
 from sftx.runs.compare_metrics import Metric, compare_records
 from sftx.runs.folder import MANIFEST
@@ -79,18 +79,6 @@ def _section(
 ) -> Section:
     unknown = list(dict.fromkeys(run.problems[file] for run in (a, b) if file in run.problems))
     return Section(name, unknown=unknown) if unknown else Section(name, find(a, b))
-
-
-def flat(tree: Any, head: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, its keys dotted."""
-    if not isinstance(tree, dict):
-        return {head: tree} if head else {}
-    if not tree and head:
-        return {head: tree}
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{head}.{key}" if head else str(key))
-    return out
 
 
 def between(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:

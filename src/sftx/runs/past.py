@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from sftx.config.derive import SEQUENCES
 from sftx.config.yamlfile import read_yaml
 from sftx.errors import RunFolderError, nearest
 from sftx.runs.folder import MANIFEST
@@ -48,7 +49,7 @@ class PastRun:
         if found is None:
             known = self.config or {}
             share = [known.get("per_device_train_batch_size"), known.get("gradient_accumulation_steps")]
-            sequences = self.fact("identity", "config", "sequences per step")
+            sequences = self.fact("identity", "config", SEQUENCES)
             if all(isinstance(n, int) and n > 0 for n in [*share, sequences]):
                 found = sequences // (share[0] * share[1])  # type: ignore[operator]
         return found if isinstance(found, int) and found > 0 else 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from sftx.build import build
 from sftx.config.check import config_from
-from sftx.config.derive import identity
+from sftx.config.derive import flat, identity
 from sftx.config.schema import TrainConfig
 from sftx.data.corpus import Corpus
 from sftx.data.digests import known_sha256
@@ -23,7 +23,7 @@ from sftx.model import builtin
 from sftx.model.find import local_folder
 from sftx.model.load import find_model
 from sftx.runs import manifest
-from sftx.runs.compare import Difference, between, diff_words, environment_differences, flat, weights_of
+from sftx.runs.compare import Difference, between, diff_words, environment_differences, weights_of
 from sftx.runs.compare_metrics import Change, Metric, compare_records, first_change
 from sftx.runs.folder import MANIFEST
 from sftx.runs.launch import threads_each

@@ -1,8 +1,13 @@
-"""Warnings of other packages: they go to `train.log`, not between the lines of the terminal."""
+"""Warnings of other packages: they go to `train.log`, not between the lines of the terminal.
+
+`hydra.verbose=true`, or a list of loggers, adds what they log for debugging.
+"""
 
 from __future__ import annotations
 
 import logging
+
+from hydra.core.hydra_config import HydraConfig
 
 MOST_RECORDS = 1000
 """Messages kept for a `train.log` that is not open yet."""
@@ -12,7 +17,8 @@ class ThirdPartyLog(logging.Handler):
     """Receives what other packages log inside the block, and Python's warnings, for each file that is opened."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        verbose = HydraConfig.initialized() and HydraConfig.get().verbose  # it lowers the level of the loggers
+        super().__init__(logging.NOTSET if verbose else logging.WARNING)
         self._records: list[logging.LogRecord] = []
         self._files: list[logging.Handler] = []
 
