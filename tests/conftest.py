@@ -128,6 +128,35 @@ def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Precision, "resolve", resolve)
 
 
+@pytest.fixture(autouse=True)
+def no_config_dir() -> Any:
+    """Forget what a command line of the last test gave as `--config-dir`."""
+    yield
+    options = sys.modules.get("sftx.config.options")
+    if options:
+        options.user_folders.clear()
+
+
+@pytest.fixture
+def my_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that writes `my_parts.py`, which can then be imported; nothing of it outlives the test."""
+    from sftx.config import signature
+
+    def forget() -> None:
+        sys.modules.pop("my_parts", None)
+        for read in vars(signature).values():
+            if hasattr(read, "cache_clear"):
+                read.cache_clear()
+
+    def write(text: str) -> None:
+        (tmp_path / "my_parts.py").write_text(text, encoding="utf-8")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        forget()
+
+    yield write
+    forget()
+
+
 @pytest.fixture
 def one_thread() -> Any:
     """Run torch on one thread: sums are then made in one order, and equal means bitwise equal."""

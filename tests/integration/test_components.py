@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,14 @@ def blocks(page: str, kind: str) -> list[str]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, my_parts: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Write the page's files into a folder of the test's own, which is the working directory."""
-    (tmp_path / "my_parts.py").write_text("\n".join(blocks(PAGES[0], "python")), encoding="utf-8")
+    my_parts("\n".join(blocks(PAGES[0], "python")))
     for text in blocks(PAGES[0], "yaml"):
         path = tmp_path / text.splitlines()[0].removeprefix("# ")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 

@@ -144,7 +144,7 @@ def test_the_help_mentions_every_key_group_and_option(monkeypatch, language):
         assert any(line.startswith(f"  {name}=") for line in lines), name
         assert knob.metadata[language].replace(" ", "")[:30] in joined.replace(" ", ""), name
     for name in (*GROUPS, *OVERLAYS):
-        assert any(line.startswith(f"  {name} ") for line in lines), name
+        assert any(line.startswith(f"  {name}=") for line in lines), name
         assert all(option in joined for option in options(name)), name
 
 

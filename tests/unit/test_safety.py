@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -377,10 +378,9 @@ def documented(readme: str) -> list[str]:
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_every_documented_command_composes(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_documented_command_composes(readme: str, my_parts: Callable[[str], None]) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8")
-    (tmp_path / "my_parts.py").write_text(re.search(r"```python\n(# my_parts.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
-    monkeypatch.syspath_prepend(str(tmp_path))
+    my_parts(re.search(r"```python\n(# my_parts.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
     commands = documented(readme)
     assert len(commands) >= 5
     for words in commands:
@@ -388,10 +388,9 @@ def test_every_documented_command_composes(readme: str, tmp_path: Path, monkeypa
             prepare(shlex.split(words))
 
 
-def test_the_component_of_the_readme_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_component_of_the_readme_is_built(my_parts: Callable[[str], None]) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (tmp_path / "my_parts.py").write_text(re.search(r"```python\n(# my_parts.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
-    monkeypatch.syspath_prepend(str(tmp_path))
+    my_parts(re.search(r"```python\n(# my_parts.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
     [words] = [shlex.split(w) for w in documented("README.md") if "Sawtooth" in w]
     config = freeze(compose_checked(words))
     assert config.allow_targets == ["my_parts.*"]
