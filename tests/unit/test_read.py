@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.conftest import ROOT
 
 from sftx.data.problems import SKIP
 from sftx.data.read import MAX_LISTED, FileReader, How, Reading, read_file, sha256_file
@@ -608,7 +609,7 @@ def test_reading_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         f"import sys; from sftx.data.read import read_file; read_file({str(path)!r}); print({heavy} & set(sys.modules))"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
