@@ -357,7 +357,7 @@ def test_a_signal_ends_a_whole_sweep(tmp_path: Path) -> None:
     shown, said = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, said
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"0"}
-    assert "1 trials in" in shown
+    assert "1 trial in" in shown
 
 
 @pytest.mark.slow

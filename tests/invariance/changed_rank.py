@@ -62,4 +62,4 @@ def _at_step(number: int, change: Callable[[TokenLosses, int], TokenLosses]) -> 
 if __name__ == "__main__":
     {"bf16": bf16, "spike": spike, "stop": stop}[sys.argv.pop(1)]()
     with reported(), Signals(whole_program=True):
-        train.main()
+        train.main(sys.argv[1:])
