@@ -14,7 +14,7 @@ from sftx.data.problems import Problems
 from sftx.data.text import open_text, text_lines
 
 CHUNK = 1 << 18
-MAX_LINE = 1 << 24
+MAX_LINE = 1 << 21
 MAX_DEPTH = 500
 LISTS = ("data", "train")
 """Keys of an object under which a list of rows may stand."""
