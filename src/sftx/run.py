@@ -22,10 +22,9 @@ from sftx.data.feed import PlannedFeed
 from sftx.data.plan import Plan
 from sftx.data.prepare import Data, open_data
 from sftx.errors import ConfigError, StoppedError
-from sftx.model.adapt import AdaptedModel, Lora
+from sftx.model.adapt import AdaptedModel
 from sftx.model.family import family_named, family_of
 from sftx.model.final import final_dtype
-from sftx.model.lean import import_peft
 from sftx.model.limits import check_model
 from sftx.model.load import Source, find_model, load_base, load_template, refuse_quantized
 from sftx.model.shortcuts import lean_norms
@@ -232,8 +231,6 @@ def _load(config: TrainConfig, source: Source, engine: Engine, numerics: Numeric
     attention = attention_of(config)
     effective.settings["attn_implementation"] = attention
     mode = build(config.mode)
-    if isinstance(mode, Lora):
-        import_peft()
     dtype = numerics.dtype if engine.sharded else mode.weights_dtype(numerics.dtype)
     with engine.loading(dtype):
         return load_base(

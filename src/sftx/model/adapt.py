@@ -19,7 +19,6 @@ from sftx.config.bounds import Bounds
 from sftx.errors import ModelError
 from sftx.model.dropout import Clock, KeyedDropout, key_of
 from sftx.model.head import LossHead
-from sftx.model.lean import bitsandbytes
 from sftx.model.lora import speed_up
 from sftx.model.targets import Layers, Targets, check_injected, injected, left_out_by, share_in_4_bits, size_of
 
@@ -86,7 +85,6 @@ class QLora(Lora):
         """Return transformers' quantization of the base: 4 bits, computing in `compute_dtype`."""
         from transformers import BitsAndBytesConfig
 
-        bitsandbytes()
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type,

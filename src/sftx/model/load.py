@@ -18,7 +18,6 @@ from sftx.model import builtin
 from sftx.model.attention import register
 from sftx.model.family import Family
 from sftx.model.find import local_folder, missing_files, weight_files
-from sftx.model.lean import compile_patterns_later
 from sftx.model.markers import check_markers, eos_tokens
 from sftx.model.targets import kept_whole
 
@@ -301,7 +300,6 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     log_through_root()
-    compile_patterns_later()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": register(attention)}
     if quantization is not None:
         quantization.llm_int8_skip_modules = _kept_whole(source, trust_remote_code=trust_remote_code)

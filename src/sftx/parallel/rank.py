@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from sftx.errors import EXIT_FAULT, ConfigError, SftxError
-from sftx.model.lean import read_exports_once
 from sftx.parallel import watch
 from sftx.parallel.board import TOGETHER, Board
 from sftx.parallel.proc import die_with_parent
@@ -57,7 +56,6 @@ def _run(told: dict[str, Any]) -> dict[str, Any]:
         problems = unlisted(told["config"], told["config"]["allow_targets"], lambda _: "config")
         if problems:
             raise ConfigError(problems)
-        read_exports_once()
         from sftx.run import run
 
         result = run([config_from(told["config"])], told["notes"], told["command"])[0]

@@ -12,11 +12,9 @@ from pathlib import Path
 from sftx.config.options import user_folders
 from sftx.config.schema import TrainConfig
 from sftx.errors import SftxError, StoppedError
-from sftx.model.lean import read_exports_once
 from sftx.parallel.supervisor import Supervisor
 from sftx.runs.folder import RunFolder
 from sftx.runs.result import Result
-from sftx.standins import stand_in
 
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
@@ -30,9 +28,6 @@ def launch(config: TrainConfig, notes: Sequence[str], command: str) -> Result:
     count = count_ranks(config)
     if count > 1:
         return _as_ranks(config, count, [*notes, *_share_cores(count)], command)
-    read_exports_once()
-    if "RANK" not in os.environ and not config.compile:
-        stand_in()
     from sftx.run import run
 
     return run([config], [*notes, *_alone(config)], command)[0]

@@ -14,7 +14,6 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sftx.config.bounds import Bounds
-from sftx.model.lean import bitsandbytes
 from sftx.runs.effective import Effective
 
 Parameters = Mapping[str, Parameter]
@@ -58,7 +57,8 @@ class AdamW:
             effective.settings["optimizer"] = "torch.optim.AdamW(fused=True)"
             return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=self.eps, fused=True)
         effective.settings["optimizer"] = f"bitsandbytes AdamW, {self.bits} bits, {'paged' if paged else 'not paged'}"
-        optim = bitsandbytes().optim
+        from bitsandbytes import optim
+
         kind = optim.AdamW8bit if self.bits == 8 else optim.AdamW32bit
         return kind(groups, lr=learning_rate, betas=betas, eps=self.eps, is_paged=paged)
 
@@ -76,7 +76,8 @@ class Lion:
         """Return the optimizer of these parameters."""
         paged = _paged(self.paged, "paged_lion", effective)
         effective.settings["optimizer"] = f"bitsandbytes Lion, {self.bits} bits"
-        optim = bitsandbytes().optim
+        from bitsandbytes import optim
+
         kind = optim.Lion8bit if self.bits == 8 else optim.Lion32bit
         groups = groups_of(parameters, self.weight_decay)
         return kind(groups, lr=learning_rate, betas=(self.betas[0], self.betas[1]), is_paged=paged)
