@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ TEMPORARY = ".sftx-tmp"
 """How the name ends of what is not published yet: nobody else's file is called so."""
 REPLACED = f".replaced{TEMPORARY}"
 """How the name ends of a folder while another is put in its place."""
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""A disk without locks."""
 
 
 def cache_root() -> Path:
@@ -234,101 +231,6 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-
-
-class Lock:
-    """A file that one process at a time holds; the kernel frees it when its owner ends, however it ends."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
-
-    def acquire(self, owner: str) -> str | None:
-        """Take it and leave the owner's name in it; return the name of the one who has it, or None when it is ours."""
-        if self._descriptor is not None:
-            return None
-        with explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    if error.errno not in (errno.EAGAIN, errno.EACCES, *NO_LOCKS):
-                        os.close(descriptor)
-                        raise
-                    if error.errno not in NO_LOCKS:
-                        name = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
-                        os.close(descriptor)
-                        return name or "another process"
-                if _is_file(descriptor, self.path):
-                    break
-                os.close(descriptor)  # the owner before removed it meanwhile
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, owner.encode("utf-8"), 0)
-        self._descriptor = descriptor
-        _held.add(self)
-        return None
-
-    def release(self) -> None:
-        """Let go of it, and remove it."""
-        if self._descriptor is not None:
-            with suppress(OSError):  # the disk may have become read-only: a file that nobody locks keeps nobody out
-                self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
-            _held.discard(self)
-
-
-_held: set[Lock] = set()
-
-
-def _let_go() -> None:
-    """Close the locks in a process that was forked: it may outlive their owner for a while."""
-    for lock in _held:
-        if lock._descriptor is not None:
-            os.close(lock._descriptor)
-            lock._descriptor = None
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that one process at a time can have; the kernel frees it when its owner is killed."""
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            return descriptor  # a disk without locks: the work may be done twice, what is published is whole
-        if _is_file(descriptor, path):
-            return descriptor
-        os.close(descriptor)  # the owner before removed the file that was waited for
-
-
-def _is_file(descriptor: int, path: Path) -> bool:
-    """Tell whether an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def append_line(path: Path, line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ from sftx.data.corpus import Corpus, LoadedFile, convert, split
 from sftx.data.record import Message, Record
 from sftx.data.record_store import RecordStore, RecordView, write_store
 from sftx.errors import DataError
-from sftx.files import locked
 
 HEADER = "category,human,assistant\n"
 
@@ -199,14 +197,6 @@ def test_a_converter_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path, c
     assert [r.human for r in load(path).records] == ["q"]
     assert time.monotonic() - began < 10
     assert [p.name for p in cache.iterdir()] == [load(path).jsonl.parent.name], "what the killed one left is gone"
-
-
-def test_a_lock_is_one_processes_at_a_time(tmp_path: Path) -> None:
-    lock = tmp_path / "deep" / "x.lock"
-    for _ in range(2):
-        with locked(lock), lock.open() as other, pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert not lock.exists()
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.csv.gz"])

@@ -15,7 +15,8 @@ from sftx.config.compose import compose_checked
 from sftx.config.derive import config_hash
 from sftx.config.schema import TrainConfig
 from sftx.errors import RunFolderError
-from sftx.files import REPLACED, Lock
+from sftx.files import REPLACED
+from sftx.locks import Locked, exclusive
 from sftx.runs.effective import Effective
 from sftx.runs.folder import FORMAT, LOCK, RunFolder
 from sftx.runs.resume import choose_folder, refuse_shorter, remark_on_length, resume_command
@@ -60,7 +61,8 @@ def test_the_newest_unfinished_run_is_continued(status: str) -> None:
     leave("12-00-04").joinpath("manifest.json").write_text("{")
     found = chosen("logging_steps=1", "resume=auto", "keep_best=true")
     assert (found.path, found.was_chosen) == (newest, True)
-    assert Lock(newest / LOCK).acquire("another copy") is not None, "it is locked"
+    with pytest.raises(Locked), exclusive(newest / LOCK, wait=False):
+        pass
     found.unlock()
 
 
@@ -76,17 +78,15 @@ def test_a_run_that_was_killed_while_its_only_checkpoint_was_being_replaced_is_c
 
 def test_a_run_that_another_process_holds_is_left_to_it() -> None:
     older, newest = leave("10-00-00"), leave("11-00-00", "running")
-    locks = [Lock(newest / LOCK), Lock(older / LOCK)]
-    locks[0].acquire("another copy")
-    found = chosen()
-    assert found.path == older
-    found.unlock()
-    locks[1].acquire("another copy")
-    new = chosen()
-    assert not new.was_chosen
-    assert new.path not in (older, newest)
-    for lock in (*locks, new):
-        lock.release() if isinstance(lock, Lock) else lock.unlock()
+    with exclusive(newest / LOCK, wait=False):
+        found = chosen()
+        assert found.path == older
+        found.unlock()
+        with exclusive(older / LOCK, wait=False):
+            new = chosen()
+            assert not new.was_chosen
+            assert new.path not in (older, newest)
+            new.unlock()
     assert not new.path.exists(), "nothing was written to it"
 
 

@@ -23,7 +23,8 @@ from sftx.data.sources import Source, fetch, find_file, find_sources
 from sftx.data.split import split
 from sftx.data.stream_files import StreamedFiles, described
 from sftx.errors import DataError
-from sftx.files import cache_root, locked, write_chunks, write_folder, write_text
+from sftx.files import cache_root, write_chunks, write_folder, write_text
+from sftx.locks import exclusive
 
 __all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources", "split"]
 
@@ -193,7 +194,9 @@ class Corpus:
         folder = cache_root() / "jsonl" / stem
         facts = _cached(folder)
         if facts is None:
-            with locked(folder.with_name(f".{stem}.lock")):  # one process converts, the others wait for it
+            with exclusive(
+                folder.with_name(f".{stem}.lock"), wait=True
+            ):  # one process converts, the others wait for it
                 facts = _cached(folder)
                 if facts is None:
                     for left in folder.parent.glob(f".{stem}.*/"):  # of a process that was killed

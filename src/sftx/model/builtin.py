@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 
 from sftx.data.template import template_source
-from sftx.files import cache_root, locked, write_folder
+from sftx.files import cache_root, write_folder
+from sftx.locks import exclusive
 from sftx.model.tokenizer_files import save_tokenizer
 
 NAME = "qwen-tiny"
@@ -42,7 +43,9 @@ def ensure_builtin() -> Path:
     recipe = json.dumps([VERSION, ARCHITECTURE, PATTERN, merges, template_source("chatml")])
     folder = cache_root() / "models" / f"{NAME}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
-        with locked(folder.with_name(f".{folder.name}.lock")):  # one process builds, the others wait for it
+        with exclusive(
+            folder.with_name(f".{folder.name}.lock"), wait=True
+        ):  # one process builds, the others wait for it
             if not folder.is_dir():
                 for left in folder.parent.glob(f".{folder.name}.*/"):  # of a process that was killed
                     shutil.rmtree(left, ignore_errors=True)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict
 from datetime import datetime
@@ -22,7 +20,6 @@ from sftx.config.schema import TrainConfig
 from sftx.errors import RunFolderError, SftxError, other_format, summary
 from sftx.files import (
     TEMPORARY,
-    Lock,
     append_line,
     check_writable,
     explained,
@@ -31,6 +28,7 @@ from sftx.files import (
     write_json,
     write_text,
 )
+from sftx.locks import Locked, exclusive
 from sftx.runs.third_party_log import ThirdPartyLog
 from sftx.secrets import scrub, scrub_text
 from sftx.terminal import visible_lines
@@ -61,8 +59,8 @@ class RunFolder:
         self.manifest: dict[str, Any] = {}
         self.was_chosen = False
         """It was not named, but found: the newest unfinished run of the same identity."""
-        self._lock = Lock(path / LOCK)
-        self._is_new = False
+        self._lock = ExitStack()
+        self._held = self._is_new = False
 
     def check(self, resume: str) -> None:
         """Raise if this folder could not hold a run; look only, change nothing.
@@ -74,7 +72,7 @@ class RunFolder:
         if not self.path.exists():
             return
         names = (p.name for p in self.path.iterdir())  # what a killed run left half-written is swept later
-        there = sorted(n for n in names if n not in ("trial.json", LOCK) and not n.endswith(TEMPORARY))
+        there = sorted(n for n in names if n != "trial.json" and not n.startswith(LOCK) and not n.endswith(TEMPORARY))
         if not there:
             return
         if not (self.path / MANIFEST).is_file():
@@ -92,21 +90,25 @@ class RunFolder:
 
     def lock(self) -> str | None:
         """Keep other runs out until this process ends; return why that cannot be, or None."""
+        if self._held:
+            return None
         self._is_new |= not self.path.exists()
-        owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
-        other = self._lock.acquire(owner)
-        if other is not None:
+        try:
+            self._lock.enter_context(exclusive(self.path / LOCK, wait=False))
+        except Locked as error:
             return (
-                f"output_dir={self.path}: another run is writing there ({other}). Wait for it, end it, or choose "
-                "another output_dir."
+                f"output_dir={self.path}: another run is writing there ({error.holder}). Wait for it, end it, or "
+                "choose another output_dir."
             )
+        self._held = True
         for folder in (self.path, self.checkpoints):
             sweep(folder)
         return None
 
     def unlock(self) -> None:
         """Let other runs in; a folder that was made for the lock and is still empty is removed."""
-        self._lock.release()
+        self._lock.close()
+        self._held = False
         if self._is_new:
             with suppress(OSError):  # the run has written to it
                 self.path.rmdir()
