@@ -17,6 +17,7 @@ from sftx.config.reference import knob_defaults, parameters
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TrainConfig
 from sftx.config.signature import read_signature
 from sftx.config.spellings import MIRRORS, PRECISIONS
+from sftx.config.yamlfile import read_yaml
 
 FILES = sorted(p.relative_to(PROJECT_ROOT) for top in ("conf", "sweeps") for p in (PROJECT_ROOT / top).rglob("*.yaml"))
 COMPONENTS = [(p.parent.name, p.stem) for p in FILES if p.parent.name in GROUPS and p.stem != "none"]
@@ -151,3 +152,10 @@ def test_the_help_mentions_every_key_group_and_option(monkeypatch, language):
 @pytest.mark.parametrize(("argv", "asks"), [(["--help"], True), (["x=1", "-h"], True), (["--hydra-help"], False)])
 def test_help_is_asked_for(argv, asks):
     assert asks_for_help(argv) is asks
+
+
+@pytest.mark.parametrize("text", ["1e3", "2e-4", ".5", "1_000.5", ".inf", "-.INF", ".nan", "2024-07-26", "1:30.5", "0x1F", "yes", "~", "1.", "e5", "1e", "+.e3", "1e+5", "007", "a: b", "-1E5"])  # fmt: skip
+def test_scalars_are_read_as_omegaconf_reads_them(tmp_path, text):
+    file = tmp_path / "one.yaml"
+    file.write_text(f"key:\n  {text}\n", encoding="utf-8")
+    assert repr(read_yaml(file).body) == repr(OmegaConf.to_container(OmegaConf.load(file)))

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -244,21 +244,43 @@ def test_hydra_composes_what_was_checked(argv):
     cfg, hydra = by_hydra.load(request.overrides)
     assert cfg == compose_checked(argv)
     assert request.composed is not None
-    assert OmegaConf.to_container(request.composed.hydra) == OmegaConf.to_container(hydra)
-    assert OmegaConf.masked_copy(request.composed, [str(key) for key in cfg]) == cfg
+    assert OmegaConf.to_container(request.composed[1]) == OmegaConf.to_container(hydra)
+    assert request.composed[0] == cfg
 
 
 def test_what_was_checked_is_what_runs(monkeypatch):
     """Hydra composes nothing again: a file that changes after the check changes nothing."""
     request = prepare(["lora_rank=5", "+hydra.job.env_set.SFTX_TRIED=yes"])
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", None)
+    monkeypatch.setattr(by_hydra, "compose", None)
+    monkeypatch.setattr(by_hydra, "main", None)
+    monkeypatch.delenv("SFTX_TRIED", raising=False)
     seen = []
-    by_hydra.run(lambda cfg: seen.append((cfg, HydraConfig.get().mode, os.environ["SFTX_TRIED"])), request.composed)
+    by_hydra.run_once(
+        lambda cfg: seen.append((cfg, HydraConfig.get().mode, os.environ["SFTX_TRIED"])), *request.composed
+    )
     [(cfg, mode, tried)] = seen
     assert (cfg.lora_rank, mode, tried) == (5, RunMode.RUN, "yes")
     assert "hydra" not in cfg
 
 
-@pytest.mark.parametrize("argv", [["lora_rank=1,2", "-m"], ["--info"], ["lora_rank=1", "hydra.mode=MULTIRUN"]])
+def test_a_single_run_composes_once(monkeypatch):
+    composed = []
+    monkeypatch.setattr(by_hydra, "compose", lambda *args, **words: composed.append(args) or compose(*args, **words))
+    assert prepare(["lora_rank=5", "mode=qlora", "scheduler.warmup_steps=3"]).composed is not None
+    assert len(composed) == 1
+
+
+CALLBACK = "+hydra.callbacks.mine._target_=hydra.experimental.callbacks.LogJobReturnCallback"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["lora_rank=1,2", "-m"],
+        ["--info"],
+        ["lora_rank=1", "hydra.mode=MULTIRUN"],
+        [CALLBACK, "allow_targets=[hydra.experimental.callbacks.LogJobReturnCallback]"],
+    ],
+)
 def test_hydra_composes_what_is_not_a_single_run(argv):
     assert prepare(argv).composed is None

@@ -54,6 +54,9 @@ def main(words: Sequence[str]) -> None:
 
     from sftx.runs import trials
 
+    if request.composed is not None:
+        by_hydra.run_once(lambda composed: trials.run_job(composed, request), *request.composed)
+        return
     failures: list[Exception] = []
 
     def job(composed: DictConfig) -> float | None:
@@ -71,8 +74,8 @@ def main(words: Sequence[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to `reported`, not to Hydra's printer
     if request.multirun:
         with suppress(trials.TrialFailed):
-            by_hydra.run(job)
+            by_hydra.run_by_hydra(job)
         sys.exit(trials.end_of_sweep())
-    by_hydra.run(job, request.composed)
+    by_hydra.run_by_hydra(job)
     if failures:
         raise failures[0]

@@ -1,22 +1,20 @@
-"""What Hydra does for sftx: it composes a configuration, and runs a job with the one that was checked."""
+"""What Hydra does for sftx: it composes configurations, and runs the trials of a sweep."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from hydra import compose, initialize, main
-from hydra._internal.config_loader_impl import get_overrides_dirname
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log
 from hydra.errors import HydraException
-from hydra.types import TaskFunction
-from omegaconf import DictConfig, open_dict
+from hydra.types import RunMode, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx.config import source
@@ -55,42 +53,38 @@ def first_sentence(error: BaseException) -> str:
     return f"{first}: {cause.rstrip('.')}." if cause and cause not in first else f"{first}."
 
 
-def whole(cfg: DictConfig, hydra: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Return both parts of a composition as one tree, in which Hydra keeps a record of these overrides."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    of_task = [o for o in parsed if not o.is_hydra_override()]
-    hydra.overrides.task = [o.input_line for o in of_task]
-    hydra.overrides.hydra = [o.input_line for o in parsed if o.is_hydra_override()]
-    hydra.job.override_dirname = get_overrides_dirname(overrides=of_task, **hydra.job.config.override_dirname)
+def with_overrides(hydra: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return Hydra's node with these overrides on record, instead of those that were composed to be checked."""
+    hydra = hydra.copy()
+    words = hydra.job.config.override_dirname
+    of_task = [o for o in overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    named = sorted(o for o in of_task if o.lstrip("+~").partition("=")[0] not in words.exclude_keys)
+    hydra.overrides.task = of_task
+    hydra.overrides.hydra = [o for o in overrides if o not in of_task]
+    hydra.job.override_dirname = words.item_sep.join(named).replace("=", words.kv_sep)
+    return hydra
+
+
+def run_once(job: TaskFunction, cfg: DictConfig, hydra: DictConfig) -> None:
+    """Run a job with a configuration that is composed and checked already, and Hydra's own node of it.
+
+    `hydra.main` would compose twice more, which takes 0.4 seconds, and would run what nobody checked if a file was
+    changed in between.
+    """
+    with open_dict(hydra):
+        hydra.mode = RunMode.RUN
+        hydra.runtime.output_dir = str(Path(hydra.run.dir).absolute())
     tree = cfg.copy()
     with open_dict(tree):
         tree.hydra = hydra
-    return tree
+    HydraConfig.instance().set_config(tree)
+    os.environ.update(OmegaConf.to_container(tree.hydra.job.env_set, resolve=True))  # type: ignore[arg-type]
+    configure_log(tree.hydra.job_logging, tree.hydra.verbose)
+    with open_dict(tree):
+        del tree["hydra"]
+    job(tree)
 
 
-class _Composed(Hydra):
-    """Hydra, which finds its configuration composed."""
-
-    composed: DictConfig
-
-    def compose_config(self, *_: Any, **__: Any) -> DictConfig:
-        configure_log(self.composed.hydra.hydra_logging, self.composed.hydra.verbose)
-        return self.composed
-
-
-def run(job: TaskFunction, composed: DictConfig | None = None) -> None:
-    """Run a job with a configuration that was composed and checked, or with what the command line composes to.
-
-    Hydra itself composes twice before it runs a job. That takes 0.4 seconds, and if a file was changed in between, it
-    may run what nobody checked.
-    """
-    if composed is None:
-        main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)(job)()
-        return
-    hydra = _Composed.create_main_hydra2(CONFIG_NAME, create_config_search_path(None))
-    assert isinstance(hydra, _Composed)
-    hydra.composed = composed
-    try:
-        hydra.run(CONFIG_NAME, job, [])
-    finally:
-        GlobalHydra.instance().clear()
+def run_by_hydra(job: TaskFunction) -> None:
+    """Let Hydra do what `sys.argv` says: run a sweep or a job with callbacks of Hydra's, show, or complete a word."""
+    main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)(job)()

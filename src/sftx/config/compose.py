@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sftx import train_command
 from sftx.config import source
-from sftx.config.by_hydra import COMPOSITION_ERRORS, CONFIG_NAME, first_sentence, load, register_sources, whole
+from sftx.config.by_hydra import COMPOSITION_ERRORS, CONFIG_NAME, first_sentence, load, register_sources, with_overrides
 from sftx.config.derive import PATHS
 from sftx.config.grammar import Deleted, Sweep, brings_keys, read_override
 from sftx.config.guard import bad_callbacks, guard
@@ -50,8 +50,8 @@ class Request:
     """What only a person may set, as it was typed: `allow_targets`, `trust_remote_code`."""
     shown: str | None = None
     """What `--cfg job` prints: it is composed already, and Hydra would take as long again."""
-    composed: DictConfig | None = None
-    """What a single run runs, with Hydra's own node: it is composed and checked already."""
+    composed: tuple[DictConfig, DictConfig] | None = None
+    """What a single run runs, and Hydra's own node: it is composed and checked already."""
 
     def command(self) -> str:
         """Return the command, ready to be typed again."""
@@ -129,7 +129,8 @@ class _Preparation:
         overrides = [override_text(self._key_for_hydra(k, v), v) for k, v in values.items()]
         shown = _as_yaml(base, resolve="--resolve" in flags) if _shows_job(flags) else None
         multirun = self.multirun and not line.shows
-        composed = None if flags or multirun else whole(base, self.hydra, overrides)
+        left_to_hydra = flags or multirun or self.hydra.callbacks
+        composed = None if left_to_hydra else (base, with_overrides(self.hydra, overrides))
         places = {k: self.origin(k) for k in (*PATHS, "resume") if k in self._typed()}
         places = {k: place for k, place in places.items() if not place.startswith("command line")}
         request = Request(

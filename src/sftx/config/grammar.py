@@ -94,7 +94,7 @@ def read_override(text: str, *, multirun: bool) -> Typed | None:
         override = _parse(f"{key}={','.join(map(_mended, pieces))}")
     if override is None:
         return None
-    value = Deleted(_plain(override._value)) if override.is_delete() else _value(override)
+    value = Deleted(override.value()) if override.is_delete() else _value(override)
     return Typed(text, match["prefix"] or "", match["name"], value)
 
 
@@ -160,11 +160,10 @@ def split_commas(text: str) -> list[str]:
 
 
 def _value(override: Override) -> Any:
-    if isinstance(override._value, Glob | IntervalSweep):
-        return override._value
-    if override.is_sweep_override():
+    value = override.value()
+    if override.is_sweep_override() and not isinstance(value, Glob | IntervalSweep):
         return Sweep(tuple(_plain(v) for v in override.sweep_iterator()))
-    return _plain(override._value)
+    return value
 
 
 def _plain(value: Any) -> Any:

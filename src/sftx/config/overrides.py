@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Glob
 
 from sftx import train_command
@@ -25,6 +24,13 @@ MOVED = {"hydra.run.dir": "output_dir"}
 """Hydra's own keys that mean one of ours."""
 ARGS_FILE = ("--train_args_file", "--args_file")
 CONFIG_DIR = ("--config-dir", "-cd")
+SHORT = {
+    "-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun", "-sc": "--shell-completion",
+    "-i": "--info",
+}  # fmt: skip
+FLAGS = SHORT | {flag: flag for flag in (*SHORT.values(), "--hydra-help", "--version", "--resolve")}
+TAKE_A_WORD = ("--cfg", "--package", "--info")
+CFG = ("job", "hydra", "all")
 NOT_OURS = {
     "--config-name": "the one primary config is conf/train.yaml: write an experiment and choose it by experiment=NAME",
     "--config-path": "folders of your own are given by --config-dir FOLDER",
@@ -86,7 +92,6 @@ def read_command_line(argv: list[str]) -> CommandLine:
 
 def _sort_words(argv: list[str], line: CommandLine) -> tuple[list[str], list[str]]:
     """Sort the words into Hydra's flags, which go into `line`, and return the overrides and the JSON files."""
-    actions = {o: a for a in get_args_parser()._actions for o in a.option_strings}
     texts: list[str] = []
     files: list[str] = []
     words = list(argv)
@@ -105,12 +110,12 @@ def _sort_words(argv: list[str], line: CommandLine) -> tuple[list[str], list[str
             line.problems.append(f"command line: `{name}`: {NOT_OURS[name]}.")
             if not equals and words:
                 words.pop(0)
-        elif name in actions:
-            _take_flag(word, actions[name], words, line)
+        elif name in FLAGS:
+            _take_flag(word, words, line)
         elif name == "args_file":
             files.append(value.strip("'\""))
         elif word.startswith("--") or (word.startswith("-") and not equals):
-            line.problems.append(_unknown_flag(word, words, [*actions, *ARGS_FILE]))
+            line.problems.append(_unknown_flag(word, words, [*FLAGS, *ARGS_FILE]))
         else:
             texts.append(word)
     return texts, files
@@ -132,21 +137,23 @@ def _unknown_flag(word: str, words: list[str], flags: list[str]) -> str:
     )
 
 
-def _take_flag(word: str, action: Any, words: list[str], line: CommandLine) -> None:
+def _take_flag(word: str, words: list[str], line: CommandLine) -> None:
+    typed, equals, value = word.partition("=")
+    flag = FLAGS[typed]
+    if flag == "--run":
+        return  # what happens without flags
     line.flags.append(word)
-    name, equals, given = word.partition("=")
-    takes_word = action.nargs in (None, 1, "?") and not equals
-    if takes_word and words and "=" not in words[0] and not words[0].startswith("-"):
-        given = words.pop(0)
-        line.flags.append(given)
-    line.multirun |= action.dest == "multirun"
-    line.shows |= action.dest in ("cfg", "info")
-    line.completes |= action.dest == "shell_completion"
-    line.bypass |= action.dest in ("hydra_help", "shell_completion", "version", "experimental_rerun")
-    if action.choices and action.nargs != "?" and given not in action.choices:
+    if flag in TAKE_A_WORD and not equals and words and "=" not in words[0] and not words[0].startswith("-"):
+        value = words.pop(0)
+        line.flags.append(value)
+    line.multirun |= flag == "--multirun"
+    line.shows |= flag in ("--cfg", "--info")
+    line.completes |= flag == "--shell-completion"
+    line.bypass |= flag in ("--hydra-help", "--shell-completion", "--version")
+    if flag == "--cfg" and value not in CFG:
         line.problems.append(
-            f"command line: `{name}`: expected one of {', '.join(action.choices)}, got {given or 'nothing'}."
-            f"{did_you_mean(given, action.choices)}"
+            f"command line: `{typed}`: expected one of {', '.join(CFG)}, got {value or 'nothing'}."
+            f"{did_you_mean(value, CFG)}"
         )
 
 

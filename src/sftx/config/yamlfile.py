@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx import INSTALLED, PROJECT_ROOT
@@ -20,10 +20,26 @@ Lines = dict[str, tuple[int, "Lines"]]
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """OmegaConf's reading of scalars (`2e-4` is a number), in C where PyYAML has it."""
+    """OmegaConf's reading of scalars (`2e-4` is a number, a date is a string), in C where PyYAML has it."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the base class's name
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""[-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?$
+        |[-+]?[0-9]+(?:_[0-9]+)*[eE][-+]?[0-9]+$
+        |\.[0-9]+(?:_[0-9]+)*(?:[eE][-+][0-9]+)?$
+        |[-+]?[0-9]+(?:_[0-9]+)*(?::[0-5]?[0-9])+\.[0-9_]*$
+        |[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
 
 
 @dataclass(frozen=True)
