@@ -261,7 +261,7 @@ def attention(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]
 
 def linear(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
     """Time a LoRA layer, the MLP's first."""
-    from sftx.model.lora import _Lora
+    from sftx.model.lora.function import Update, lora_linear
 
     inner, outer = shape["hidden_size"], shape["intermediate_size"]
     base = torch.nn.Linear(inner, outer, bias=False).to(DEVICE, DTYPE).requires_grad_(False)
@@ -274,13 +274,15 @@ def linear(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
     return {
         "frozen, without LoRA": lambda: _passes(base, x),
         "PEFT's way": lambda: _passes(peft, x, A, B),
-        "sftx": lambda: _passes(lambda x, *AB: _Lora.apply(x, [base], [2.0], [], DTYPE, *AB)[0], x, A, B),
+        "sftx": lambda: _passes(
+            lambda x, A, B: lora_linear(x, base, [Update(0, len(x), 2.0, None, A, B)], DTYPE), x, A, B
+        ),
     }
 
 
 def four_bits(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
     """Time a LoRA layer on a base in NF4, and unfolding its weight."""
-    from sftx.model.lora import _Lora, weight_of
+    from sftx.model.lora.function import Update, lora_linear, weight_of
 
     inner, outer = shape["hidden_size"], shape["intermediate_size"]
     x = _random(asked.tokens, inner, grad=True)
@@ -298,7 +300,7 @@ def four_bits(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]
 
     def own() -> Way:
         layer = base()
-        return _passes(lambda x, *AB: _Lora.apply(x, [layer], [2.0], [], DTYPE, *AB)[0], x, A, B)
+        return _passes(lambda x, A, B: lora_linear(x, layer, [Update(0, len(x), 2.0, None, A, B)], DTYPE), x, A, B)
 
     def unfold() -> Way:
         layer = base()

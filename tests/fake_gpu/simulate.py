@@ -188,11 +188,11 @@ def _watch(model: Any) -> dict[str, set[str]]:
     from transformers import AttentionInterface
 
     from sftx.model.adapt import lora_layers
-    from sftx.model.targets import blocks_of
+    from sftx.model.lora.targets import decoder_layers
 
     seen: dict[str, set[str]] = {"linear": set(), "attention": set()}
     layers = lora_layers(model.module) or [
-        m for block in blocks_of(model.module) for n, m in block.named_modules() if n.endswith("_proj")
+        m for block in decoder_layers(model.module) for n, m in block.named_modules() if n.endswith("_proj")
     ]
     for layer in layers:
         layer.register_forward_pre_hook(lambda _, inputs: seen["linear"].add(str(inputs[0].dtype)))

@@ -11,7 +11,7 @@ from tests.faults.test_not_finite import break_step, infinite_gradient, infinite
 from tests.gpu.cases import DEVICE, DRY_RUN, HALF, ON_A_GPU, losses, manifest, random_model
 from tests.invariance.test_invariance import curve
 
-from sftx.model.dropout import Clock
+from sftx.model.lora.dropout import Clock
 from sftx.parallel.whole import WholeStepper
 from sftx.run import run
 from sftx.training import recovery

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sftx.errors import ConfigError
-from sftx.model.lora import weight_of
+from sftx.model.lora.function import weight_of
 from sftx.run import run
 
 PROBE = torch.tensor([[5, 99, 700, 1300, 42, 2048, 7]])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +11,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sftx.model import lora
-from sftx.model.adapt import AdaptedModel, Lora, lora_layers
-from sftx.model.dropout import Clock, KeyedDropout
-from sftx.model.lora import Lean, speed_up
+from sftx.errors import ModelError
+from sftx.model.adapt import AdaptedModel, Full, Lora, lora_layers, read_adapter
+from sftx.model.lora.dropout import Clock, KeyedDropout
+from sftx.model.lora.layer import LoraLinear, RoutedLora
+from sftx.model.lora.layer_4bit import LoraLinear4bit
+from sftx.model.lora.routing import Span
 
 ROWS, INNER, OUTER = 50, 24, 40
 
 
-def layer_of(*, bias: bool = True, dropout: float = 0.0, four_bits: bool = False) -> nn.Module:
-    """Return a LoRA layer whose update is not nothing."""
+def layer_of(*, ours: bool = True, bias: bool = True, dropout: float = 0.0, four_bits: bool = False) -> nn.Module:
+    """Return a LoRA layer whose update is not nothing, sftx's or PEFT's."""
     torch.manual_seed(0)
     linear: nn.Module = nn.Linear(INNER, OUTER, bias=bias)
     if four_bits:
@@ -31,8 +32,12 @@ def layer_of(*, bias: bool = True, dropout: float = 0.0, four_bits: bool = False
         quantized.load_state_dict(nn.Linear(64, 64, bias=bias).state_dict())
         linear = quantized.to("cpu")
     model = nn.Sequential(linear).requires_grad_(False)
-    get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["0"], lora_dropout=0.0))
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["0"], lora_dropout=0.0)
+    if ours:
+        config._register_custom_module({type(linear): LoraLinear4bit if four_bits else LoraLinear})
+    get_peft_model(model, config)
     (layer,) = lora_layers(model)
+    assert isinstance(layer, RoutedLora) == ours
     nn.init.normal_(layer.lora_B["default"].weight)
     layer.lora_dropout["default"] = KeyedDropout(dropout, Clock(3, step=5), 0)
     return layer
@@ -55,9 +60,7 @@ def results(layer: nn.Module, x: torch.Tensor, **autocast: object) -> list[torch
 def test_same_as_peft(case: dict[str, object]) -> None:
     layer = layer_of(**case)  # type: ignore[arg-type]
     x = torch.randn(2, ROWS, layer.in_features)
-    expected = results(layer, x)
-    speed_up(nn.Sequential(layer))
-    assert isinstance(layer, Lean)
+    expected = results(layer_of(ours=False, **case), x)  # type: ignore[arg-type]
     for found, wanted in zip(results(layer, x), expected, strict=True):
         assert found.dtype == wanted.dtype
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
@@ -66,16 +69,14 @@ def test_same_as_peft(case: dict[str, object]) -> None:
 def test_same_as_peft_in_half_precision() -> None:
     layer = layer_of(dropout=0.2)
     x = torch.randn(ROWS, INNER)
-    expected = results(layer, x, half=True)
-    speed_up(nn.Sequential(layer))
+    expected = results(layer_of(ours=False, dropout=0.2), x, half=True)
     for found, wanted in zip(results(layer, x, half=True), expected, strict=True):
         assert found.dtype == wanted.dtype
         assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
 
 
-def test_an_adapter_that_is_off_or_beside_another_goes_peft_s_way() -> None:
+def test_an_adapter_that_is_off_or_merged_goes_peft_s_way() -> None:
     layer = layer_of()
-    speed_up(nn.Sequential(layer))
     x = torch.randn(ROWS, INNER)
     with_it = layer(x)
     layer.enable_adapters(False)
@@ -105,91 +106,9 @@ def held(layer: nn.Module, x: torch.Tensor) -> int:
 def test_little_is_held_for_the_backward_pass() -> None:
     layer = layer_of(dropout=0.3)
     x = torch.randn(ROWS, INNER, requires_grad=True)
-    of_peft = held(layer, x)
-    speed_up(nn.Sequential(layer))
+    of_peft = held(layer_of(ours=False, dropout=0.3), x)
     low_rank, mask = ROWS * 8 * 4, ROWS * INNER
     assert held(layer, x) == low_rank + mask < of_peft / 2
-
-
-class Projections(nn.Module):
-    """Queries, keys and values of one input, not equally wide."""
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(INNER, OUTER), nn.Linear(INNER, 8), nn.Linear(INNER, 8)
-        self.requires_grad_(False)
-        names = ["q_proj", "k_proj", "v_proj"]
-        get_peft_model(self, LoraConfig(r=8, lora_alpha=16, target_modules=names, rank_pattern={"v_proj": 4}))
-        for number, layer in enumerate(lora_layers(self)):
-            nn.init.normal_(layer.lora_B["default"].weight)
-            layer.lora_dropout["default"] = KeyedDropout(dropout, Clock(3, step=5), number)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return something that depends on all three."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return q.square().sum(-1) + (k * v).sum(-1)
-
-
-def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Return output and gradients of a model."""
-    x = x.clone().requires_grad_()
-    model.zero_grad()
-    out = model(x)
-    out.sum().backward()
-    return [out.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_layers_that_share_their_input_are_computed_together(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = Projections(dropout), torch.randn(2, ROWS, INNER)
-    expected = gradients(model, x)
-    speed_up(model)
-    calls: list[int] = []
-    outputs = lora._outputs
-    monkeypatch.setattr(lora, "_outputs", lambda layers, x: [calls.append(len(layers)), *outputs(layers, x)][1:])
-    found = gradients(model, x)
-    assert calls == [3]
-    assert len(found) == len(expected) == 8
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).abs().max() <= 1e-6 * other.abs().max()
-
-
-def test_of_shared_inputs_each_layer_answers_for_what_it_was_given() -> None:
-    model = Projections(0.0)
-    speed_up(model)
-    x, other = torch.randn(2, ROWS, INNER)
-    wanted = [layer(i.clone()) for layer, i in ((model.k_proj, x), (model.k_proj, other), (model.v_proj, x))]
-    model.q_proj(x)  # computes for all three
-    assert torch.equal(model.k_proj(other), wanted[1])
-    assert torch.equal(model.k_proj(x), wanted[0])
-    assert torch.equal(model.v_proj(x), wanted[2])
-    model.k_proj.set_scale("default", 0.0)
-    torch.testing.assert_close(model.k_proj(x), model.k_proj.base_layer(x))
-
-
-def test_a_model_s_blocks_share_two_inputs() -> None:
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    model = AdaptedModel(Qwen2ForCausalLM(config), trained_dtype=torch.float32, gradient_checkpointing=False)
-    model.add("default", Lora(rank=4, alpha=8, dropout=0.0), seed=1)
-    layers = lora_layers(model.module)
-    assert len(layers) == 14
-    assert all(isinstance(layer, Lean) for layer in layers)
-    shared = Counter(id(layer.shared) for layer in layers if layer.shared is not None)
-    assert sorted(shared.values()) == [2, 2, 3, 3]
-
-
-def test_nothing_is_held_when_all_have_their_output() -> None:
-    model = Projections(0.0)
-    speed_up(model)
-    x = torch.randn(ROWS, INNER)
-    alive = weakref.ref(x)
-    model(x)
-    del x
-    assert alive() is None
 
 
 def test_dropout_keeps_the_share_that_it_says_and_scales_by_it() -> None:
@@ -232,15 +151,121 @@ def test_4_bit_layers_without_an_adapter_evaluate_as_they_train() -> None:
         assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state), exact)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 7/15: layers that share their input hold what a failed pass has computed")
-def test_a_pass_that_fails_between_layers_that_share_their_input_leaves_nothing_behind() -> None:
-    layers = [layer_of(), layer_of()]
-    shared = lora.SharedInput(layers)
-    speed_up(nn.ModuleList(layers))
-    x = torch.randn(ROWS, INNER, requires_grad=True)
-    held = weakref.ref(shared.output(layers[0], x))  # out of memory here: the second is never asked for
-    graph = weakref.ref(x)
-    del x
-    gc.collect()
-    assert held() is None
-    assert graph() is None
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def two_adapters(dropout: float = 0.0) -> AdaptedModel:
+    """Return a small model with two adapters of different rank whose updates are not nothing."""
+    torch.manual_seed(0)
+    model = AdaptedModel(
+        Qwen2ForCausalLM(Qwen2Config(**SHAPE)).requires_grad_(False),
+        trained_dtype=torch.float32,
+        gradient_checkpointing=False,
+    )
+    model.add("a", Lora(rank=4, alpha=8, dropout=dropout), seed=1)
+    model.add("b", Lora(rank=2, alpha=8, dropout=dropout, target_modules="attention"), seed=2)
+    for name, parameter in model.module.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    assert all(isinstance(layer, RoutedLora) for layer in lora_layers(model.module))
+    return model
+
+
+def of_layers(model: AdaptedModel, x: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Return every layer's output for the same tokens, and the gradients of the adapters."""
+    model.module.zero_grad()
+    outs = [layer(x) for layer in lora_layers(model.module) if layer.in_features == x.shape[-1]]
+    assert len(outs) == 2 * 6
+    sum(out.square().sum() for out in outs).backward()  # type: ignore[union-attr]
+    grads = {n: p.grad.clone() for n, p in model.module.named_parameters() if p.grad is not None}
+    return [out.detach() for out in outs], grads
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_routed_tokens_get_what_their_adapter_alone_gives(dropout: float) -> None:
+    model = two_adapters(dropout)
+    x = torch.randn(20, 32)
+    of_a, of_b, of_base = slice(0, 7), slice(7, 16), slice(16, 20)
+    with model.using("a"):
+        outs_a, grads_a = of_layers(model, x[of_a])
+    with model.using("b"):
+        outs_b, grads_b = of_layers(model, x[of_b])
+    grads_a = {n: g for n, g in grads_a.items() if ".a." in n}
+    grads_b = {n: g for n, g in grads_b.items() if ".b." in n}
+    with model.without_adapters(), torch.no_grad():
+        outs_base = [layer(x[of_base]) for layer in lora_layers(model.module) if layer.in_features == 32]
+    with model.routed([Span(7, 16, "b"), Span(0, 7, "a")]):
+        outs, grads = of_layers(model, x)
+    for out, alone_a, alone_b, base in zip(outs, outs_a, outs_b, outs_base, strict=True):
+        torch.testing.assert_close(out, torch.cat([alone_a, alone_b, base]), rtol=1e-5, atol=1e-5)
+    assert set(grads) == set(grads_a) | set(grads_b)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, (grads_a | grads_b)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_one_adapter_may_have_several_spans() -> None:
+    model, x = two_adapters(), torch.randn(20, 32)
+    with model.using("a"):
+        outs, grads = of_layers(model, x)
+    with model.routed([Span(0, 8, "a"), Span(8, 20, "a")]):
+        again, grads_again = of_layers(model, x)
+    for one, other in zip(outs, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for name, grad in grads_again.items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-4)
+
+
+def test_spans_that_overlap_are_refused() -> None:
+    model = two_adapters()
+    with pytest.raises(ValueError, match="overlap"), model.routed([Span(0, 8, "a"), Span(7, 9, "b")]):
+        pass
+
+
+def test_without_adapters_is_the_base_and_leaves_them_trainable() -> None:
+    model = two_adapters()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
+    with torch.no_grad():
+        wanted, adapted = base(ids).logits, model(input_ids=ids).logits
+        with model.without_adapters():
+            torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+        assert torch.equal(model(input_ids=ids).logits, adapted)
+    assert (adapted - wanted).abs().max() > 1e-3
+    assert all(p.requires_grad for a in model.adapters.values() for p in a.parameters.values())
+
+
+def test_full_mode_has_no_model_without_adapters() -> None:
+    model = AdaptedModel(
+        Qwen2ForCausalLM(Qwen2Config(**SHAPE)), trained_dtype=torch.float32, gradient_checkpointing=False
+    )
+    model.add("default", Full(), seed=1)
+    with pytest.raises(ModelError, match="mode=full"), model.without_adapters():
+        pass
+
+
+def test_files_are_peft_s_both_ways(tmp_path: Path) -> None:
+    """What sftx saves loads in plain PEFT with the same logits, and what PEFT saves loads in sftx."""
+    from peft import PeftModel
+
+    model, ids = two_adapters(), torch.tensor([[1, 2, 3, 4]])
+    with model.using("a"):
+        model.module.save_pretrained(tmp_path / "ours", selected_adapters=["a"])
+        wanted = model(input_ids=ids).logits
+    torch.manual_seed(0)
+    plain = PeftModel.from_pretrained(Qwen2ForCausalLM(Qwen2Config(**SHAPE)), tmp_path / "ours" / "a")
+    assert not any(isinstance(layer, RoutedLora) for layer in lora_layers(plain))
+    torch.testing.assert_close(plain(input_ids=ids).logits, wanted)
+
+    plain.save_pretrained(tmp_path / "peft")
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(**SHAPE)).requires_grad_(False)
+    back = AdaptedModel(base, trained_dtype=torch.float32, gradient_checkpointing=False)
+    adapter = back.add("default", Lora(rank=4, alpha=8, dropout=0.0), seed=5, start=tmp_path / "peft")
+    assert set(read_adapter(tmp_path / "peft", adapter)) == set(adapter.parameters)
+    assert all(isinstance(layer, RoutedLora) for layer in lora_layers(back.module))
+    torch.testing.assert_close(back(input_ids=ids).logits, wanted)
+    torch.testing.assert_close(back.module.merge_and_unload()(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)

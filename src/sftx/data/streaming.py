@@ -22,7 +22,7 @@ from sftx.data.plan import Batching, Unit, in_units, share
 from sftx.data.record import Record
 from sftx.data.rows import Row
 from sftx.errors import DataError
-from sftx.model.dropout import key_of
+from sftx.model.lora.dropout import key_of
 from sftx.parallel.signals import ignore
 
 Encoder = Callable[[Sequence[Record]], Sequence[list[Row] | str]]

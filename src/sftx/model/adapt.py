@@ -6,8 +6,8 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,10 +17,10 @@ from torch import nn
 
 from sftx.config.bounds import Bounds
 from sftx.errors import ModelError
-from sftx.model.dropout import Clock, KeyedDropout, key_of
 from sftx.model.head import LossHead
-from sftx.model.lora import speed_up
-from sftx.model.targets import Layers, Targets, check_injected, injected, left_out_by, share_in_4_bits, size_of
+from sftx.model.lora.dropout import Clock, KeyedDropout, key_of
+from sftx.model.lora.routing import Routing, Span
+from sftx.model.lora.targets import Layers, Targets, check_injected, injected, left_out_by, share_in_4_bits, size_of
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class AdaptedModel:
         """The last block leaves out positions without a target."""
         self.trained_dtype = trained_dtype
         self.adapters: dict[str, Adapter] = {}
+        self.routing = Routing()
         self._layers: Layers | None = None
         self.recomputed_part = {False: 0.0, "selective": 0.5}.get(gradient_checkpointing, 1.0)
         """Of the blocks, those whose forward pass is made again in the backward pass."""
@@ -151,7 +152,7 @@ class AdaptedModel:
     def add(self, name: str, mode: Lora | Full, seed: int, *, start: Path | None = None) -> Adapter:
         """Add a trained set of parameters, initialised from its own generator or from a saved adapter.
 
-        Errors:
+        Raises:
             ModelError: `start` holds no adapter that fits this base.
         """
         clock = Clock(seed)
@@ -194,6 +195,10 @@ class AdaptedModel:
         """
         from peft import PeftModel, get_peft_model
 
+        if not (self.sharded or config.target_parameters):  # PEFT would put ours on those parameters' layers too
+            from sftx.model.lora.layer import custom_modules
+
+            config._register_custom_module(custom_modules(self.module))
         try:
             with _quiet(), torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are replaced below
                 if isinstance(self.module, PeftModel):
@@ -218,8 +223,7 @@ class AdaptedModel:
             nn.init.zeros_(layer.lora_B[adapter.name].weight)
             if not hasattr(layer, "parameter_name"):  # PEFT's layer of a parameter has no dropout
                 layer.lora_dropout[adapter.name] = KeyedDropout(dropout, adapter.clock, number)
-        if not self.sharded:
-            speed_up(self.module)
+            layer.routing = self.routing
 
     @contextmanager
     def using(self, name: str) -> Iterator[Adapter]:
@@ -228,10 +232,41 @@ class AdaptedModel:
         if adapter.is_lora and len(self.adapters) > 1:
             for layer in lora_layers(self.module):
                 layer.set_adapter([name])
-            for other in self.adapters.values():
-                for parameter in other.parameters.values():
-                    parameter.requires_grad_(True)  # set_adapter freezes the others
+            self._unfreeze()
         yield adapter
+
+    @contextmanager
+    def routed(self, spans: Sequence[Span]) -> Iterator[None]:
+        """Let each span of the flattened batch's tokens use its own adapter inside the block.
+
+        Raises:
+            ModelError: a layer cannot: PEFT's layers of parameters, bases split over ranks or quantized otherwise.
+        """
+        from sftx.model.lora.layer import RoutedLora
+
+        if unable := [layer for layer in lora_layers(self.module) if not isinstance(layer, RoutedLora)]:
+            raise ModelError(f"a LoRA layer of class {type(unable[0]).__name__} cannot use several adapters at once.")
+        with self.routing.over(spans):
+            yield
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Let the forward passes inside the block be those of the frozen base.
+
+        Raises:
+            ModelError: `mode=full` has trained the base itself.
+        """
+        if not all(adapter.is_lora for adapter in self.adapters.values()):
+            raise ModelError("mode=full trains the base itself: there is no model without adapters.")
+        with self.module.disable_adapter() if self.adapters else nullcontext():
+            yield
+        self._unfreeze()  # disabling them freezes them
+
+    def _unfreeze(self) -> None:
+        """Let gradients reach the parameters of all adapters: PEFT freezes those that are not active."""
+        for adapter in self.adapters.values():
+            for parameter in adapter.parameters.values():
+                parameter.requires_grad_(True)
 
     def facts(self, adapter: Adapter) -> dict[str, Any]:
         """Return what the base and one adapter consist of; a 4-bit weight counts as its values."""
@@ -292,7 +327,7 @@ def _saved_config(folder: Path, mode: Lora) -> Any:
 def read_adapter(folder: Path, adapter: Adapter) -> dict[str, torch.Tensor]:
     """Return a saved adapter's weights under their names in the model.
 
-    Errors:
+    Raises:
         ModelError: a tensor is missing, unknown, or of another shape.
     """
     from safetensors import SafetensorError
@@ -310,7 +345,7 @@ def read_adapter(folder: Path, adapter: Adapter) -> dict[str, torch.Tensor]:
 def check_fit(found: Mapping[str, torch.Tensor], adapter: Adapter, what: str) -> None:
     """Compare names and shapes of tensors with those of the trained parameters; `what` begins the message.
 
-    Errors:
+    Raises:
         ModelError: a tensor is missing, unknown, or of another shape.
     """
     shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in adapter.parameters.items()}

@@ -20,7 +20,7 @@ import torch
 
 from sftx.model.adapt import AdaptedModel
 from sftx.model.attention import leave_uncompiled
-from sftx.model.targets import blocks_of
+from sftx.model.lora.targets import decoder_layers
 
 VARIANTS = 8
 """How often a function may be compiled anew for a trial: in training, in evaluation, first block, other blocks, ..."""
@@ -53,7 +53,7 @@ def compile_blocks(model: AdaptedModel, attention: str, trials: int) -> None:
     torch.compiler.reset()  # what an earlier run in this process compiled does not count
     torch._dynamo.config.recompile_limit = VARIANTS * trials
     leave_uncompiled(attention)
-    for block in blocks_of(model.module):
+    for block in decoder_layers(model.module):
         for part in block.children():
             part.compile(dynamic=True)
 

@@ -18,8 +18,8 @@ from sftx.model import builtin
 from sftx.model.attention import register
 from sftx.model.family import Family
 from sftx.model.find import local_folder, missing_files, weight_files
+from sftx.model.lora.targets import kept_whole
 from sftx.model.markers import check_markers, eos_tokens
-from sftx.model.targets import kept_whole
 
 if TYPE_CHECKING:
     import torch

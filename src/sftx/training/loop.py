@@ -22,7 +22,7 @@ from sftx.data.feed import Step
 from sftx.data.loader import Batch
 from sftx.errors import StoppedError
 from sftx.files import append_line
-from sftx.model.dropout import key_of
+from sftx.model.lora.dropout import key_of
 from sftx.training import checkpoint
 from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses

@@ -14,8 +14,8 @@ from torch import nn
 from sftx.model.adapt import AdaptedModel
 from sftx.model.attention import end_to_end
 from sftx.model.head import LossHead
+from sftx.model.lora.targets import decoder_layers
 from sftx.model.shortcuts import KEPT, shorten
-from sftx.model.targets import blocks_of
 from sftx.training.memory import is_out_of_memory
 from sftx.training.precision import Numerics
 
@@ -100,7 +100,7 @@ def documents_leak(tried: Tried) -> str | None:
 
 def last_block_shortened(tried: Tried) -> bool:
     """Let the model's last block leave out positions without a target, if its logits stay the same; tell whether."""
-    blocks = blocks_of(tried.model.module)
+    blocks = decoder_layers(tried.model.module)
     undo = shorten(blocks[-1]) if blocks else None
     if undo is None:
         return False

@@ -43,7 +43,7 @@ def size_of(parameter: Any) -> int:
     return math.prod(state.shape) if state is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return a model's repeated blocks: the list that holds most of its parameters."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=lambda m: sum(map(size_of, m.parameters())), default=[]))
@@ -58,7 +58,7 @@ class Layers:
 
     def __init__(self, model: Any) -> None:
         self.kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-        inside = {id(m) for block in blocks_of(model) for m in block.modules()}
+        inside = {id(m) for block in decoder_layers(model) for m in block.modules()}
         every = dict(model.named_modules())
         routers, past = routers_of(model), _read_by_kernels(model)
         linear = {n: m for n, m in every.items() if isinstance(m, nn.Linear)}

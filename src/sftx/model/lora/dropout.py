@@ -48,7 +48,7 @@ class KeyedDropout(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Tell whether anything is dropped now."""
+        """Return True if anything is dropped now."""
         return self.training and self.p > 0.0
 
     def keep(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:

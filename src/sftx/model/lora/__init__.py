@@ -1,0 +1,1 @@
+"""LoRA layers: their arithmetic, dropout, which layers get one, and which adapter each token uses."""
