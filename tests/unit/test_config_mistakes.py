@@ -21,6 +21,14 @@ MISTAKES = {
         {"scheduler.poewr": 2},
         ["unknown key `scheduler.poewr` (value 2). Did you mean `power`?", "scheduler=polynomial"],
     ),
+    "renamed key": (
+        {"data.shape": "alpaca"},
+        ["unknown key `data.shape` (value alpaca). It is now `data.schema`.", "`data` takes: format"],
+    ),
+    "another renamed key": (
+        {"data.learn": "last"},
+        ["unknown key `data.learn` (value last). It is now `data.train_on`."],
+    ),
     "unknown group": ({"schedulr": "cosine"}, ["unknown key `schedulr` (value cosine). Did you mean `scheduler`?"]),
     "wrong type": ({"seed": "abc"}, ["`seed`: expected an integer >= 0 and <= 9223372036854775807, got 'abc'"]),
     "wrong choice": (

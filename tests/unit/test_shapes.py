@@ -555,7 +555,7 @@ def test_category_null_says_that_there_is_none(tmp_path: Path) -> None:
         ({"human": "x", "messages": "y"}, "auto", ["no shape has all of human, messages"]),
         ({"human": "x"}, "messages", ["the shape messages has not all of human"]),
         ({"role": "x"}, "alpaca", ["the shape alpaca has not all of role"]),
-        ({}, "alpacca", ["data.shape=alpacca", "Did you mean `alpaca`?"]),
+        ({}, "alpacca", ["data.schema=alpacca", "Did you mean `alpaca`?"]),
     ],
 )
 def test_a_mapping_that_cannot_be(

@@ -246,9 +246,10 @@ def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> li
         if name in HYDRA_KEYS or name in unused or path in tree.unresolved or wrong.intersection(tree.targets(path)):
             continue
         if argument is None and not signature.open:
+            renamed = f" It is now `{RENAMED[path]}`." if path in RENAMED else ""
             problems.append(
                 f"{origin(path)}: unknown key `{path}` (value {show(value)})."
-                f"{did_you_mean(name, signature.arguments) or _elsewhere(key, name)}\n"
+                f"{renamed or did_you_mean(name, signature.arguments) or _elsewhere(key, name)}\n"
                 f"`{key}` takes: {', '.join(signature.arguments) or 'nothing'}."
             )
         elif isinstance(value, dict) and "_target_" in value:
@@ -273,4 +274,5 @@ def _left_over(key: str, target: str, names: list[str], options: dict[str, str],
     ]
 
 
+RENAMED = {"data.shape": "data.schema", "data.learn": "data.train_on"}
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})

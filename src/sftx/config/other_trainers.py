@@ -106,7 +106,7 @@ TABLE = (
     Counterpart("truncation_strategy truncation_mode excess_length_strategy", "data.too_long"),
     Counterpart("train_on_inputs train_on_prompt completion_only_loss assistant_only_loss train_on_responses_only "
                 "train_on_completions_only", "", "the answers are always what is trained on", "始终只对回答计算损失"),
-    Counterpart("mask_history", "data.learn=last"),
+    Counterpart("mask_history", "data.train_on=last"),
     Counterpart("packing sample_packing neat_packing", "batching=packed"),
     Counterpart("batch_flattening", "batching=padding_free"),
     Counterpart("group_by_length train_sampling_strategy", "batching=length_bucketed"),

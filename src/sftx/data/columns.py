@@ -69,10 +69,10 @@ RESERVED = frozenset(
 
 
 def check_columns(shape: str, columns: Mapping[str, str | None]) -> None:
-    """Raise DataError when `data.shape` or `data.columns` says what no shape has."""
+    """Raise DataError when `data.schema` or `data.columns` says what no schema has."""
     names = dict.fromkeys(s.name for s in SHAPES)
     if shape != "auto" and shape not in names:
-        raise DataError(f"data.shape={shape}: is not known; use auto, {', '.join(names)}.{did_you_mean(shape, names)}")
+        raise DataError(f"data.schema={shape}: is not known; use auto, {', '.join(names)}.{did_you_mean(shape, names)}")
     for field, column in columns.items():
         if column is not None and field not in (*FIELDS, *TURN_FIELDS):  # of any name null says: it is not used
             wanted = ", ".join(f for f in (*FIELDS, *TURN_FIELDS) if f not in MEDIA)

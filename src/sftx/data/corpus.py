@@ -121,11 +121,13 @@ class Corpus:
     format: Literal["auto", "csv", "jsonl", "json", "parquet", "arrow", "xlsx"] = "auto"
     encoding: str = "auto"
     delimiter: str = "auto"
-    shape: Literal["auto", "human_assistant", "alpaca", "sharegpt", "messages", "firefly", "prompt_completion"] = "auto"
+    schema: Literal["auto", "human_assistant", "alpaca", "sharegpt", "messages", "firefly", "prompt_completion"] = (
+        "auto"
+    )
     columns: dict[str, str | None] = field(default_factory=dict)
     fill_down: list[str] = field(default_factory=list)
     on_bad_rows: Literal["error", "skip"] = "error"
-    learn: Literal["all", "last"] = "all"
+    train_on: Literal["all", "last"] = "all"
     too_long: Literal["truncate_right", "truncate_prompt", "drop", "split", "error"] = "truncate_right"
     system: str | None = None
     category_prefix: dict[str, str] = field(default_factory=dict)
@@ -144,7 +146,7 @@ class Corpus:
     def encode_policy(self, max_length: int) -> EncodePolicy:
         """Return how its conversations become rows."""
         prefix = dict(self.category_prefix)
-        return EncodePolicy(max_length, self.too_long, self.learn, self.system, prefix, self.on_bad_rows)
+        return EncodePolicy(max_length, self.too_long, self.train_on, self.system, prefix, self.on_bad_rows)
 
     def choose_policy(self) -> ChoosePolicy:
         """Return which of its records are used, and how often."""
@@ -177,7 +179,7 @@ class Corpus:
         return StreamedFiles(sources, self._how(), keep_columns, self.on_bad_rows == "skip", limit)
 
     def _how(self) -> How:
-        return How(self.format, self.encoding, self.delimiter, self.shape, dict(self.columns), tuple(self.fill_down))
+        return How(self.format, self.encoding, self.delimiter, self.schema, dict(self.columns), tuple(self.fill_down))
 
     def read(self, sources: Sequence[Source], *, keep_columns: bool) -> LoadedFile:
         """Read files in order, through a JSONL that is cached by their content.
