@@ -50,7 +50,7 @@ from sftx.training.perf import reset_peak_memory
 from sftx.training.precision import Numerics
 from sftx.training.preflight import check_room
 from sftx.training.probing import compile_limits_noted, compile_model, probe
-from sftx.training.saving import Pace, Saver
+from sftx.training.saving import SaveInterval, Saver
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
 
@@ -290,7 +290,7 @@ def _trial(
         recorder=SilentRecorder(),
         effective=effective,
         micro_batch=first_micro_batch(config, tried=session.engine.device.type == "cuda"),
-        pace=Pace(60 * config.lost_work_minutes),
+        save_interval=SaveInterval(60 * config.lost_work_minutes),
     )
 
 

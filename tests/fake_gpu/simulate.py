@@ -63,7 +63,7 @@ def simulate(case: Case) -> dict[str, Any]:
     """Load the model, let sftx probe it, and make two steps of a micro-batch each; the second is counted."""
     import torch
 
-    from sftx.parallel.whole import WholeStepper
+    from sftx.parallel.replicated import ReplicatedStepper
     from sftx.runs.effective import Effective
     from sftx.training.loss import token_losses
     from sftx.training.optimizers import AdamW
@@ -79,7 +79,7 @@ def simulate(case: Case) -> dict[str, Any]:
         probed = _probe(model, numerics, gpu)
         model.module.train()
         optimizer = AdamW(32, False, (0.9, 0.999), 1e-8, 0.0).build(adapter.parameters, 1e-4, Effective())
-        stepper = WholeStepper(adapter.parameters, optimizer, dtype, 0.3)
+        stepper = ReplicatedStepper(adapter.parameters, optimizer, dtype, 0.3)
         watched = _watch(model)
         batch = _batch(case.lengths)
 

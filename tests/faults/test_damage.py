@@ -368,5 +368,6 @@ def test_a_run_that_was_killed_before_its_manifest_starts_anew(tmp_path: Path, l
     for name in left:
         (tmp_path / name).write_text("half")
     RunFolder(tmp_path).check("auto")
-    RunFolder(tmp_path).lock()
+    folder = RunFolder(tmp_path)
+    folder.lock()
     assert {p.name for p in tmp_path.iterdir()} == {".lock"}

@@ -211,7 +211,7 @@ def test_a_loss_that_stands_far_out(make_config, monkeypatch, captured, policy: 
 def test_an_ordinary_run_has_no_spikes(make_config, captured) -> None:
     run([make_config(*over(SPIKED, "max_steps=60"))])
     assert captured.trial.faults.spikes == 0
-    assert captured.trial.trend.steps == 60
+    assert captured.trial.loss_ema.steps == 60
 
 
 @pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])

@@ -17,7 +17,7 @@ from sftx.errors import RunFolderError, TrainingError
 from sftx.files import bytes_in, write_folder
 from sftx.run import run
 from sftx.training import checkpoint, loop, preflight, saving
-from sftx.training.saving import MOST_OVERHEAD, Pace
+from sftx.training.saving import MAX_SAVE_OVERHEAD, SaveInterval
 
 SHARED = [
     "mode=lora", "eval_ratio=0", "max_steps=6", "save_strategy=steps", "save_steps=2", "save_total_limit=null",
@@ -102,7 +102,7 @@ def _raise(*_: Any) -> None:
 def test_the_pace_keeps_to_the_work_that_may_be_lost_and_to_the_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
-    pace = Pace(lost_seconds=60, last=0)
+    pace = SaveInterval(lost_seconds=60, last=0)
     pace.took(0.3)
     assert pace.interval == 60
     now[0] = 59
@@ -110,7 +110,7 @@ def test_the_pace_keeps_to_the_work_that_may_be_lost_and_to_the_overhead(monkeyp
     now[0] = 60
     assert pace.over
     pace.took(9.3)  # 4.8 s on average
-    assert pace.interval == pytest.approx(4.8 / MOST_OVERHEAD)
+    assert pace.interval == pytest.approx(4.8 / MAX_SAVE_OVERHEAD)
     assert not pace.over
 
 

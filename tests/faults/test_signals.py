@@ -32,7 +32,7 @@ from sftx.errors import EXIT_STOPPED, RunFolderError, StoppedError
 from sftx.parallel.signals import ASKING, EndNow, Signals
 from sftx.run import run
 from sftx.runs.metrics import read_metrics
-from sftx.training.reading import StopVote
+from sftx.training.pending import StopVote
 
 SHARED = [
     "mode=lora", "lora_dropout=0.2", "save_strategy=steps", "save_steps=100", "eval_steps=2", "max_train_rows=24",
@@ -312,7 +312,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_there(tmp_path: 
     config = composed(f"output_dir={tmp_path}")
     code = (
         "import sys; from pathlib import Path; from sftx.runs.folder import RunFolder; "
-        "RunFolder(Path(sys.argv[1])).lock(); print(1, flush=True); sys.stdin.read()"
+        "folder = RunFolder(Path(sys.argv[1])); folder.lock(); print(1, flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None

@@ -20,4 +20,4 @@ def _dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return Numerics(dtype, DEVICE) if dtype else resolve(self, device, effective, **settings)
 
     monkeypatch.setattr(Precision, "resolve", half)
-    monkeypatch.setattr(SingleEngine, "reads_late", True)
+    monkeypatch.setattr(SingleEngine, "defers_loss", True)

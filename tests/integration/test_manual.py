@@ -128,12 +128,12 @@ def test_per_device_train_batch_size(make_config, captured) -> None:
 
 
 def test_gradient_accumulation_steps(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sftx.parallel.whole import WholeStepper
+    from sftx.parallel.replicated import ReplicatedStepper
 
     calls = []
-    backward = WholeStepper.backward
+    backward = ReplicatedStepper.backward
     monkeypatch.setattr(
-        WholeStepper, "backward", lambda self, loss, last: (calls.append(last), backward(self, loss, last=last))
+        ReplicatedStepper, "backward", lambda self, loss, last: (calls.append(last), backward(self, loss, last=last))
     )
     run([make_config("gradient_accumulation_steps=5", "max_steps=2")])
     assert calls == [False, False, False, False, True] * 2

@@ -16,7 +16,7 @@ from sftx.training.progress import Progress
 def trial(step: int = 0, total: int = 120, tokens: int = 0, loss: float | None = None) -> Any:
     made = None if loss is None else SimpleNamespace(loss=loss)
     config = SimpleNamespace(disable_tqdm=False)
-    return SimpleNamespace(config=config, step=step, steps=SimpleNamespace(total=total), tokens_seen=tokens, made=made)
+    return SimpleNamespace(config=config, step=step, steps=SimpleNamespace(total=total), tokens_seen=tokens, last_result=made)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_line_every_minute(now: list[float], said: list[str]) -> None:
             shown.tick(one)
             if second % 10 == 9:
                 one.step, one.tokens_seen = one.step + 1, one.tokens_seen + 5000
-                one.made = SimpleNamespace(loss=2.0)
+                one.last_result = SimpleNamespace(loss=2.0)
                 shown.update(one)
     assert said == [
         "step 6/120  loss 2.0000  500 tokens/s  19 min left",

@@ -25,8 +25,8 @@ from sftx.errors import ConfigError
 from sftx.parallel import watch
 from sftx.parallel.device import choose_device
 from sftx.parallel.engine import Engine, Stepper
+from sftx.parallel.replicated import ReplicatedStepper
 from sftx.parallel.single import SingleEngine
-from sftx.parallel.whole import WholeStepper
 
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
@@ -126,7 +126,7 @@ class DdpEngine:
     """One rank of several."""
 
     sharded = False
-    reads_late = False  # ranks agree on what a step came to before they go on
+    defers_loss = False  # ranks agree on what a step came to before they go on
 
     def __init__(self, device: torch.device, remarks: Sequence[str] = ()) -> None:
         self.device, self.remarks = device, remarks
@@ -146,7 +146,7 @@ class DdpEngine:
         self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
     ) -> Stepper:
         """Return the stepper of whole parameters, whose gradients are summed over ranks."""
-        return WholeStepper(adapter.parameters, optimizer, dtype, max_grad_norm, self.sum_gradients, self.is_main)
+        return ReplicatedStepper(adapter.parameters, optimizer, dtype, max_grad_norm, self.sum_gradients, self.is_main)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum gradients over ranks, a bucket at a time; a rank without a gradient adds zeros."""

@@ -80,8 +80,8 @@ class Engine(Protocol):
         """True on the rank that writes files."""
 
     @property
-    def reads_late(self) -> bool:
-        """True where the host may prepare a step while the device makes the one before."""
+    def defers_loss(self) -> bool:
+        """True where the host may launch a step before the loss of the last one was read."""
 
     def loading(self, dtype: torch.dtype) -> AbstractContextManager[object]:
         """Return the context in which a base is loaded that computes in `dtype`."""

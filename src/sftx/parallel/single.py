@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sftx.parallel.device import choose_device
 from sftx.parallel.engine import Engine, Stepper
-from sftx.parallel.whole import WholeStepper
+from sftx.parallel.replicated import ReplicatedStepper
 
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
@@ -42,7 +42,7 @@ class SingleEngine:
         self.device, self.remarks = device, remarks
 
     @property
-    def reads_late(self) -> bool:
+    def defers_loss(self) -> bool:
         """True on a GPU: a CPU does one thing after the other anyway."""
         return self.device.type == "cuda"
 
@@ -54,7 +54,7 @@ class SingleEngine:
         self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
     ) -> Stepper:
         """Return the stepper of whole parameters; there is nothing to sum."""
-        return WholeStepper(adapter.parameters, optimizer, dtype, max_grad_norm)
+        return ReplicatedStepper(adapter.parameters, optimizer, dtype, max_grad_norm)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor."""

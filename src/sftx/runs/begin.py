@@ -28,7 +28,7 @@ from sftx.secrets import scrub
 from sftx.terminal import counted
 from sftx.training import checkpoint
 from sftx.training.preflight import rehearse
-from sftx.training.saving import MOST_OVERHEAD
+from sftx.training.saving import MAX_SAVE_OVERHEAD
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
 
@@ -200,9 +200,13 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
     saves = f"every {counted(config.save_steps, 'step')}" if isinstance(config.save_steps, int) else ""
     saves = saves if config.save_strategy == "steps" else config.save_strategy
     if config.save_strategy == "steps" and config.save_steps == "auto":
-        took = trial.pace.save_seconds or 0.0
-        why = "" if trial.pace.interval <= trial.pace.lost_seconds else f": at most {MOST_OVERHEAD:.0%} of the time"
-        saves = f"every {trial.pace.interval / 60:.3g} minutes ({took:.2g} s each{why})"
+        took = trial.save_interval.save_seconds or 0.0
+        why = (
+            ""
+            if trial.save_interval.interval <= trial.save_interval.lost_seconds
+            else f": at most {MAX_SAVE_OVERHEAD:.0%} of the time"
+        )
+        saves = f"every {trial.save_interval.interval / 60:.3g} minutes ({took:.2g} s each{why})"
     ranks, dtype = session.engine.world_size, str(session.numerics.dtype).removeprefix("torch.")
     attention = trial.effective.settings["attn_implementation"]
     compute = f"{session.numerics.device}, {dtype}, {attention}, {counted(torch.get_num_threads(), 'thread')}"

@@ -176,7 +176,7 @@ def remark_on_length(trial: Trial, before: int | None, effective: Effective) -> 
     total, step = trial.steps.total, trial.step
     if before is None or before == total or step >= total:
         return
-    peak = trial.config.learning_rate * trial.faults.rate_factor
+    peak = trial.config.learning_rate * trial.faults.lr_factor
 
     def lr(at: int, steps: int) -> float:
         return peak * trial.schedule.at(at, steps)

@@ -27,7 +27,7 @@ from sftx.parallel.engine import Weights
 if TYPE_CHECKING:
     from sftx.training.trial import Trial
 
-FORMAT = 2
+FORMAT = 3
 """Of checkpoints, in their manifest; raise it when an older version could not read a new one, or the reverse."""
 MANIFEST = "manifest.json"
 READ = (".json", ".safetensors")

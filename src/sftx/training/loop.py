@@ -2,7 +2,12 @@
 
 It trains a list of trials, one step each in turn, over one frozen base. A trial's loss is the summed
 token loss divided by the supervised tokens of its whole optimizer step, over all micro-batches and
-ranks, so that neither accumulation nor the number of ranks changes what is learned.
+ranks, so that neither accumulation nor the number of ranks changes the result.
+
+When a loss is known: `_launch` gives a step to the device and returns a `PendingStep`; `_resolve` reads its loss and
+decides (record, skip, roll back). On a GPU, and only if nothing depends on the loss (`Trial.defers_loss`), a step is
+resolved after the next one was launched; everywhere else at once. A step that is recorded, evaluated or saved is
+always resolved first.
 """
 
 from __future__ import annotations
@@ -27,11 +32,11 @@ from sftx.training import checkpoint
 from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses
 from sftx.training.memory import is_out_of_memory, shrink
+from sftx.training.pending import PendingStep, StopVote
 from sftx.training.perf import Window
 from sftx.training.profile import DATA
 from sftx.training.progress import Progress
-from sftx.training.reading import Launched, Reading, StopVote
-from sftx.training.recovery import Made, fault_of, recover
+from sftx.training.recovery import StepResult, fault_of, recover
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
@@ -92,23 +97,23 @@ def _advance(session: Session, trial: Trial) -> None:
         callback.on_batches(session, trial, step.batches)
     launched = _launch(session, trial, step)
     if launched is None:
-        return
+        return  # out of memory or interrupted: the weights are unchanged
     trial.window.waited += waited
     trial.window.add(step, _flops(session, step), time.perf_counter() - started)
     trial.tokens_seen += step.tokens
-    if not _read(session, trial):
+    if not _resolve(session, trial):  # the step before, if it was deferred
         return
-    trial.unread = launched
-    if not trial.reads_late(session.engine) and not _read(session, trial):
+    trial.pending = launched
+    if not trial.defers_loss(session.engine) and not _resolve(session, trial):
         return
     trial.step += 1
     trial.epoch, trial.cursor = step.epoch, step.cursor
-    _tell(session, trial, step)
+    _report_rows(session, trial, step)
     for callback in trial.callbacks.values():
         callback.on_step(session, trial)
     trial.evaluation_due = trial.evaluates_now
     record_due = trial.step == 1 or trial.due(config.logging_steps)
-    if (record_due or trial.evaluation_due or trial.saves_now or session.stopping) and not _read(session, trial):
+    if (record_due or trial.evaluation_due or trial.saves_now or session.stopping) and not _resolve(session, trial):
         return
     if record_due:
         _record(session, trial)
@@ -131,7 +136,7 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
     said = []
     for trial in running:
         with trial.active(session):
-            _read(session, trial)
+            _resolve(session, trial)
         if trial.step == 0:
             said.append("before the first step; there was nothing to save")
             continue
@@ -147,7 +152,7 @@ def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
     raise StoppedError(f"{asked}: stopped " + "\n  ".join(said) + "." + cure)
 
 
-def _launch(session: Session, trial: Trial, step: Step) -> Launched | None:
+def _launch(session: Session, trial: Trial, step: Step) -> PendingStep | None:
     """Make one optimizer step, unless its loss or gradient forbids it.
 
     Return None if the step was not made: memory did not suffice, or a signal asked for the end between two of its
@@ -155,22 +160,23 @@ def _launch(session: Session, trial: Trial, step: Step) -> Launched | None:
     """
     engine, config = session.engine, trial.config
     loss_sum, failed, interrupted = _gradients(session, trial, step)
-    rate = config.learning_rate * trial.faults.rate_factor * trial.schedule.at(trial.step, trial.steps.total)
+    lr = config.learning_rate * trial.faults.lr_factor * trial.schedule.at(trial.step, trial.steps.total)
     number = trial.step + 1
-    if trial.reads_late(engine):
+    if trial.defers_loss(engine):
         if failed:
             shrink(session, trial, failed, [max(failed.lengths)])
             return None
-        session.stopping, trial.pace.due = session.signals.received is not None, trial.pace.over
+        session.stopping, trial.save_due = session.signals.received is not None, trial.save_interval.due
         if interrupted:
             trial.stepper.discard()
             return None
-        return Launched(step, number, rate, Reading(loss_sum, trial.stepper.step(rate, apply=torch.isfinite(loss_sum))))
+        return PendingStep(step, number, lr, loss_sum, trial.stepper.step(lr, apply=torch.isfinite(loss_sum)))
     own = torch.zeros(3 + engine.world_size, dtype=torch.float64, device=engine.device)
-    own[0], own[1] = session.signals.received is not None, engine.is_main and trial.pace.over
+    own[0], own[1] = session.signals.received is not None, engine.is_main and trial.save_interval.due
     own[2], own[3 + engine.rank] = interrupted, max(failed.lengths) if failed else 0
-    loss_total, asked, save, partial, *too_long = engine.sum(torch.cat([loss_sum.view(1), own])).tolist()
-    session.stopping, trial.pace.due = asked > 0, save > 0
+    summed = engine.sum(torch.cat([loss_sum.view(1), own]))
+    loss_total, stop, save, partial, *too_long = summed.tolist()
+    session.stopping, trial.save_due = stop > 0, save > 0
     if partial:  # on any rank: all discard the step, and the checkpoint is that of the last complete one
         trial.stepper.discard()
         return None
@@ -178,33 +184,33 @@ def _launch(session: Session, trial: Trial, step: Step) -> Launched | None:
         shrink(session, trial, failed, [int(tokens) for tokens in too_long])
         return None
     apply = _is_learned_from(trial, loss_total / step.weight)
-    return Launched(step, number, rate, (loss_total, trial.stepper.step(rate, apply=apply).item()))
+    return PendingStep(step, number, lr, summed[0], trial.stepper.step(lr, apply=apply).to(engine.device))
 
 
 def _is_learned_from(trial: Trial, loss: float) -> bool:
-    """Tell whether a step's loss lets it be made."""
-    return math.isfinite(loss) and not (trial.config.on_loss_spike != "warn" and trial.trend.is_spike(loss))
+    """Return True if a step with this loss is applied."""
+    return math.isfinite(loss) and not (trial.config.on_loss_spike != "warn" and trial.loss_ema.is_spike(loss))
 
 
-def _read(session: Session, trial: Trial) -> bool:
+def _resolve(session: Session, trial: Trial) -> bool:
     """Process the pending step's loss and norm; return False if the trial was rolled back."""
-    launched, trial.unread = trial.unread, None
-    if launched is None:
+    pending, trial.pending = trial.pending, None
+    if pending is None:
         return True
     started = time.perf_counter()
-    loss_total, norm = launched.loss_and_norm()
-    window, weight = trial.window, launched.step.weight
+    loss_total, norm = pending.loss_and_norm()
+    window, weight = trial.window, pending.step.weight
     window.seconds += time.perf_counter() - started
     loss = loss_total / weight
     fault = fault_of(trial, loss, norm)
     if fault != "nonfinite" and _is_learned_from(trial, loss):
         if fault != "overflow":
             trial.faults = replace(trial.faults, in_a_row=0, overflows_in_a_row=0)
-        trial.trend = trial.trend.after(loss)
+        trial.loss_ema = trial.loss_ema.after(loss)
         window.loss += loss_total
         window.weight += weight
-    trial.made = made = Made(launched.number, loss, norm, launched.learning_rate, fault)
-    return not (fault and recover(session, trial, launched.step, made))
+    trial.last_result = result = StepResult(pending.number, loss, norm, pending.learning_rate, fault)
+    return not (fault and recover(session, trial, pending.step, result))
 
 
 def _flops(session: Session, step: Step) -> int:
@@ -256,8 +262,8 @@ def _set_random_state(trial: Trial, micro_batch: int) -> None:
     torch.manual_seed(key_of(trial.config.seed, trial.step, micro_batch))  # dropout of the base, in full mode
 
 
-def _tell(session: Session, trial: Trial, step: Step) -> None:
-    """Note the rows of which it is known only now that they were cut or left out; the first of each kind is said."""
+def _report_rows(session: Session, trial: Trial, step: Step) -> None:
+    """Count and write down the streamed rows that were cut or left out; log the first of each kind."""
     config = trial.config
     for kind, rows, why in (
         ("truncated", step.truncated, f"longer than max_seq_length={config.max_seq_length}: it loses its end"),
@@ -273,13 +279,13 @@ def _tell(session: Session, trial: Trial, step: Step) -> None:
 
 def _record(session: Session, trial: Trial) -> None:
     """Write the mean loss since the last record, and what goes with it."""
-    window, made = trial.window, trial.made
-    assert made is not None, "the newest step is read before it is recorded"
+    window, result = trial.window, trial.last_result
+    assert result is not None, "the newest step is resolved before it is recorded"
     metrics = {
         "epoch": trial.epoch,
         "train/loss": window.loss / window.weight if window.weight else math.nan,
-        "train/grad_norm": made.grad_norm,
-        "train/learning_rate": made.learning_rate,
+        "train/grad_norm": result.grad_norm,
+        "train/learning_rate": result.learning_rate,
         "train/tokens": trial.tokens_seen,
         **window.metrics(session.engine.device, session.numerics.dtype),
     }
@@ -294,7 +300,7 @@ def _record(session: Session, trial: Trial) -> None:
     trial.recorder.log(trial.step, metrics)
     log.info(
         "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %s tokens/s",
-        trial.step, trial.steps.total, metrics["train/loss"], made.grad_norm, made.learning_rate,
+        trial.step, trial.steps.total, metrics["train/loss"], result.grad_norm, result.learning_rate,
         f"{metrics['perf/tokens_per_second']:,.0f}",
     )  # fmt: skip
     trial.last_window, trial.window = window, Window()

@@ -140,4 +140,4 @@ def rehearse(trial: Trial, session: Session) -> None:
 
     on_main(session.engine, write)
     for one in seconds:
-        trial.pace.took(one)
+        trial.save_interval.took(one)

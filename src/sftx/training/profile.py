@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.autograd import DeviceType
 
 from sftx.model.head import HEAD
-from sftx.parallel.whole import CLIP
+from sftx.parallel.replicated import CLIP
 from sftx.training.flops import Linear, Work
 from sftx.training.perf import peak_flops, peak_memory
 

@@ -53,8 +53,8 @@ class Progress:
             return
         steps, tokens = self._steps, self._tokens
         parts = [f"step {trial.step}/{trial.steps.total}"]
-        if trial.made is not None:
-            parts.append(f"loss {trial.made.loss:.4f}")
+        if trial.last_result is not None:
+            parts.append(f"loss {trial.last_result.loss:.4f}")
         if tokens > self._last[2]:
             parts.append(f"{(tokens - self._last[2]) / (now - self._last[0]):,.0f} tokens/s")
         if steps > self._first[1]:

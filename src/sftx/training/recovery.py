@@ -24,12 +24,12 @@ MOST_OVERFLOWS = 20
 MOST_ROLLBACKS = 3
 SMALLER = 0.5
 """A rollback's factor on the lr."""
-STEPS_OF_A_TREND = 20
-"""Steps before the first loss that can be called far out."""
+EMA_WARMUP_STEPS = 20
+"""Steps before a loss can be called a spike."""
 NEWEST = 0.05
-"""Weight of the newest loss in the trend."""
+"""Weight of the newest loss in the average."""
 DEVIATIONS, LEAST_RISE = 6.0, 0.5
-"""How far out a spike is: standard deviations, and at least this share of the mean."""
+"""A spike is more than so many standard deviations and this share above the recent mean."""
 CURES = "Usual fixes: a smaller learning_rate (now {lr:g}), warm-up, or bf16 instead of fp16."
 
 
@@ -45,28 +45,28 @@ class Faults:
     rollbacks: int = 0
     spikes: int = 0
     """Losses that stood far out and were learned from."""
-    rate_factor: float = 1.0
+    lr_factor: float = 1.0
 
 
 @dataclass(frozen=True)
-class Trend:
-    """How a trial's loss goes: its mean and variance over the last steps, the older ones counting less."""
+class LossEma:
+    """Exponential moving average of a trial's loss, and its variance."""
 
     steps: int = 0
     mean: float = 0.0
     variance: float = 0.0
 
     def is_spike(self, loss: float) -> bool:
-        """Tell whether a loss stands far out above the trend."""
+        """Return True if a loss is far above the average."""
         far = self.mean + max(DEVIATIONS * math.sqrt(self.variance), LEAST_RISE * self.mean)
-        return self.steps >= STEPS_OF_A_TREND and math.isfinite(loss) and loss > far
+        return self.steps >= EMA_WARMUP_STEPS and math.isfinite(loss) and loss > far
 
-    def after(self, loss: float) -> Trend:
-        """Return the trend with one more loss."""
+    def after(self, loss: float) -> LossEma:
+        """Return the average with one more loss."""
         if self.steps == 0:
-            return Trend(1, loss, 0.0)
+            return LossEma(1, loss, 0.0)
         off = loss - self.mean
-        return Trend(self.steps + 1, self.mean + NEWEST * off, (1 - NEWEST) * (self.variance + NEWEST * off * off))
+        return LossEma(self.steps + 1, self.mean + NEWEST * off, (1 - NEWEST) * (self.variance + NEWEST * off * off))
 
 
 Fault = Literal["nonfinite", "overflow", "spike"]
@@ -74,8 +74,8 @@ Fault = Literal["nonfinite", "overflow", "spike"]
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a step came to; the gradient norm is that before clipping."""
+class StepResult:
+    """The outcome of a step; the gradient norm is that before clipping."""
 
     number: int
     loss: float
@@ -86,34 +86,36 @@ class Made:
 
 def fault_of(trial: Trial, loss: float, norm: float) -> Fault | None:
     """Return what is wrong with a step's loss and gradient norm, or None."""
-    spike = trial.trend.is_spike(loss)
+    spike = trial.loss_ema.is_spike(loss)
     if not math.isfinite(loss):
         return "nonfinite"
     if spike and trial.config.on_loss_spike != "warn":
-        return "spike"  # not made, whatever its gradient
+        return "spike"  # not result, whatever its gradient
     if not math.isfinite(norm):
         return "overflow" if trial.stepper.scales_loss else "nonfinite"
     return "spike" if spike else None
 
 
-def recover(session: Session, trial: Trial, step: Step, made: Made) -> bool:
+def recover(session: Session, trial: Trial, step: Step, result: StepResult) -> bool:
     """Do what `on_nonfinite` or `on_loss_spike` says; return True when the trial stands at an earlier step.
 
     Raises:
         TrainingError: it says stop, or the others have not helped.
     """
-    if made.fault == "overflow":
-        _note_overflow(trial, made)
+    if result.fault == "overflow":
+        _note_overflow(trial, result)
         return False
-    key = "on_loss_spike" if made.fault == "spike" else "on_nonfinite"
+    key = "on_loss_spike" if result.fault == "spike" else "on_nonfinite"
     policy = getattr(trial.config, key)
-    usual = f", after {trial.trend.mean:.4g} on average" if made.fault == "spike" else ""
+    usual = f", after {trial.loss_ema.mean:.4g} on average" if result.fault == "spike" else ""
     weights = "The step was made" if policy == "warn" else "The weights are as before it"
     norm = (
-        "" if made.fault == "spike" and math.isnan(made.grad_norm) else f", and the gradient norm {made.grad_norm:.4g}"
+        ""
+        if result.fault == "spike" and math.isnan(result.grad_norm)
+        else f", and the gradient norm {result.grad_norm:.4g}"
     )
     what = (
-        f"step {made.number}: the loss is {made.loss:.4g}{usual}{norm}. "
+        f"step {result.number}: the loss is {result.loss:.4g}{usual}{norm}. "
         f"{weights}. Rows of the step: {_some(step.origins)}."
     )
     match policy:
@@ -127,10 +129,10 @@ def recover(session: Session, trial: Trial, step: Step, made: Made) -> bool:
         case "rollback":
             _roll_back(session, trial, what, key)
             return True
-    raise TrainingError(f"{what} {CURES.format(lr=made.learning_rate)} Or {key}=skip, or rollback.")
+    raise TrainingError(f"{what} {CURES.format(lr=result.learning_rate)} Or {key}=skip, or rollback.")
 
 
-def _note_overflow(trial: Trial, made: Made) -> None:
+def _note_overflow(trial: Trial, result: StepResult) -> None:
     """Count a step that the loss scaler skipped; warn of the first of several in a row.
 
     Raises:
@@ -141,15 +143,15 @@ def _note_overflow(trial: Trial, made: Made) -> None:
     trial.faults = replace(faults, skipped=faults.skipped + 1, overflows_in_a_row=row)
     if row >= MOST_OVERFLOWS:
         raise TrainingError(
-            f"step {made.number}: the gradient overflowed fp16 in {row} steps in a row, at ever smaller loss scales. "
+            f"step {result.number}: the gradient overflowed fp16 in {row} steps in a row, at ever smaller loss scales. "
             f"The weights are as before them. Use bf16=true or precision=fp32, or a smaller learning_rate "
-            f"(now {made.learning_rate:g})."
+            f"(now {result.learning_rate:g})."
         )
     if row == 1:
         log.warning(
             "step %d: the gradient overflowed fp16: the step is skipped and the loss scale lowered. This is usual in "
             "the first steps, and now and then later; train/skipped_steps counts all.",
-            made.number,
+            result.number,
         )
 
 
@@ -175,7 +177,7 @@ def _roll_back(session: Session, trial: Trial, what: str, key: str) -> None:
     if folder is None:
         raise TrainingError(f"{what} There is no checkpoint to go back to: set a smaller save_steps.")
     faults = replace(
-        trial.faults, rollbacks=trial.faults.rollbacks + 1, rate_factor=trial.faults.rate_factor * SMALLER, in_a_row=0
+        trial.faults, rollbacks=trial.faults.rollbacks + 1, lr_factor=trial.faults.lr_factor * SMALLER, in_a_row=0
     )
     checkpoint.restore(folder, session.model, trial)
     trial.faults, trial.saved_step = faults, -1  # that checkpoint does not know of this rollback
@@ -183,5 +185,5 @@ def _roll_back(session: Session, trial: Trial, what: str, key: str) -> None:
     if session.engine.is_main:
         for records in (trial.folder.metrics, trial.folder.streamed_rows):
             drop_after(records, trial.step)
-    back = f"Back to step {trial.step} ({folder}), with lr x {faults.rate_factor:g} ({key}=rollback)."
+    back = f"Back to step {trial.step} ({folder}), with lr x {faults.lr_factor:g} ({key}=rollback)."
     log.warning("%s %s", what, back)

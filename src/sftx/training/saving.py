@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
-MOST_OVERHEAD = 0.03
+MAX_SAVE_OVERHEAD = 0.03
 """The largest share of a run's time that `save_steps=auto` spends on saving."""
 
 
@@ -40,7 +40,7 @@ class Saver:
         started = time.monotonic()
         taken = snapshot(session, trial)
         trial.saved_step = trial.step
-        trial.pace.last = started
+        trial.save_interval.last = started
         self.wait(trial)
         session.engine.barrier()  # on a slow disk the others wait here for the main rank, which does not hang
         if taken is None:
@@ -50,7 +50,7 @@ class Saver:
         def publish() -> None:
             checkpoint.publish(trial.folder.checkpoints, taken)
             checkpoint.rotate(trial.folder.checkpoints, trial.config.save_total_limit, best)
-            trial.pace.took(time.monotonic() - started)
+            trial.save_interval.took(time.monotonic() - started)
 
         if self._thread is None:
             publish()
@@ -88,7 +88,7 @@ def snapshot(session: Session, trial: Trial) -> Snapshot | None:
 
 
 @dataclass
-class Pace:
+class SaveInterval:
     """When `save_steps=auto` saves: when so much work would be lost, but not so often that it costs too much."""
 
     lost_seconds: float
@@ -96,17 +96,15 @@ class Pace:
     save_seconds: float | None = None
     """What a checkpoint takes; all of it, though training waits for the copy only."""
     last: float = field(default_factory=time.monotonic)
-    due: bool = False
-    """It is time, and all ranks know it."""
 
     @property
     def interval(self) -> float:
         """Seconds between two checkpoints."""
-        return max(self.lost_seconds, (self.save_seconds or 0.0) / MOST_OVERHEAD)
+        return max(self.lost_seconds, (self.save_seconds or 0.0) / MAX_SAVE_OVERHEAD)
 
     @property
-    def over(self) -> bool:
-        """True when it is time by this rank's clock."""
+    def due(self) -> bool:
+        """True if it is time to save, by this rank's clock."""
         return time.monotonic() - self.last >= self.interval
 
     def took(self, seconds: float) -> None:

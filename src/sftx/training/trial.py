@@ -26,11 +26,11 @@ from sftx.runs.folder import RunFolder, speaking
 from sftx.runs.metrics import Recorder
 from sftx.training.evaluate import Evaluation
 from sftx.training.flops import Work
+from sftx.training.pending import PendingStep
 from sftx.training.perf import Window
 from sftx.training.precision import Numerics
-from sftx.training.reading import Launched
-from sftx.training.recovery import Faults, Made, Trend
-from sftx.training.saving import Pace, Saver
+from sftx.training.recovery import Faults, LossEma, StepResult
+from sftx.training.saving import SaveInterval, Saver
 from sftx.training.schedulers import Schedule
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Trial:
     folder: RunFolder
     recorder: Recorder
     effective: Effective
-    pace: Pace
+    save_interval: SaveInterval
     micro_batch: int
     """Sequences of a device's micro-batch; `auto` halves it."""
     step: int = 0
@@ -113,11 +113,13 @@ class Trial:
     saved_step: int = -1
     """The step whose checkpoint is in this run's folder and holds the trial as it stands."""
     faults: Faults = field(default_factory=Faults)
-    trend: Trend = field(default_factory=Trend)
-    unread: Launched | None = None
-    """The newest step, while its loss was not asked for."""
-    made: Made | None = None
-    """What the newest step that was asked for came to."""
+    save_due: bool = False
+    """`save_interval` is over on the main rank, and all ranks know it."""
+    loss_ema: LossEma = field(default_factory=LossEma)
+    pending: PendingStep | None = None
+    """The newest step, while its loss was not read."""
+    last_result: StepResult | None = None
+    """Of the newest step whose loss was read."""
     stop_reason: str | None = None
     upcoming: Generator[Step] | None = None
     """The steps that are still to be made."""
@@ -142,9 +144,9 @@ class Trial:
         self.recorder.finish()
         self.folder.unlock()
 
-    def reads_late(self, engine: Engine) -> bool:
-        """Tell whether a step's loss may be asked for after the next step was begun: nothing is decided by it."""
-        return engine.reads_late and self.stepper.masks and self.config.on_loss_spike == "warn"
+    def defers_loss(self, engine: Engine) -> bool:
+        """Return True if a step's loss may be read after the next step was launched: nothing depends on it."""
+        return engine.defers_loss and self.stepper.masks and self.config.on_loss_spike == "warn"
 
     @property
     def finished(self) -> bool:
@@ -169,7 +171,7 @@ class Trial:
             case "epoch":
                 return self.finished or (self.steps.per_epoch is not None and self.step % self.steps.per_epoch == 0)
         if self.config.save_steps == "auto":
-            return self.finished or self.pace.due
+            return self.finished or self.save_due
         return self.due(self.config.save_steps)
 
     @property
@@ -191,7 +193,7 @@ class Trial:
             "evaluation_due": self.evaluation_due,
             "faults": asdict(self.faults),
             "micro_batch": self.micro_batch,
-            "trend": asdict(self.trend),
+            "loss_ema": asdict(self.loss_ema),
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "stop_reason": self.stop_reason,
@@ -212,7 +214,7 @@ class Trial:
             self.micro_batch = largest_divisor(
                 sequences_per_device(self.config), min(self.micro_batch, state["micro_batch"])
             )
-        self.trend = Trend(**state["trend"])
+        self.loss_ema = LossEma(**state["loss_ema"])
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
         if state["eval_loss_before"] is not None:
             self.first_eval = Evaluation(state["eval_loss_before"], {}, 0, 0.0)

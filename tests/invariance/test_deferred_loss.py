@@ -1,4 +1,4 @@
-"""A step's loss is asked for after the next step was begun, as on a GPU: nothing but the time of asking changes."""
+"""Deferred read-back of the loss, as on a GPU, changes nothing but the time of reading."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def late(monkeypatch: pytest.MonkeyPatch, left_unread: list[int]) -> Callable[[b
     """Return a function that lets losses be asked for late, or not."""
 
     def switch(on: bool) -> None:
-        monkeypatch.setattr(SingleEngine, "reads_late", on)
+        monkeypatch.setattr(SingleEngine, "defers_loss", on)
         left_unread.clear()
 
     return switch
@@ -70,7 +70,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, captured: Any, *steps: int) -> None:
     monkeypatch.setattr(loop, "token_losses", spoiled)
 
 
-def came_to(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], list[str]]:
+def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], list[str]]:
     """Return a run's records without its times, its weights, and its checkpoints."""
     records = [
         {k: v for k, v in r.items() if not k.startswith("perf/") and k not in ("time", "eval/seconds")}
@@ -107,7 +107,7 @@ def test_the_same_bits(make_config, one_thread, late, left_unread, request, type
         late(on)
         config = make_config(*over(SHARED, *typed), output=f"late {on}")
         run([config])
-        results.append((left_unread.copy(), came_to(Path(config.output_dir))) if "mode=full" not in typed else None)
+        results.append((left_unread.copy(), outcome(Path(config.output_dir))) if "mode=full" not in typed else None)
         if results[-1] is None:
             folder = Path(config.output_dir)
             results[-1] = (left_unread.copy(), ([], load_file(folder / "final" / "model.safetensors"), []))
@@ -130,7 +130,7 @@ def test_a_step_that_is_not_finite(
         spoil(monkeypatch, captured, 5)
         config = make_config(*over(SHARED, f"on_nonfinite={policy}"), output=f"late {on}")
         run([config])
-        results.append(came_to(Path(config.output_dir)))
+        results.append(outcome(Path(config.output_dir)))
         faults = captured.trial.faults
         assert (faults.skipped, faults.rollbacks) == ((1, 0) if policy == "skip" else (0, 1))
         assert (5 in left_unread) == on

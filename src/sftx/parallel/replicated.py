@@ -39,7 +39,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-class WholeStepper:
+class ReplicatedStepper:
     """Steps an adapter whose parameters every rank holds; see `Stepper`."""
 
     def __init__(
@@ -88,8 +88,8 @@ class WholeStepper:
 
     @property
     def masks(self) -> bool:
-        """True for torch's fused optimizers, which take a flag on the device that says to change nothing."""
-        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+        """True for torch's fused optimizers, which read `found_inf`, a flag on the device, and then change nothing."""
+        return bool(self.optimizer.defaults.get("fused"))
 
     def step(self, learning_rate: float, *, apply: bool | torch.Tensor = True) -> torch.Tensor:
         """Sum, unscale, clip and step."""
