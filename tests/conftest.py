@@ -86,9 +86,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Captured:
     capture = Captured()
     train = sftx.run.train
 
-    def keep(session: Any, trials: Any) -> None:
+    def keep(session: Any, trials: Any, *rest: Any) -> None:
         capture.session, capture.trials = session, list(trials)
-        train(session, trials)
+        train(session, trials, *rest)
 
     monkeypatch.setattr(sftx.run, "train", keep)
     return capture

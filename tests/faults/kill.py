@@ -305,7 +305,7 @@ def _run(request: dict[str, Any], folder: Path, shared: mmap.mmap, seen: Path) -
         if "moment" in request:
             Moments(**request["moment"]).install()
         with reported(), Signals(whole_program=True):  # as train.py does
-            launch(freeze(compose_checked(request["words"])), [], "python train.py")
+            launch([freeze(compose_checked(request["words"]))], [], "python train.py")
         code = 0
     except SystemExit as left:
         code = int(left.code or 0)

@@ -22,7 +22,12 @@ from typing import IO, Any
 from sftx.parallel.signals import ASKING
 
 PLACES = {
-    "loading": ["sftx.run.open_data", "sftx.run.find_model", "sftx.run.load_template", "sftx.run.load_base"],
+    "loading": [
+        "sftx.runs.setup.open_data",
+        "sftx.training.opening.find_model",
+        "sftx.training.opening.load_template",
+        "sftx.training.opening.load_base",
+    ],
     "tokenising": ["sftx.data.prepare.open_rows"],
     "stepping": ["sftx.training.loop._advance"],
     "evaluating": ["sftx.training.loop.evaluate"],

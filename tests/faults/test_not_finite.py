@@ -152,7 +152,7 @@ SPIKED = over(SHARED, "max_steps=30", "gradient_accumulation_steps=1", "save_ste
 
 def test_a_spike_is_not_learned_from_in_fp16(make_config, monkeypatch, captured, fp16_on_cpu) -> None:
     """The loss scaler finds nothing wrong with its gradient."""
-    monkeypatch.setattr(recovery, "STEPS_OF_A_TREND", 2)
+    monkeypatch.setattr(recovery, "EMA_WARMUP_STEPS", 2)
     monkeypatch.setattr(recovery, "LEAST_RISE", 1.0)
     break_step(monkeypatch, captured, lambda f: f._replace(weighted_sum=f.weighted_sum * 50), 4)
     config = make_config(*over(SHARED, "on_loss_spike=skip", "save_steps=1", "save_total_limit=null", "optimizer=sgd"))

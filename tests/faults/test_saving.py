@@ -99,23 +99,23 @@ def _raise(*_: Any) -> None:
     raise TrainingError("another fault")
 
 
-def test_the_pace_keeps_to_the_work_that_may_be_lost_and_to_the_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interval_keeps_to_the_work_that_may_be_lost_and_to_the_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
-    pace = SaveInterval(lost_seconds=60, last=0)
-    pace.took(0.3)
-    assert pace.interval == 60
+    interval = SaveInterval(lost_seconds=60, last=0)
+    interval.took(0.3)
+    assert interval.interval == 60
     now[0] = 59
-    assert not pace.over
+    assert not interval.due
     now[0] = 60
-    assert pace.over
-    pace.took(9.3)  # 4.8 s on average
-    assert pace.interval == pytest.approx(4.8 / MAX_SAVE_OVERHEAD)
-    assert not pace.over
+    assert interval.due
+    interval.took(9.3)  # 4.8 s on average
+    assert interval.interval == pytest.approx(4.8 / MAX_SAVE_OVERHEAD)
+    assert not interval.due
 
 
 def test_save_steps_auto(make_config) -> None:
-    """Nothing may be lost, but 3 % is not enough time to save at each step; the end is saved whatever the pace."""
+    """Nothing may be lost, but 3 % is not enough time to save at each step; the end is saved whatever the interval."""
     words = over(SHARED, "save_steps=auto", "max_steps=30", "gradient_accumulation_steps=1", "save_total_limit=null")
     often = make_config(*words, "lost_work_minutes=1e-9", output="often")
     run([often])

@@ -182,7 +182,11 @@ def test_a_signal_in_a_save_changes_nothing_of_it(straight: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [("sftx.data.corpus", "find_sources"), ("sftx.data.tokenise", "encode_chunk"), ("sftx.run", "load_base")],
+    [
+        ("sftx.data.corpus", "find_sources"),
+        ("sftx.data.tokenise", "encode_chunk"),
+        ("sftx.training.opening", "load_base"),
+    ],
     ids=["reading", "tokenising", "loading"],
 )
 def test_before_the_first_step_a_run_ends_at_once_and_leaves_nothing(

@@ -30,15 +30,15 @@ FP16 = ("fp16=true",)
 
 
 @pytest.fixture
-def left_unread(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the steps that were not asked for before the next one was begun; none without `late`."""
+def deferred(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the steps that were not read before the next one was launched; none without `late`."""
     found: list[int] = []
     launch = loop._launch
 
     def noted(session: Any, trial: Any, step: Any) -> Any:
         launched = launch(session, trial, step)
-        if trial.unread is not None:
-            found.append(trial.unread.number)
+        if trial.pending is not None:
+            found.append(trial.pending.number)
         return launched
 
     monkeypatch.setattr(loop, "_launch", noted)
@@ -46,12 +46,12 @@ def left_unread(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch, left_unread: list[int]) -> Callable[[bool], None]:
-    """Return a function that lets losses be asked for late, or not."""
+def late(monkeypatch: pytest.MonkeyPatch, deferred: list[int]) -> Callable[[bool], None]:
+    """Return a function that defers the reading of losses, or not."""
 
     def switch(on: bool) -> None:
         monkeypatch.setattr(SingleEngine, "defers_loss", on)
-        left_unread.clear()
+        deferred.clear()
 
     return switch
 
@@ -99,7 +99,7 @@ def assert_same(one: Any, other: Any) -> None:
         pytest.param(FP16, marks=pytest.mark.slow),
     ],
 )
-def test_the_same_bits(make_config, one_thread, late, left_unread, request, typed: tuple[str, ...]) -> None:
+def test_the_same_bits(make_config, one_thread, late, deferred, request, typed: tuple[str, ...]) -> None:
     if typed == FP16:
         request.getfixturevalue("fp16_on_cpu")
     results = []
@@ -107,10 +107,10 @@ def test_the_same_bits(make_config, one_thread, late, left_unread, request, type
         late(on)
         config = make_config(*over(SHARED, *typed), output=f"late {on}")
         run([config])
-        results.append((left_unread.copy(), outcome(Path(config.output_dir))) if "mode=full" not in typed else None)
+        results.append((deferred.copy(), outcome(Path(config.output_dir))) if "mode=full" not in typed else None)
         if results[-1] is None:
             folder = Path(config.output_dir)
-            results[-1] = (left_unread.copy(), ([], load_file(folder / "final" / "model.safetensors"), []))
+            results[-1] = (deferred.copy(), ([], load_file(folder / "final" / "model.safetensors"), []))
     assert results[0][0] == []
     assert results[1][0] == [2, 5, 7]  # the others are recorded, evaluated or saved
     assert_same(results[0][1], results[1][1])
@@ -119,7 +119,7 @@ def test_the_same_bits(make_config, one_thread, late, left_unread, request, type
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_step_that_is_not_finite(
-    make_config, monkeypatch, captured, one_thread, late, left_unread, policy, precision, request
+    make_config, monkeypatch, captured, one_thread, late, deferred, policy, precision, request
 ) -> None:
     """The device leaves the weights alone; what is to become of it is decided one step later, to the same end."""
     if precision == "fp16":
@@ -133,17 +133,17 @@ def test_a_step_that_is_not_finite(
         results.append(outcome(Path(config.output_dir)))
         faults = captured.trial.faults
         assert (faults.skipped, faults.rollbacks) == ((1, 0) if policy == "skip" else (0, 1))
-        assert (5 in left_unread) == on
+        assert (5 in deferred) == on
     assert_same(*results)
 
 
-def test_it_stops_and_names_the_step(make_config, monkeypatch, captured, late, left_unread) -> None:
+def test_it_stops_and_names_the_step(make_config, monkeypatch, captured, late, deferred) -> None:
     late(True)
     spoil(monkeypatch, captured, 5)
     config = make_config(*SHARED)
     with pytest.raises(TrainingError, match=r"^step 5: the loss is nan, .* The weights are as before it"):
         run([config])
-    assert 5 in left_unread
+    assert 5 in deferred
     folder = Path(config.output_dir)
     assert all(torch.isfinite(t).all() for t in captured.trial.stepper.weights().values())
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000003"]
@@ -151,8 +151,8 @@ def test_it_stops_and_names_the_step(make_config, monkeypatch, captured, late, l
 
 
 @pytest.mark.parametrize("typed", ["on_loss_spike=skip", "optimizer=sgd"])
-def test_what_must_know_the_loss_before_it_goes_on(make_config, late, left_unread, typed: str) -> None:
+def test_what_must_know_the_loss_before_it_goes_on(make_config, late, deferred, typed: str) -> None:
     """A loss that decides, an optimizer without a flag on the device: it is asked for at once."""
     late(True)
     run([make_config(*over(SHARED, typed, "max_steps=4"))])
-    assert left_unread == []
+    assert deferred == []

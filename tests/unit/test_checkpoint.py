@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_it_is_said(
         run([make_config(*typed, "max_steps=3", "save_strategy=steps", "eval_ratio=0")])
     text = str(caught.value)
     assert text.startswith(f"{newest}: it has {said}")
-    assert "this version reads format 2. Continue it with the version that wrote it, or start over" in text
+    assert "this version reads format 3. Continue it with the version that wrote it, or start over" in text
 
 
 @pytest.mark.parametrize(("number", "said"), FORMATS.items())

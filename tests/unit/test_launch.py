@@ -157,4 +157,4 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(make_config, mon
     monkeypatch.setattr(launch, "_count_gpus", lambda: 2)
     monkeypatch.setattr(launch, "Supervisor", _MustNotStart)
     with pytest.raises(ConfigError, match=r"num_processes.*4.*2 GPUs"):
-        launch.launch(make_config("parallel=ddp", "parallel.num_processes=4"), [], "")
+        launch.launch([make_config("parallel=ddp", "parallel.num_processes=4")], [], "")

@@ -76,10 +76,11 @@ def _repro(asked: argparse.Namespace) -> int:
             )
         return EXIT_FAULT
     from sftx.runs.launch import launch
+    from sftx.runs.result import single
 
     extra = [f"--output_dir={asked.output_dir}"] if asked.output_dir else []
     again = command(run, *asked.words, *(["--anyway"] if asked.anyway else []), *extra)
-    result = launch(replace(config, output_dir=str(folder)), [], again)
+    result = single(launch([replace(config, output_dir=str(folder))], [], again))
     return _judged(run, result.output_dir, found.expected) if is_main else 0
 
 

@@ -142,6 +142,9 @@ class DdpEngine:
         """Return a context that changes nothing: every rank holds the whole model."""
         return nullcontext()
 
+    def shard(self, model: AdaptedModel) -> None:
+        """Do nothing: every rank holds the whole model."""
+
     def stepper(
         self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
     ) -> Stepper:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
 
 Weights = dict[str, torch.Tensor]
+Regularizer = Callable[[Mapping[str, torch.nn.Parameter]], None]
+"""Adds to the gradients of parameters, which it is given by name."""
 
 
 class Stepper(Protocol):
@@ -24,6 +26,9 @@ class Stepper(Protocol):
 
     Optimizer, loss scaler and clipping belong to the adapter, not to the run.
     """
+
+    regularizers: list[Regularizer]
+    """Called at every step, after gradients were summed over ranks and before their norm is taken and clipped."""
 
     @property
     def scales_loss(self) -> bool:
@@ -85,6 +90,9 @@ class Engine(Protocol):
 
     def loading(self, dtype: torch.dtype) -> AbstractContextManager[object]:
         """Return the context in which a base is loaded that computes in `dtype`."""
+
+    def shard(self, model: AdaptedModel) -> None:
+        """Split the parameters over ranks, if the engine does; once, with all adapters and before any optimizer."""
 
     def stepper(
         self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float

@@ -10,7 +10,6 @@ import faulthandler
 import marshal
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +35,31 @@ def main() -> None:
     board = Board(told["board"], int(os.environ["WORLD_SIZE"]))
     watch.current = watcher = watch.Watch(rank, board, told["reports"], told["door"])
     try:
-        result = _run(told)
+        results = _train(told)
     except BaseException as error:
         watcher.report(error)
         if isinstance(error, SystemExit):
             raise
         sys.exit(error.exit_code if isinstance(error, SftxError) else EXIT_FAULT)  # the supervisor says it
     with watcher.meeting(TOGETHER):  # one that does not come to its end is missed
-        watcher.tell(finished=result)
+        watcher.tell(finished=results)
 
 
-def _run(told: dict[str, Any]) -> dict[str, Any]:
+def _train(told: dict[str, Any]) -> list[dict[str, Any]]:
     from sftx.config.check import config_from
     from sftx.config.options import user_folders
     from sftx.config.safety import unlisted
 
     with Signals(), heard():
         user_folders[:] = map(Path, told["folders"])
-        problems = unlisted(told["config"], told["config"]["allow_targets"], lambda _: "config")
-        if problems:
-            raise ConfigError(problems)
+        for config in told["configs"]:
+            if problems := unlisted(config, config["allow_targets"], lambda _: "config"):
+                raise ConfigError(problems)
         from sftx.run import run
+        from sftx.runs.result import Result
 
-        result = run([config_from(told["config"])], told["notes"], told["command"])[0]
-    return asdict(result) | {"output_dir": str(result.output_dir)}
+        results = run([config_from(config) for config in told["configs"]], told["notes"], told["command"])
+    return [result.plain() for result in results if isinstance(result, Result)]  # with several ranks none fails alone
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from sftx.errors import CheckpointError
-from sftx.parallel.engine import Weights
+from sftx.parallel.engine import Regularizer, Weights
 
 CLIP = "sftx: gradient norm and clipping"
 """Name of this part of a step in a profile."""
@@ -57,6 +57,7 @@ class ReplicatedStepper:
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         self.scaler.scale(torch.zeros((), device=next(iter(self.parameters.values())).device))  # makes the scale
         self.max_grad_norm = max_grad_norm or math.inf
+        self.regularizers: list[Regularizer] = []
         self.sum_gradients = sum_gradients
         self._kind = f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}"
 
@@ -75,10 +76,12 @@ class ReplicatedStepper:
         self.scaler.scale(loss).backward()
 
     def _clipped(self, learning_rate: float) -> torch.Tensor:
-        """Sum, unscale and clip the gradients, and set the rate; return their norm before clipping."""
+        """Sum, unscale, regularize and clip the gradients, and set the lr; return their norm before clipping."""
         parameters = list(self.parameters.values())
         self.sum_gradients(parameters)
         self.scaler.unscale_(self.optimizer)
+        for regularize in self.regularizers:
+            regularize(self.parameters)
         with record_function(CLIP):
             norm = _norm(parameters)
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)

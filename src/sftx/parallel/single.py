@@ -50,6 +50,9 @@ class SingleEngine:
         """Return a context that changes nothing."""
         return nullcontext()
 
+    def shard(self, model: AdaptedModel) -> None:
+        """Do nothing: every rank holds the whole model."""
+
     def stepper(
         self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
     ) -> Stepper:

@@ -23,7 +23,7 @@ from sftx.errors import ConfigError, TrainingError
 from sftx.parallel import watch
 from sftx.parallel.ddp import DdpEngine, check_complete, join, refuse_alone
 from sftx.parallel.device import choose_device
-from sftx.parallel.engine import Engine, Stepper, Weights
+from sftx.parallel.engine import Engine, Regularizer, Stepper, Weights
 
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
@@ -168,6 +168,7 @@ class Zero3Stepper:
         self, engine: Zero3Engine, trained: Any, parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
     ) -> None:
         self.engine, self.trained, self.parameters, self.optimizer = engine, trained, dict(parameters), optimizer
+        self.regularizers: list[Regularizer] = []
 
     @property
     def scales_loss(self) -> bool:
@@ -189,8 +190,10 @@ class Zero3Stepper:
         """Clip and step; DeepSpeed skips a step whose gradient is not finite.
 
         Raises:
-            TrainingError: the loss scale cannot be lowered any further.
+            TrainingError: the loss scale cannot be lowered any further, or there is a regularizer.
         """
+        if self.regularizers:
+            raise TrainingError("`parallel=zero3` splits gradients as they arise: it takes no regularizers. Use ddp.")
         if not apply:
             self.discard()
             return torch.tensor(math.nan)

@@ -26,45 +26,44 @@ SMOLLM2 = "python -m sftx.model.smollm2 models/smollm2-135m" if INSTALLED else "
 
 
 def finish_trial(trial: Trial, session: Session) -> Result:
-    """Publish `final/`, the model card and the result."""
+    """Publish `final/`, the model card and the result of the active trial."""
     config = trial.config
     final_loss = trial.last_eval.loss if trial.last_eval else None
     chosen = trial.step
-    with trial.active(session):
-        if config.keep_best and trial.best_step is not None:
-            best = checkpoint.folder_of(trial.folder.checkpoints, trial.best_step)
-            if problem := checkpoint.problem_of(best):
-                raise CheckpointError(
-                    f"{best}: {problem}. It was the best state, for final/. Put it back from a copy, or take the last "
-                    "state instead: keep_best=false."
-                )
-            trial.stepper.load_weights(read_weights(session.model, trial.adapter, best))
-            chosen, final_loss = trial.best_step, trial.best_loss
-        before = trial.first_eval.loss if trial.first_eval else None
-        result = Result(trial.folder.path, trial.step, before, final_loss, trial.stop_reason)
-        weights = trial.stepper.weights()
-        checkpoint.check_finite(chosen, weights)
-        if session.engine.is_main:
-            final = trial.folder.final
-            save_final(
-                session.model, trial.adapter, weights, session.template, final, session.base_folder, config.final_dtype
+    if config.keep_best and trial.best_step is not None:
+        best = checkpoint.folder_of(trial.folder.checkpoints, trial.best_step)
+        if problem := checkpoint.problem_of(best):
+            raise CheckpointError(
+                f"{best}: {problem}. It was the best state, for final/. Put it back from a copy, or take the last "
+                "state instead: keep_best=false."
             )
-            facts = {
-                "steps": result.steps,
-                "final_step": chosen,
-                "eval_loss_before": before,
-                "eval_loss": final_loss,
-                "stop_reason": trial.stop_reason,
-                "skipped_steps": trial.faults.skipped,
-                "rollbacks": trial.faults.rollbacks,
-                "loss_spikes": trial.faults.spikes,
-            }
-            thinking = session.template.thinking_of(session.rows)
-            switch = "" if thinking is None else f"{session.template.thinking_switch}={thinking}"
-            card = model_card(config, trial.folder.manifest | {"result": facts}, final, switch=switch)
-            write_text(trial.folder.path / "README.md", card)
-            trial.folder.update(status="completed", result=facts)  # last: a completed run is not opened again
-            log.info("%s", _closing(trial, result, chosen))
+        trial.stepper.load_weights(read_weights(session.model, trial.adapter, best))
+        chosen, final_loss = trial.best_step, trial.best_loss
+    before = trial.first_eval.loss if trial.first_eval else None
+    result = Result(trial.folder.path, trial.step, before, final_loss, trial.stop_reason)
+    weights = trial.stepper.weights()
+    checkpoint.check_finite(chosen, weights)
+    if session.engine.is_main:
+        final = trial.folder.final
+        save_final(
+            session.model, trial.adapter, weights, session.template, final, session.base_folder, config.final_dtype
+        )
+        facts = {
+            "steps": result.steps,
+            "final_step": chosen,
+            "eval_loss_before": before,
+            "eval_loss": final_loss,
+            "stop_reason": trial.stop_reason,
+            "skipped_steps": trial.faults.skipped,
+            "rollbacks": trial.faults.rollbacks,
+            "loss_spikes": trial.faults.spikes,
+        }
+        thinking = session.template.thinking_of(session.rows)
+        switch = "" if thinking is None else f"{session.template.thinking_switch}={thinking}"
+        card = model_card(config, trial.folder.manifest | {"result": facts}, final, switch=switch)
+        write_text(trial.folder.path / "README.md", card)
+        trial.folder.update(status="completed", result=facts)  # last: a completed run is not opened again
+        log.info("%s", _closing(trial, result, chosen))
     session.engine.barrier()
     return result
 
@@ -97,14 +96,17 @@ def _closing(trial: Trial, result: Result, chosen: int) -> str:
 
 
 def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException, *, stopped: bool) -> None:
-    """Note in each manifest that the run did not end well, or that a signal stopped it."""
+    """Note in the manifest of each trial that has not ended that it failed, or that a signal stopped it."""
     if not engine.is_main:
         return
     status = "stopped" if stopped else "failed"
-    text = str(error) or type(error).__name__
     for trial in trials:
-        if trial.folder.manifest:
+        if trial.folder.manifest and not trial.ended:
             with suppress(SftxError):  # a disk that ended the run may refuse this too: its first refusal is said
                 trial.folder.update(status=status, error=f"{type(error).__name__}: {error}")
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
             with speaking(trial.name):
-                log.error("%s: %s", status, text.splitlines()[0], extra=ONLY_TO_FILE)  # the terminal gets the error
+                if trial.error is None:
+                    log.error("%s: %s", status, first_line, extra=ONLY_TO_FILE)  # the terminal gets the error itself
+                else:
+                    log.error("failed: %s (the other trials go on)", error)

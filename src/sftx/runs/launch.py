@@ -14,23 +14,23 @@ from sftx.config.schema import TrainConfig
 from sftx.errors import SftxError, StoppedError
 from sftx.parallel.supervisor import Supervisor
 from sftx.runs.folder import RunFolder
-from sftx.runs.result import Result
+from sftx.runs.result import Result, Results
 
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
 
-def launch(config: TrainConfig, notes: Sequence[str], command: str) -> Result:
-    """Run one configuration to its end.
+def launch(configs: Sequence[TrainConfig], notes: Sequence[str], command: str) -> Results:
+    """Train configurations that share base and data to their ends; return the outcome of each.
 
-    Errors:
+    Raises:
         SftxError: any error the user can fix; with several ranks, the one that ended the first of them.
     """
-    count = count_ranks(config)
+    count = count_ranks(configs[0])
     if count > 1:
-        return _as_ranks(config, count, [*notes, *_share_cores(count)], command)
+        return _as_ranks(configs, count, [*notes, *_share_cores(count)], command)
     from sftx.run import run
 
-    return run([config], [*notes, *_alone(config)], command)[0]
+    return run(configs, [*notes, *_alone(configs[0])], command)
 
 
 def count_ranks(config: TrainConfig) -> int:
@@ -66,13 +66,13 @@ def threads_each(count: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // count)
 
 
-def _as_ranks(config: TrainConfig, count: int, notes: list[str], command: str) -> Result:
-    settings = config.parallel
+def _as_ranks(configs: Sequence[TrainConfig], count: int, notes: list[str], command: str) -> Results:
+    settings = configs[0].parallel
     supervisor = Supervisor(
         count, hang_seconds=settings.get("hang_seconds"), timeout_seconds=settings.get("timeout_seconds", 1800)
     )
     order = {
-        "config": asdict(config),
+        "configs": [asdict(config) for config in configs],
         "notes": notes,
         "command": command,
         "path": list(sys.path),
@@ -87,5 +87,4 @@ def _as_ranks(config: TrainConfig, count: int, notes: list[str], command: str) -
         for folder in supervisor.main.told.get("folders", ()):
             RunFolder(Path(folder)).note_end("stopped" if isinstance(error, StoppedError) else "failed", error)
         raise
-    result = told["finished"]
-    return Result(**result | {"output_dir": Path(result["output_dir"])})
+    return [Result.of(plain) for plain in told["finished"]]

@@ -29,7 +29,7 @@ from sftx.errors import ConfigError, SftxError, StoppedError, put_place, say
 from sftx.files import write_json, write_text
 from sftx.runs.folder import RunFolder
 from sftx.runs.launch import launch
-from sftx.runs.result import Result
+from sftx.runs.result import Result, single
 from sftx.secrets import scrub, scrub_text
 from sftx.terminal import counted, visible
 
@@ -65,7 +65,7 @@ def _run_job(composed: DictConfig, request: Request) -> float | None:
     config = freeze(composed)
     command = request.command()
     if hydra.mode != RunMode.MULTIRUN:
-        return _run(config, request, command).objective
+        return _train(config, request, command).objective
     sweep_dir = Path(hydra.sweep.dir)
     _sweep_dirs.append(sweep_dir)
     _scrub_record(sweep_dir / "multirun.yaml")
@@ -77,7 +77,7 @@ def _run_job(composed: DictConfig, request: Request) -> float | None:
     }
     print(f"\n--- trial {hydra.job.num}: {' '.join(outcome['overrides'])}")
     try:
-        result = _run(replace(config, output_dir=str(folder)), request, command)
+        result = _train(replace(config, output_dir=str(folder)), request, command)
     except Exception as error:
         put_place(error, request.places)
         code = say(error)
@@ -91,7 +91,7 @@ def _run_job(composed: DictConfig, request: Request) -> float | None:
     return result.objective
 
 
-def _run(config: TrainConfig, request: Request, command: str) -> Result:
+def _train(config: TrainConfig, request: Request, command: str) -> Result:
     """Look at the folder and the corpus first, where mistakes are common; only then import torch."""
     if config.output_dir is not None:
         RunFolder(Path(config.output_dir)).check(config.resume)
@@ -100,7 +100,7 @@ def _run(config: TrainConfig, request: Request, command: str) -> Result:
         gc.collect()  # the model of the trial before
     gc.disable()  # until training begins, as in train.py
     gc.set_threshold(*SELDOM)
-    return launch(config, request.notes, command)
+    return single(launch([config], request.notes, command))
 
 
 def _scrub_record(path: Path) -> None:

@@ -16,7 +16,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ from torch.profiler import record_function
 
 from sftx.data.feed import Step
 from sftx.data.loader import Batch
-from sftx.errors import StoppedError
+from sftx.errors import SftxError, StoppedError
 from sftx.files import append_line
 from sftx.model.lora.dropout import key_of
 from sftx.training import checkpoint
@@ -42,35 +43,58 @@ from sftx.training.trial import Session, Trial
 log = logging.getLogger("sftx")
 
 
-def train(session: Session, trials: Sequence[Trial]) -> None:
-    """Train every trial to its end.
+def train(session: Session, trials: Sequence[Trial], ended: Callable[[Trial], None]) -> None:
+    """Train every trial to its end, and call `ended` with each one at its own end, finished or failed.
 
-    Errors:
+    Raises:
         StoppedError: a signal asked for the end; every trial that is not finished has left a checkpoint.
-        TrainingError: a step cannot be made.
+        SftxError: the only trial failed, or one whose failure the other ranks may not share.
     """
+    alone = len(trials) == 1 or session.engine.world_size > 1
     session.model.module.train()
     session.signals.at_once = False
     with Progress(session, trials) as progress:
         session.progress = progress
         for trial in trials:
-            _start(session, trial)
-        while running := [t for t in trials if not t.finished]:
+            with _failing(trial, alone=alone):
+                _start(session, trial)
+        while running := [t for t in trials if not t.ended]:
             for trial in running:
-                if session.stopping:
-                    _stop(session, running)
-                with trial.active(session):
-                    _advance(session, trial)
-                progress.update(trial)
-        if put_off := [t for t in trials if t.evaluation_due]:
-            _stop(session, put_off)
-        for trial in trials:
-            session.saver.wait(trial)
-        session.engine.barrier()  # every rank may read the best checkpoint
-        for trial in trials:
-            with trial.active(session):
-                for callback in trial.callbacks.values():
-                    callback.on_end(session, trial)
+                if session.stopping and (not trial.finished or trial.evaluation_due):
+                    _stop(session, [t for t in running if not t.ended])
+                if trial.error is None:
+                    with _failing(trial, alone=alone), trial.active(session):
+                        if not trial.finished:
+                            _advance(session, trial)
+                            progress.update(trial)
+                        if trial.finished and not trial.evaluation_due:
+                            _finish(session, trial)
+                            ended(trial)
+                            trial.ended = True
+                if trial.error is not None:
+                    ended(trial)
+                    trial.ended = True
+
+
+@contextmanager
+def _failing(trial: Trial, *, alone: bool) -> Iterator[None]:
+    """Let an error inside the block end the trial only, unless it is `alone`: then the error leaves the block."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except SftxError as error:
+        if alone:
+            raise
+        trial.fail(error)
+
+
+def _finish(session: Session, trial: Trial) -> None:
+    """Wait for the last checkpoint and call the callbacks once more."""
+    session.saver.wait(trial)
+    session.engine.barrier()  # every rank may read the best checkpoint
+    for callback in trial.callbacks.values():
+        callback.on_end(session, trial)
 
 
 def _start(session: Session, trial: Trial) -> None:

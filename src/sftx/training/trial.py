@@ -18,12 +18,13 @@ from sftx.config.schema import TrainConfig
 from sftx.data.feed import Feed, Layout, Step
 from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
+from sftx.errors import SftxError
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.parallel.engine import Engine, Stepper
 from sftx.parallel.signals import Signals
 from sftx.runs.effective import Effective
 from sftx.runs.folder import RunFolder, speaking
-from sftx.runs.metrics import Recorder
+from sftx.runs.metrics import Recorder, SilentRecorder
 from sftx.training.evaluate import Evaluation
 from sftx.training.flops import Work
 from sftx.training.pending import PendingStep
@@ -121,6 +122,10 @@ class Trial:
     last_result: StepResult | None = None
     """Of the newest step whose loss was read."""
     stop_reason: str | None = None
+    error: SftxError | None = None
+    """Why the trial failed, if it did."""
+    ended: bool = False
+    """Its result, or its failure, is in its folder."""
     upcoming: Generator[Step] | None = None
     """The steps that are still to be made."""
     started: float = field(default_factory=time.perf_counter)
@@ -137,11 +142,17 @@ class Trial:
             self.upcoming.close()
         self.upcoming = self.feed.steps(self.step, self.steps.total, self.cursor, session.layout(self.micro_batch))
 
+    def fail(self, error: SftxError) -> None:
+        """End the trial with an error, while others go on."""
+        self.error, self.pending = error, None
+        self.stepper.discard()
+
     def close(self) -> None:
         """Let go of all that outlives the trial: loader processes, trackers, the run folder."""
         if self.upcoming is not None:
             self.upcoming.close()
         self.recorder.finish()
+        self.recorder = SilentRecorder()
         self.folder.unlock()
 
     def defers_loss(self, engine: Engine) -> bool:
