@@ -26,11 +26,11 @@ train = sftx.run.train
 def cpu():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-def timed(session, trials):
+def timed(session, trials, ended):
     wall, used = time.perf_counter(), cpu()
-    train(session, trials)
+    train(session, trials, ended)
     trial = trials[0]
-    found = {"wall": time.perf_counter() - wall, "cpu": cpu() - used, "save_seconds": trial.pace.save_seconds}
+    found = {"wall": time.perf_counter() - wall, "cpu": cpu() - used, "save_seconds": trial.save_interval.save_seconds}
     print("FOUND", json.dumps(found))
 sftx.run.train = timed
 sftx.run.run([freeze(compose_checked(sys.argv[1:]))])
