@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Sequence
 
 ESCAPED = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
 """Unicode categories of control, formatting, private-use and unassigned characters, and line separators."""
@@ -14,6 +15,12 @@ ZERO_WIDTH_JOINER = "\u200d"
 def counted(number: int | float, noun: str) -> str:
     """Return a number and its noun, in the plural unless there is one: `1 step`, `0 steps`."""
     return f"{number:g} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with aligned columns; the last column is as wide as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def visible(text: str, keep: str = "") -> str:

@@ -216,7 +216,7 @@ def test_runs_of_all_kinds_come_to_the_same_bits(
         (past.parent / "data" / name).write_text(text + ("html,a,b\n" if name == "aspcoder_eval.csv" else ""))
     code, out = repro(capsys, config.output_dir, f"train_file_path={past.parent / 'data'}", "--check")
     assert code == int("aspcoder_eval.csv" in str(words))
-    assert (f"data {past.parent / 'data/aspcoder_eval.csv'}:" in out) == bool(code)
+    assert (f"corpus: {past.parent / 'data/aspcoder_eval.csv'}:" in out) == bool(code)
     (past / "final/adapter_model.safetensors").write_bytes(b"other")
     if config.adapter:
         assert repro(capsys, config.output_dir, "--check")[0] == 1

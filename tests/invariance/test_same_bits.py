@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from sftx.run import run
-from sftx.runs.compare_metrics import is_speed
-from sftx.runs.past import open_run
-from sftx.runs.reproduce import judge
+from sftx.runs.saved.comparison import is_speed, judge
+from sftx.runs.saved.saved_run import open_run
 
 
 @pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one thread", "two threads"])

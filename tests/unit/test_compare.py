@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from sftx import cli
 from sftx.commands.run_report import difference_lines
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
-from sftx.config.derive import SEQUENCES
 from sftx.errors import RunFolderError
 from sftx.files import write_json, write_text
-from sftx.runs.compare import ABSENT, Difference, compare
-from sftx.runs.compare_metrics import compare_records, first_change, same
 from sftx.runs.folder import RunFolder
-from sftx.runs.past import open_run
-from sftx.runs.reproduce import judge
+from sftx.runs.saved.comparison import ABSENT, Difference, compare, compare_records, first_change, judge, same
+from sftx.runs.saved.saved_run import open_run
 
 MANIFEST: dict[str, Any] = {
     "command": "python train.py",
@@ -111,7 +107,7 @@ def test_time_folder_and_speed_are_no_difference(leave: Leave, capsys: pytest.Ca
         ("environment", {"environment.git": {"commit": "a" * 40, "dirty": True, "diff": "x\ny"}}, "git.diff: none -> 2 lines of changes, sha256"),
         ("environment", {"environment.git": {"commit": "b" * 40}}, "git.commit: aaaa"),
         ("environment", {"ranks": 2}, "ranks: 1 -> 2"),
-        ("data", {"data": [{"path": "data/x.csv", "sha256": "2" * 64, "rows": 10}]}, "training corpus: sha256:"),
+        ("data", {"data": [{"path": "data/x.csv", "sha256": "2" * 64, "rows": 10}]}, "training corpus: data/x.csv:"),
         ("data", {"data": []}, "training corpus: data/x.csv -> (not there)"),
         ("data", {"rows": {"train": 8, "eval": 2}}, "rows.train: 9 -> 8"),
         ("model", {"identity.model": "e" * 16}, "fingerprint: ffffffffffffffff -> eeeeeeeeeeeeeeee"),
@@ -262,8 +258,7 @@ def test_a_folder_that_is_no_run_says_what_is_near(leave: Leave, tmp_path: Path)
         leave(f"sweep/{number}")
         write_json(tmp_path / "sweep" / number / "trial.json", {})
     for path, words in {
-        tmp_path
-        / "10-00-00-lara": f"there is no such folder. Did you mean `{run}`? Folders there: 10-00-00-lora, sweep.",
+        tmp_path / "10-00-00-lara": f"there is no such folder. Did you mean `{run}`?",
         tmp_path / "gone/deeper": "there is no such folder",
         tmp_path / "sweep": f"is a sweep's folder, not a run's. Its trials: 1, 2, 10. Name one: {tmp_path}/sweep/1",
         tmp_path / "sweep/0": "this trial ended before it was a run: DataError: no such file",
@@ -291,10 +286,3 @@ def test_long_values_are_shown_where_they_differ(monkeypatch: pytest.MonkeyPatch
     assert any(line.endswith("left") for line in lines)
     assert any(line.endswith("right") for line in lines)
     assert list(difference_lines(Difference("k", None, True))) == ["  k: null -> true"]
-
-
-def test_ranks_of_a_run_that_did_not_store_them(leave: Leave) -> None:
-    a = leave("a", {"ranks": None, "identity.config": {SEQUENCES: 32}})
-    config = yaml.safe_load((a / "config.yaml").read_text())
-    assert config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] == 16
-    assert open_run(a).ranks == 2

@@ -110,12 +110,13 @@ def test_a_rank_asks_again_what_may_run(make_config, monkeypatch, tmp_path: Path
     """Whatever becomes of a configuration on its way to a rank."""
     from dataclasses import asdict
 
-    told = {"config": asdict(make_config()), "notes": [], "command": "", "folders": []}
-    assert not unlisted(told["config"], [], lambda _: "config")
-    assert config_from(told["config"]) == make_config()
-    told["config"]["scheduler"] = {"_target_": "os.system", "command": f"touch {tmp_path / 'mark'}"}
+    plain = asdict(make_config())
+    told = {"configs": [plain], "notes": [], "command": "", "folders": []}
+    assert not unlisted(plain, [], lambda _: "config")
+    assert config_from(plain) == make_config()
+    plain["scheduler"] = {"_target_": "os.system", "command": f"touch {tmp_path / 'mark'}"}
     with pytest.raises(ConfigError, match=r"os\.system"):
-        rank._run(told)
+        rank._train(told)
     assert not (tmp_path / "mark").exists()
 
 

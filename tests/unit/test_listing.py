@@ -13,7 +13,7 @@ import pytest
 from sftx import cli
 from sftx.errors import RunFolderError
 from sftx.runs.folder import LATEST, RunFolder, point_latest
-from sftx.runs.listing import list_runs
+from sftx.runs.saved.listing import list_runs
 
 
 @pytest.fixture(autouse=True)

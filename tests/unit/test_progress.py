@@ -16,7 +16,9 @@ from sftx.training.progress import Progress
 def trial(step: int = 0, total: int = 120, tokens: int = 0, loss: float | None = None) -> Any:
     made = None if loss is None else SimpleNamespace(loss=loss)
     config = SimpleNamespace(disable_tqdm=False)
-    return SimpleNamespace(config=config, step=step, steps=SimpleNamespace(total=total), tokens_seen=tokens, last_result=made)
+    return SimpleNamespace(
+        config=config, step=step, steps=SimpleNamespace(total=total), tokens_seen=tokens, last_result=made
+    )
 
 
 @pytest.fixture

@@ -24,15 +24,15 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
 
 def _diff(asked: argparse.Namespace) -> int:
     from sftx.commands.run_report import headings, section_lines
-    from sftx.runs.compare import compare
-    from sftx.runs.past import open_run
+    from sftx.runs.saved.comparison import compare
+    from sftx.runs.saved.saved_run import open_run
 
     a, b = open_run(asked.a), open_run(asked.b)
     sections = compare(a, b)
     differs = any(section.differs for section in sections)
     if asked.json:
-        told = {"a": str(a.path), "b": str(b.path), "differs": differs}
-        print(json.dumps(told | {s.name: s.as_dict() for s in sections}, ensure_ascii=True, indent=2))
+        facts = {"a": str(a.path), "b": str(b.path), "differs": differs}
+        print(json.dumps(facts | {s.name: s.as_dict() for s in sections}, ensure_ascii=True, indent=2))
         return int(differs)
     lines = [headings("a", a), headings("b", b), *(section_lines(section, a, b) for section in sections)]
     for line in chain.from_iterable(lines):

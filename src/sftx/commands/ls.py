@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sftx.errors import RunFolderError
 
 if TYPE_CHECKING:
-    from sftx.runs.listing import ListedRun
+    from sftx.runs.saved.listing import ListedRun
 
 TITLES = ("state", "best loss", "started", "run", "command")
 
@@ -32,7 +32,7 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
 
 
 def _ls(asked: argparse.Namespace) -> int:
-    from sftx.runs.listing import list_runs
+    from sftx.runs.saved.listing import list_runs
 
     if not asked.folder.is_dir():
         raise RunFolderError(f"{asked.folder}: no such folder. Name the folder that holds the runs: sftx ls FOLDER")
@@ -49,13 +49,11 @@ def _ls(asked: argparse.Namespace) -> int:
 
 def _lines(runs: Sequence[ListedRun]) -> list[str]:
     """Return a table; the last column is as wide as it is, for `grep` and `less -S`."""
-    from sftx.terminal import visible
+    from sftx.terminal import columns, visible
 
     rows: list[tuple[str, ...]] = [TITLES]
     for run in runs:
         loss = "-" if run.best_loss is None else f"{run.best_loss:.4f}"
         cells = (run.state, loss, run.started[:16].replace("T", " ") or "-", str(run.path), run.command)
         rows.append(tuple(map(visible, cells)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[-1] = 0
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return columns(rows)

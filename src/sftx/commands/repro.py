@@ -15,8 +15,9 @@ from sftx.errors import EXIT_FAULT
 from sftx.terminal import counted, visible
 
 if TYPE_CHECKING:
-    from sftx.runs.past import PastRun
-    from sftx.runs.reproduce import ThenAndNow, Verdict
+    from sftx.runs.saved.comparison import Verdict
+    from sftx.runs.saved.saved_run import SavedRun
+    from sftx.runs.saved.then_and_now import ThenAndNow
 
 
 def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) -> None:
@@ -46,21 +47,20 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
 
 
 def _repro(asked: argparse.Namespace) -> int:
-    from sftx.runs.past import open_run
+    from sftx.runs.saved.rerun import check_ranks, command, from_its_directory, ranks_here, rerun_config
+    from sftx.runs.saved.saved_run import open_run
 
     beside = str(Path.cwd() if INSTALLED else PROJECT_ROOT)  # the user's own modules are found as training finds them
     if beside not in sys.path:
         sys.path.append(beside)
     run = open_run(asked.folder)
-    from sftx.runs.recipe import check_ranks, command, from_its_directory, ranks_here, recipe, typed_keys
-
     if not asked.check:
         check_ranks(run, ranks_here())  # first: the rules would ask for another `parallel`, which is not to be changed
-    as_stored = recipe(run, asked.words)
+    as_stored = rerun_config(run, asked.words)
     if not asked.check:
         check_ranks(run, ranks_here(as_stored))
-    config = from_its_directory(as_stored, run, typed_keys(asked.words), Path.cwd())
-    from sftx.runs.reproduce import output_of, then_and_now
+    config = from_its_directory(as_stored, run, asked.words, Path.cwd())
+    from sftx.runs.saved.then_and_now import output_of, then_and_now
 
     is_main = os.environ.get("RANK", "0") == "0"
     found = then_and_now(run, config, download=not asked.check)
@@ -84,7 +84,7 @@ def _repro(asked: argparse.Namespace) -> int:
     return _judged(run, result.output_dir, found.expected) if is_main else 0
 
 
-def _found_lines(run: PastRun, found: ThenAndNow, *, moved: bool) -> Iterable[str]:
+def _found_lines(run: SavedRun, found: ThenAndNow, *, moved: bool) -> Iterable[str]:
     from sftx.commands.run_report import difference_lines, folded, headings
 
     yield from headings("repro", run)
@@ -103,16 +103,16 @@ def _found_lines(run: PastRun, found: ThenAndNow, *, moved: bool) -> Iterable[st
         yield from folded(f"note: {visible(remark)}", indent=6)
 
 
-def _judged(run: PastRun, folder: Path, expected: str | None) -> int:
-    from sftx.runs.past import open_run
-    from sftx.runs.reproduce import judge
+def _judged(run: SavedRun, folder: Path, expected: str | None) -> int:
+    from sftx.runs.saved.comparison import judge
+    from sftx.runs.saved.saved_run import open_run
 
     verdict = judge(run, open_run(folder))
     _print(["", *_verdict_lines(run, folder, verdict, expected)])
     return 0 if verdict.same else EXIT_FAULT
 
 
-def _verdict_lines(run: PastRun, folder: Path, verdict: Verdict, expected: str | None) -> Iterable[str]:
+def _verdict_lines(run: SavedRun, folder: Path, verdict: Verdict, expected: str | None) -> Iterable[str]:
     from sftx.commands.run_report import change_words
 
     if verdict.same:

@@ -10,6 +10,7 @@ from sftx.config.derive import differences
 from sftx.model.find import local_folder, reference_to
 from sftx.model.load import Source
 from sftx.runs.folder import MANIFEST
+from sftx.runs.saved.saved_run import read_object
 from sftx.secrets import scrub
 
 NAMED = 5
@@ -26,7 +27,7 @@ def foreign_adapter(folder: Path, source: Source, fingerprint: str) -> str | Non
     if manifest:
         trained_on, name = manifest["identity"].get("model"), (manifest.get("model") or {}).get("name", "a model")
     else:
-        name = _json(folder / "adapter_config.json").get("base_model_name_or_path") or "no model"
+        name = read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "no model"
         if name in (source.name, reference_to(source.folder)):
             return None  # named alike, and nothing else is known of it
         there = local_folder(name)
@@ -57,15 +58,7 @@ def foreign_checkpoint(folder: Path, identity: dict[str, Any]) -> str | None:
 def _manifest_around(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of the run whose folder is this one or holds it (`final/`, `checkpoints/step-N`)."""
     for place in (folder, *folder.absolute().parents[:2]):
-        manifest = _json(place / MANIFEST)
+        manifest = read_object(place / MANIFEST)
         if isinstance(manifest.get("identity"), dict):
             return manifest
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

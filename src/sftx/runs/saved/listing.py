@@ -1,22 +1,18 @@
-"""The runs below a folder, as `sftx ls` lists them; they are read, and changed in nothing."""
+"""The runs below a folder, as `sftx ls` lists them; they are read, never changed."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import shlex
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sftx.runs.folder import LOCK, MANIFEST
-from sftx.runs.metrics import read_metrics
-from sftx.runs.past import METRICS, TRIAL, at, is_run
+from sftx.runs.folder import LOCK
+from sftx.runs.saved.saved_run import TRIAL, SavedRun, is_run
 
 INSIDE = ("checkpoints", "final", "tensorboard", "wandb")
 """Folders of a run that hold no other run."""
@@ -28,7 +24,7 @@ class ListedRun:
 
     path: Path
     state: str
-    """running, completed, stopped, failed, or killed: its process is gone without a word."""
+    """running, completed, stopped, failed, or killed: its process is gone and left no reason."""
     best_loss: float | None
     """The lowest eval loss that was recorded."""
     started: str
@@ -38,7 +34,7 @@ class ListedRun:
 
 def list_runs(folder: Path) -> list[ListedRun]:
     """Return the runs in and below a folder, the newest first."""
-    found = [_listed(path) for path in _run_folders(folder)]
+    found = [_listed(SavedRun(path)) for path in _run_folders(folder)]
     return sorted(found, key=lambda run: (run.started, str(run.path)), reverse=True)
 
 
@@ -50,33 +46,22 @@ def _run_folders(folder: Path) -> Iterator[Path]:
             folders[:] = [f for f in folders if f not in INSIDE]
 
 
-def _listed(path: Path) -> ListedRun:
-    manifest, trial = _object(path / MANIFEST), _object(path / TRIAL)
-    state = manifest.get("status", trial.get("status", "unknown"))
-    if state == "running" and _owner_is_gone(path / LOCK):
+def _listed(run: SavedRun) -> ListedRun:
+    state = str(run.fact("status") or run.trial.get("status", "unknown"))
+    if state == "running" and _owner_is_gone(run.path / LOCK):
         state = "killed"
-    losses: list[float] = []
-    with suppress(OSError):
-        found = [record.get("eval/loss") for record in read_metrics(path / METRICS)]
-        losses = [loss for loss in found if isinstance(loss, float) and math.isfinite(loss)]
-    overrides = trial.get("overrides")
-    command = shlex.join(map(str, overrides)) if isinstance(overrides, list) else manifest.get("command", "")
-    started = at(manifest, "environment", "started")
-    return ListedRun(path, str(state), min(losses, default=None), str(started or ""), str(command))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where there is none."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
+    found = [record.get("eval/loss") for record in run.records.values()]
+    losses = [loss for loss in found if isinstance(loss, float) and math.isfinite(loss)]
+    overrides = run.trial.get("overrides")
+    command = shlex.join(map(str, overrides)) if isinstance(overrides, list) else run.fact("command")
+    started = run.fact("environment", "started")
+    return ListedRun(run.path, state, min(losses, default=None), str(started or ""), str(command or ""))
 
 
 def _owner_is_gone(lock: Path) -> bool:
     """Return True if the process that wrote its name into a lock file has ended; of another host it is not known.
 
-    The lock itself is not tried: for that moment, a run that starts would be refused.
+    The lock itself is not tried: at that moment, a run that starts would be refused.
     """
     try:
         owner = re.match(r"process (\d+) on (\S+),", lock.read_text(encoding="utf-8", errors="replace"))

@@ -1,4 +1,4 @@
-"""A past run's `config.yaml`, ready to be run again: exactly as it stands, and as little believed as a stranger's."""
+"""A saved run's `config.yaml`, ready to be run again: exactly as it stands, and as untrusted as anyone's."""
 
 from __future__ import annotations
 
@@ -25,28 +25,26 @@ from sftx.errors import ConfigError, RunFolderError, did_you_mean
 from sftx.runs.folder import MANIFEST
 from sftx.runs.launch import count_ranks
 from sftx.runs.manifest import git_state
-from sftx.runs.past import CONFIG, PastRun
+from sftx.runs.saved.saved_run import CONFIG, SavedRun
 from sftx.secrets import HIDDEN
 
-LEADING = ("train_file_path", "model_name_or_path", "adapter", "resume")
-"""Settings that may be paths relative to where the run was started; the other paths lead on from these."""
+RELATIVE = ("train_file_path", "model_name_or_path", "adapter", "resume")
+"""Settings that may be paths relative to where the run was started; the other paths are relative to these."""
 
 
-def recipe(run: PastRun, words: Sequence[str]) -> TrainConfig:
-    """Return the configuration of a past run, checked as any configuration from a stranger is.
+def rerun_config(run: SavedRun, words: Sequence[str]) -> TrainConfig:
+    """Return the configuration of a saved run, checked as any untrusted configuration is.
 
     `words` are settings that were typed: privileges, which a file cannot give; paths; what was masked.
 
-    Errors:
+    Raises:
         RunFolderError: its config or its manifest cannot be read.
         ConfigError: every problem of its config, and of what was typed.
     """
     for file in (CONFIG, MANIFEST):
         if file in run.problems:
             raise RunFolderError(f"{run.problems[file]} Without it the run cannot be repeated.")
-    assert run.config is not None
-    path = run.path / CONFIG
-    place = read_yaml(path).place
+    place = read_yaml(run.path / CONFIG).place
     typed, problems = _typed(words, run)
     tree = deepcopy(run.config)
     problems += _privileges(tree, typed, run, place)
@@ -57,7 +55,7 @@ def recipe(run: PastRun, words: Sequence[str]) -> TrainConfig:
         if "${" in name or (isinstance(value, str) and "${" in value)
     ]
     problems += [problem for key, value in typed.items() if (problem := _put(tree, key, value))]
-    problems += interpolated or _checked(tree, place, run)  # what an interpolation would do is not tried out
+    problems += interpolated or _checked(tree, place, run)  # an interpolation is not resolved to see what it does
     if problems:
         raise ConfigError(problems)
     values = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)  # what was typed may be `${oc.env:NAME}`
@@ -65,28 +63,23 @@ def recipe(run: PastRun, words: Sequence[str]) -> TrainConfig:
     return config_from(values)
 
 
-def from_its_directory(config: TrainConfig, run: PastRun, typed: Sequence[str], here: Path) -> TrainConfig:
-    """Let relative paths lead from where the run was started, as far as there is something there.
+def from_its_directory(config: TrainConfig, run: SavedRun, words: Sequence[str], here: Path) -> TrainConfig:
+    """Resolve relative paths from where the run was started, where something exists there.
 
-    What was typed leads from here. The manifest's word is taken for where to look for data, and for nothing else:
+    What was typed is relative to here. The manifest is believed about where to look for data, and about nothing else:
     nothing is imported from there.
     """
-    directory = run.directory
-    if directory is None or directory == here:
+    typed = [word.partition("=")[0] for word in words]
+    if run.directory is None or run.directory == here:
         return config
     changed: dict[str, Any] = {}
-    for key in LEADING:
+    for key in RELATIVE:
         value = getattr(config, key)
         if isinstance(value, str) and key not in typed and not Path(value).expanduser().is_absolute():
-            place = directory / value
+            place = run.directory / value
             if (key != "resume" or value not in ("auto", "never")) and place.exists():
                 changed[key] = str(place)
     return replace(config, **changed)
-
-
-def typed_keys(words: Sequence[str]) -> list[str]:
-    """Return the keys of settings."""
-    return [word.partition("=")[0] for word in words]
 
 
 def masked(tree: Any) -> Iterator[str]:
@@ -96,37 +89,36 @@ def masked(tree: Any) -> Iterator[str]:
             yield key
 
 
-def command(run: PastRun, *words: str) -> str:
+def command(run: SavedRun, *words: str) -> str:
     """Return the command that repeats a run."""
     return shlex.join(["sftx", "repro", str(run.path), *words])
 
 
+def launched(run: SavedRun) -> str:
+    """Return the command that repeats a run with as many processes as it had."""
+    return command(run) if run.ranks == 1 else f"torchrun --nproc_per_node {run.ranks} -m {command(run)}"
+
+
 def ranks_here(config: TrainConfig | None = None) -> int | None:
-    """Return how many processes a launcher has started, or the configuration starts; None when that is not known."""
+    """Return how many processes a launcher has started, or the configuration starts; None if that is not known."""
     started = os.environ.get("WORLD_SIZE")
     if started:
         return int(started)
     return None if config is None else count_ranks(config)
 
 
-def check_ranks(run: PastRun, here: int | None) -> None:
+def check_ranks(run: SavedRun, here: int | None) -> None:
     """Raise unless there are as many processes as the run had.
 
-    Errors:
+    Raises:
         RunFolderError: there are more or fewer; what to type is said.
     """
-    if here in (None, run.ranks):
-        return
-    how = "one process" if run.ranks == 1 else f"{run.ranks} processes"
-    raise RunFolderError(f"{run.path} was made by {how}, here are {here}. Type: {launched(run)}")
+    if here not in (None, run.ranks):
+        how = "one process" if run.ranks == 1 else f"{run.ranks} processes"
+        raise RunFolderError(f"{run.path} was made by {how}, here are {here}. Type: {launched(run)}")
 
 
-def launched(run: PastRun) -> str:
-    """Return the command that repeats a run with as many processes as it had."""
-    return command(run) if run.ranks == 1 else f"torchrun --nproc_per_node {run.ranks} -m {command(run)}"
-
-
-def _typed(words: Sequence[str], run: PastRun) -> tuple[dict[str, Any], list[str]]:
+def _typed(words: Sequence[str], run: SavedRun) -> tuple[dict[str, Any], list[str]]:
     """Read the settings that were typed; return them, and what is wrong."""
     allowed = {*PATHS, *TYPED_ONLY, *masked(run.config)} - {"output_dir"}
     typed: dict[str, Any] = {}
@@ -148,8 +140,8 @@ def _typed(words: Sequence[str], run: PastRun) -> tuple[dict[str, Any], list[str
     return typed, problems
 
 
-def _privileges(tree: dict[str, Any], typed: dict[str, Any], run: PastRun, place: Origin) -> list[str]:
-    """Take from the config what only a person may set, put in what was typed, and say what must be typed again."""
+def _privileges(tree: dict[str, Any], typed: dict[str, Any], run: SavedRun, place: Origin) -> list[str]:
+    """Replace what only a person may set by what was typed, and say what must be typed again."""
     problems = []
     for key, unset in TYPED_ONLY.items():
         recorded, given = tree.get(key, unset), typed.get(key, unset)
@@ -167,12 +159,16 @@ def _privileges(tree: dict[str, Any], typed: dict[str, Any], run: PastRun, place
     return problems
 
 
-def _checked(tree: dict[str, Any], place: Origin, run: PastRun) -> list[str]:
+def _checked(tree: dict[str, Any], place: Origin, run: SavedRun) -> list[str]:
+    """Check the settings; after the last problem, name the commit that the run was made at, if it is another."""
     try:
         problems = check_tree(OmegaConf.create(tree), place)
     except (OmegaConfBaseException, RecursionError) as error:
         problems = [f"{place('')}: {str(error).splitlines()[0]}"]
-    return [*problems[:-1], *(last + _other_version(run) for last in problems[-1:])]
+    commit = run.fact("environment", "git", "commit")
+    if problems and isinstance(commit, str) and commit != git_state().get("commit"):
+        problems[-1] += f"\nThe run was made at another commit: git checkout {commit}"
+    return problems
 
 
 def _put(tree: Any, key: str, value: Any) -> str | None:
@@ -185,11 +181,3 @@ def _put(tree: Any, key: str, value: Any) -> str | None:
     except (LookupError, ValueError, TypeError):  # a name in a mapping may itself hold dots
         return f"command line: `{key}`: cannot be typed; write it into the run's {CONFIG} and use --anyway."
     return None
-
-
-def _other_version(run: PastRun) -> str:
-    """Say that another sftx made the run, which may know other keys."""
-    commit = run.fact("environment", "git", "commit")
-    if not isinstance(commit, str) or commit == git_state().get("commit"):
-        return ""
-    return f"\nThe run was made at another commit: git checkout {commit}"

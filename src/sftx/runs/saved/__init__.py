@@ -1,0 +1,1 @@
+"""Runs that were saved: their folders are read, compared, listed and run again."""
