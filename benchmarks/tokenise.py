@@ -104,6 +104,7 @@ def _model(name: str) -> Path:
 
 def sftx_part(asked: argparse.Namespace) -> dict[str, Any]:
     """Read the file and tokenise it, as a run does; the second time both are there already."""
+    from sftx.build import build
     from sftx.config.check import freeze
     from sftx.config.compose import compose_checked
     from sftx.data import store, tokenise, writer  # noqa: F401 - loaded before the clock starts, as the peers' are
@@ -122,7 +123,7 @@ def sftx_part(asked: argparse.Namespace) -> dict[str, Any]:
     family, _ = family_of(config.model, source.model_type, downloaded=source.downloaded)
     template = load_template(source, family, config.template_name, family_named)
     clock = Clock()
-    selection = select(config)
+    selection = select(config, build(config.data))
     read = clock.lap()
     rows = to_rows(selection, config, template).train
     return figures(read, clock.lap(), len(rows), rows.tokens)
