@@ -18,7 +18,6 @@ from sftx.config.compose import compose_checked
 from sftx.data.cache import RecordFile, store_key
 from sftx.data.record import Message, Record
 from sftx.data.template import ChatTemplate, template_source
-from sftx.data.worker import Job
 from sftx.errors import ConfigError, ModelError, RunFolderError
 from sftx.model.builtin import ensure_builtin
 from sftx.model.family import Family, family_named
@@ -378,11 +377,6 @@ def test_the_date_is_in_the_key_of_the_tokens_where_it_is_written() -> None:
     assert len({key(dated(d)) for d in ("2025-03-01", "2025-03-02")}) == 2
     assert len({key(dated(d, DATED)) for d in ("2025-03-01", "2025-03-02")}) == 1
     assert (dated("2025-03-01").date, dated("2025-03-01", DATED).date) == ("2025-03-01", None)
-
-
-def test_processes_that_tokenise_write_the_same_date() -> None:
-    job = Job.of(dated("2025-03-01"), ROOM, [])
-    assert job.template().date == "2025-03-01"
 
 
 @pytest.mark.parametrize("text", ["today", "2025-13-01", "01.03.2025", "20250301", "2025-03-01T00:00", "null"])

@@ -1,4 +1,4 @@
-"""Conversations of several turns: what is learned of them, thinking, tools, marks, and the faster way there."""
+"""Conversations of several turns: what is learned of them, thinking, tools, marks, and batches."""
 
 from __future__ import annotations
 
@@ -361,7 +361,7 @@ PEEKING = {
 
 
 @pytest.mark.parametrize("way", PEEKING)
-def test_a_template_that_looks_into_a_text_is_rendered_for_each(way: str) -> None:
+def test_a_template_that_looks_into_a_text_gives_the_same_in_a_batch(way: str) -> None:
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n" + PEEKING[way] + "<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -396,20 +396,3 @@ def shown(found: list[Row] | str) -> Any:
     if isinstance(found, str):
         return found
     return [(r.ids_T.tolist(), r.weights_T.tolist(), r.origin, r.category, r.full_length) for r in found]
-
-
-def test_plain_templates_are_rendered_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = ChatTemplate(AutoTokenizer.from_pretrained(ensure_builtin()), template_source("chatml"), QWEN_STOPS)
-    calls = []
-    rendered = template._renderer.text
-    monkeypatch.setattr(template._renderer, "text", lambda *a, **k: calls.append(1) or rendered(*a, **k))
-    template.encode_batch([talk(f"q{i}", f"a{i}", "b", "c") for i in range(50)], ROOM)
-    assert 0 < len(calls) <= 8
-
-
-@pytest.mark.parametrize("name", ["chatml", "qwen3", "llama3", "gemma", "qwen2_5", "glm4"])
-def test_the_common_templates_have_skeletons(name: str) -> None:
-    template = template_of(name)
-    template.encode_batch([talk("a", "b", "c", "d")], ROOM)
-    assert all(template._skeletons.values())
-    assert template._skeletons

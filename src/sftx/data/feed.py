@@ -17,7 +17,7 @@ from sftx.data.loader import Batch, collate
 from sftx.data.plan import Plan
 from sftx.data.rows import Row
 from sftx.data.store import Rows
-from sftx.parallel.signals import ignore
+from sftx.processes import serve_parent
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class PlannedFeed:
             sampler=_Order(self.plan, layout, first, last),
             batch_size=None,
             num_workers=self._workers,
-            worker_init_fn=ignore,
+            worker_init_fn=serve_parent,
             generator=torch.Generator().manual_seed(self.plan.seed),  # the global generator is left alone
         )
         batches = iter(loader)

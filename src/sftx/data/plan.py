@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from sftx.model.lora.dropout import key_of
+from sftx.seeds import key_of
 
 Unit = tuple[int, ...]
 """Rows that count as one of a micro-batch's `batch_size`: one row, or with `packed` those of a pack."""

@@ -1,8 +1,4 @@
-"""Conversations to text: what the chat template renders, at inference and in training.
-
-`Reader` is how the rest looks at rendered text. There are two: this module's renders a real conversation;
-`skeleton.Probe` renders one whose texts are unknown, to learn what the template does to any.
-"""
+"""Conversations to text: what the chat template renders, at inference and in training."""
 
 from __future__ import annotations
 
@@ -13,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
-from transformers.utils import chat_template_utils
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from sftx.data.letters import THINKING, Letters
 from sftx.data.record import Message, Record
+from sftx.data.special_tokens import THINKING, SpecialTokens
 from sftx.errors import ModelError
 
 Marks = list[tuple[int, int]]
@@ -32,28 +28,6 @@ NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 REASONING = re.compile(rf"""[.'"](?:{"|".join(REASONING_KEYS)})\b""")
 """How a template reads an assistant's reasoning: a key of the message."""
-
-
-class Reader(Protocol):
-    """Renders one conversation, and answers questions about the text."""
-
-    def render(
-        self, messages: list[dict[str, Any]], *, generation_prompt: bool, thinking: bool | None
-    ) -> tuple[str, Marks | None]:
-        """Return the text of the conversation so far, and where the template's marks lie in it."""
-        ...
-
-    def starts(self, text: str, prefix: str) -> bool:
-        """True when a text begins with another."""
-        ...
-
-    def follows(self, text: str, end: str) -> str | None:
-        """Return what follows the last occurrence of another text in a text; None when it is not there."""
-        ...
-
-    def after(self, text: str, cell: str, start: int) -> int | None:
-        """Return where a cell, as the template wrote it, ends in `text`; None when it is not there."""
-        ...
 
 
 class Renderer:
@@ -71,66 +45,36 @@ class Renderer:
         self._takes_reasoning = REASONING.search(said) is not None
         self._has_place_for = {"tools": "tools" in said, "tool_calls": "tool_calls" in said}
 
-    def text(
+    def render(
         self,
         messages: list[dict[str, Any]],
         *,
         generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] = (),
         thinking: bool | None = None,
-    ) -> str:
-        """Return the text that the template makes of messages.
+    ) -> tuple[str, Marks | None]:
+        """Return the text that the template makes of messages, and where its marks lie in a finished conversation.
 
-        Errors:
+        Raises:
             ModelError: the template cannot render them.
         """
+        switch = {} if thinking is None or not self.thinking_switch else {self.thinking_switch: thinking}
+        marked = self.has_marks and not generation_prompt
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
+            (text,), marks = render_jinja_template(
+                [messages],
                 tools=list(tools) or None,
                 chat_template=self.source,
-                tokenize=False,
+                return_assistant_tokens_mask=marked,
                 add_generation_prompt=generation_prompt,
-                **self._switch(thinking),
+                **self.tokenizer.special_tokens_map,
+                **switch,
             )
         except Exception as error:  # Jinja's errors, and whatever a template raises itself
-            raise _cannot(error) from error
-
-    def _switch(self, thinking: bool | None) -> dict[str, bool]:
-        return {} if thinking is None or not self.thinking_switch else {self.thinking_switch: thinking}
-
-    def marked(
-        self, messages: list[dict[str, Any]], *, tools: Sequence[Mapping[str, Any]], thinking: bool | None
-    ) -> tuple[str, Marks]:
-        """Render a whole conversation, with the places of the template's `{% generation %}` blocks."""
-        blocks: list[str] = []
-        marks: Marks = []
-        try:
-            with self.compiled.environment.activate_tracker(blocks, marks):
-                for block in self.compiled.generate(**self.arguments(messages, False, tools, thinking)):
-                    blocks.append(block)
-        except Exception as error:
-            raise _cannot(error) from error
-        return "".join(blocks), marks
-
-    @cached_property
-    def compiled(self) -> Any:
-        """The template, compiled as `apply_chat_template` compiles it."""
-        # private: the public `render_jinja_template` keeps to itself the environment that `can_probe` parses with
-        return chat_template_utils._compile_jinja_template(self.source)
-
-    def arguments(
-        self, messages: list[Any], generation_prompt: bool, tools: Sequence[Mapping[str, Any]], thinking: bool | None
-    ) -> dict[str, Any]:
-        """Return what `apply_chat_template` hands to the template."""
-        return {
-            **self.tokenizer.special_tokens_map,
-            **self._switch(thinking),
-            "messages": messages,
-            "tools": list(tools) or None,
-            "documents": None,
-            "add_generation_prompt": generation_prompt,
-        }
+            raise ModelError(
+                f"the chat template cannot render a conversation ({error}). Choose another template_name."
+            ) from error
+        return text, marks[0] if marked else None
 
     def check_tools(self, record: Record) -> None:
         """Refuse tools that the template would leave out without a word.
@@ -170,29 +114,29 @@ class Renderer:
         inline = {"role": "assistant", "content": INLINE.format("Thought") + "Answer"}
         apart = self.dict_of("assistant", "Answer", "Thought")
         try:
-            texts = [self.text([question, a], generation_prompt=False, thinking=True) for a in (inline, apart)]
+            texts = [self.render([question, a], generation_prompt=False, thinking=True) for a in (inline, apart)]
         except ModelError:
             return True
-        return texts[0] != texts[1]
+        return texts[0][0] != texts[1][0]
 
     def dicts(
-        self, messages: Sequence[Message], letters: Letters, *, json_arguments: bool = False
+        self, messages: Sequence[Message], special: SpecialTokens, *, json_arguments: bool = False
     ) -> list[dict[str, Any]]:
-        """Return messages as templates read them, with the control tokens in their cells guarded.
+        """Return messages as templates read them, with the special tokens in their cells escaped.
 
         A call's arguments are an object, as inference servers hand them over, or JSON text for the templates
         that write them as they are.
         """
         out = []
         for message in messages:
-            guard = letters.guard_answer if message.role == "assistant" else letters.guard
-            content, reasoning = guard(message.content), letters.guard(message.reasoning or "")
+            escape = special.escape_answer if message.role == "assistant" else special.escape
+            content, reasoning = escape(message.content), special.escape(message.reasoning or "")
             out.append(self.dict_of(message.role, content, reasoning))
             if message.name is not None:
                 out[-1]["name"] = message.name
             if message.tool_calls:
                 calls = [_call(c, json_arguments) for c in message.tool_calls]
-                out[-1]["tool_calls"] = letters.guarded(calls)
+                out[-1]["tool_calls"] = special.escape_all(calls)
         return out
 
     def dict_of(self, role: str, content: str, reasoning: str) -> dict[str, Any]:
@@ -203,42 +147,6 @@ class Renderer:
             before, after = INLINE.split("{}")
             return {"role": role, "content": before + reasoning + after + content}
         return {"role": role, "content": content} | dict.fromkeys(REASONING_KEYS, reasoning)
-
-
-class Conversation:
-    """A reader of a real conversation."""
-
-    def __init__(self, renderer: Renderer, tools: Sequence[Mapping[str, Any]]) -> None:
-        self.renderer = renderer
-        self.tools = tools
-
-    def render(
-        self, messages: list[dict[str, Any]], *, generation_prompt: bool, thinking: bool | None
-    ) -> tuple[str, Marks | None]:
-        """Render the conversation so far."""
-        if self.renderer.has_marks and not generation_prompt:
-            return self.renderer.marked(messages, tools=self.tools, thinking=thinking)
-        found = self.renderer.text(messages, generation_prompt=generation_prompt, tools=self.tools, thinking=thinking)
-        return found, None
-
-    def starts(self, text: str, prefix: str) -> bool:
-        """True when a text begins with another."""
-        return text.startswith(prefix)
-
-    def follows(self, text: str, end: str) -> str | None:
-        """Return what follows the last occurrence of another text in a text."""
-        _, found, rest = text.rpartition(end)
-        return rest if found else None
-
-    def after(self, text: str, cell: str, start: int) -> int | None:
-        """Return where a cell ends in `text`, also when the template trimmed it."""
-        if not cell.strip():
-            return None  # white space is everywhere
-        for spelled in (cell, cell.strip()):
-            place = text.find(spelled, start)
-            if place >= 0:
-                return place + len(spelled)
-        return None
 
 
 def _dated(source: str, date: str) -> str:
@@ -268,7 +176,3 @@ def _call(call: Mapping[str, Any], as_json: bool) -> dict[str, Any]:
     elif as_json and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _cannot(error: Exception) -> ModelError:
-    return ModelError(f"the chat template cannot render a conversation ({error}). Choose another template_name.")

@@ -8,12 +8,12 @@ earlier turns differently later on (Qwen3 leaves out their thinking), each learn
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sftx.data.letters import Letters
-from sftx.data.render import Marks, Reader
+from sftx.data.render import Marks, Renderer
+from sftx.data.special_tokens import SpecialTokens
 from sftx.errors import ModelError
 
 OPEN_THINK = re.compile(r"<think>\n*$")
@@ -72,13 +72,16 @@ class TurnReader:
     """Finds the learned turns of one conversation."""
 
     def __init__(
-        self, reader: Reader, stop_tokens: Sequence[str], letters: Letters, *, switches_thinking: bool
+        self,
+        renderer: Renderer,
+        stop_tokens: Sequence[str],
+        special: SpecialTokens,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        self.reader = reader
+        self.renderer, self.tools = renderer, tools
         self.stop_tokens = stop_tokens
-        self.control = letters.pattern
-        self.cuts = letters.cuts
-        self.switches_thinking = switches_thinking
+        self.control = special.pattern
+        self.cuts = special.cuts
 
     def turn(self, messages: list[dict[str, Any]], index: int) -> Turn:
         """Return the turn at `index`: its prompt and its answer.
@@ -91,7 +94,7 @@ class TurnReader:
         """
         message = messages[index]
         thinking = None
-        if self.switches_thinking:
+        if self.renderer.thinking_switch:
             thinking = _thinks(message)
         prompt, completion, marks = self.rendered(messages, index, thinking)
         kept = self._kept(messages, index, prompt, completion, thinking)
@@ -103,19 +106,19 @@ class TurnReader:
         self, messages: list[dict[str, Any]], index: int, thinking: bool | None
     ) -> tuple[str, str, Marks | None]:
         """Render up to an answer: what stands before it, what follows, and the template's marks."""
-        whole, marks = self.reader.render(messages[: index + 1], generation_prompt=False, thinking=thinking)
+        whole, marks = self._render(messages[: index + 1], generation_prompt=False, thinking=thinking)
         prompt = ""
         for asked in dict.fromkeys((thinking, None)):
-            prompt, _ = self.reader.render(messages[:index], generation_prompt=True, thinking=asked)
-            if self.reader.starts(whole, prompt):
+            prompt, _ = self._render(messages[:index], generation_prompt=True, thinking=asked)
+            if whole.startswith(prompt):
                 return prompt, whole[len(prompt) :], marks
             empty = re.search(f"{NO_THOUGHT}$", prompt)
-            if empty and not _thinks(messages[index]) and self.reader.starts(whole, prompt[: empty.start()]):
+            if empty and not _thinks(messages[index]) and whole.startswith(prompt[: empty.start()]):
                 answer = re.sub(f"^(?:{WRITTEN_NO_THOUGHT})", "", whole[empty.start() :])
                 shift = len(prompt) + len(answer) - len(whole)
                 return prompt, answer, marks and [(start + shift, end + shift) for start, end in marks]
         opened = OPEN_THINK.search(prompt)
-        if opened and self.reader.starts(whole, prompt[: opened.start()]):
+        if opened and whole.startswith(prompt[: opened.start()]):
             return prompt, self._closed(messages[index], whole[opened.start() :]), None
         if (follows := self._after_other_history(messages, index, whole, prompt)) is not None:
             return prompt, follows, None
@@ -124,6 +127,11 @@ class TurnReader:
             f"learned would never be asked for. Prompt ends with {prompt[-40:]!r}; choose another template_name."
         )
 
+    def _render(
+        self, messages: list[dict[str, Any]], *, generation_prompt: bool, thinking: bool | None
+    ) -> tuple[str, Marks | None]:
+        return self.renderer.render(messages, generation_prompt=generation_prompt, tools=self.tools, thinking=thinking)
+
     def _after_other_history(self, messages: list[dict[str, Any]], index: int, whole: str, prompt: str) -> str | None:
         """Return the answer where the template renders earlier turns otherwise once it is there, as gpt-oss's does.
 
@@ -131,10 +139,11 @@ class TurnReader:
         """
         if index < 2:
             return None
-        before, _ = self.reader.render(messages[: index - 1], generation_prompt=False, thinking=None)
-        if not self.reader.starts(prompt, before) or len(prompt) == len(before):
+        before, _ = self._render(messages[: index - 1], generation_prompt=False, thinking=None)
+        if not prompt.startswith(before) or len(prompt) == len(before):
             return None
-        return self.reader.follows(whole, prompt[len(before) :])
+        _, found, rest = whole.rpartition(prompt[len(before) :])
+        return rest if found else None
 
     def _closed(self, message: dict[str, Any], rest: str) -> str:
         """Finish the thinking that a prompt opens (DeepSeek-R1's), where the template leaves it out of an answer."""
@@ -154,7 +163,7 @@ class TurnReader:
         """Return a completion up to and with the token that ends the turn."""
         start = 0
         for cell in ("reasoning_content", "content"):
-            start = self.reader.after(completion, messages[index].get(cell, ""), start) or start
+            start = _end_of_cell(completion, messages[index].get(cell, ""), start) or start
         end = next((m for m in self.control.finditer(completion, start) if m.group() in self.stop_tokens), None)
         if end is not None:
             return completion[: end.end()]
@@ -175,7 +184,7 @@ class TurnReader:
         if calls:
             speaks["name"] = calls[-1].get("function", calls[-1])["name"]
         try:
-            longer, _ = self.reader.render([*messages[: index + 1], speaks], generation_prompt=False, thinking=thinking)
+            longer, _ = self._render([*messages[: index + 1], speaks], generation_prompt=False, thinking=thinking)
         except ModelError:
             longer = ""
         before, after = (
@@ -195,11 +204,22 @@ class TurnReader:
         rows: list[list[Turn]] = []
         for turn in turns:
             before = rows[-1][-1] if rows else None
-            if before and last_cut(before.answer, self.cuts) and self.reader.starts(turn.prompt, before.text):
+            if before and last_cut(before.answer, self.cuts) and turn.prompt.startswith(before.text):
                 rows[-1].append(turn)
             else:
                 rows.append([turn])
         return rows
+
+
+def _end_of_cell(text: str, cell: str, start: int) -> int | None:
+    """Return where a cell ends in rendered text, also when the template trimmed it; None when it is not there."""
+    if not cell.strip():
+        return None  # white space is everywhere
+    for spelled in (cell, cell.strip()):
+        place = text.find(spelled, start)
+        if place >= 0:
+            return place + len(spelled)
+    return None
 
 
 def _thinks(message: dict[str, Any]) -> bool:
@@ -219,23 +239,23 @@ def _within(marks: Marks, start: int, end: int, length: int) -> Marks | None:
     return [*inside, (end, length)]
 
 
-def pieces(row: Sequence[Turn], letters: Letters) -> list[Piece]:
+def pieces(row: Sequence[Turn], special: SpecialTokens) -> list[Piece]:
     """Cut a row's text at control tokens into what is tokenised."""
     out: list[Piece] = []
     done, last = "", ""
     for turn in row:
         between = turn.prompt[len(done) :]
-        found = list(letters.cuts.finditer(between))
+        found = list(special.cuts.finditer(between))
         if found:
             head, token, rest = last + between[: found[-1].end()], found[-1].group(), between[found[-1].end() :]
         else:
             head, token, rest = "", last, between
-        swallows = token in letters.swallowing and not rest.strip()
+        swallows = token in special.swallowing and not rest.strip()
         tail = token + rest
         out.append(
             Piece(head, tail, tail + turn.answer, bool(token), bool(last and head), swallows, turn.index, turn.marks)
         )
-        done, last = turn.text, last_cut(turn.answer, letters.cuts)
+        done, last = turn.text, last_cut(turn.answer, special.cuts)
     return out
 
 

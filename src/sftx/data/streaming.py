@@ -22,8 +22,8 @@ from sftx.data.plan import Batching, Unit, in_units, share
 from sftx.data.record import Record
 from sftx.data.rows import Row
 from sftx.errors import DataError
-from sftx.model.lora.dropout import key_of
-from sftx.parallel.signals import ignore
+from sftx.processes import serve_parent
+from sftx.seeds import key_of
 
 Encoder = Callable[[Sequence[Record]], Sequence[list[Row] | str]]
 """Returns for each record its rows, or why it has none."""
@@ -267,5 +267,5 @@ class _OneProcess(IterableDataset[Step]):
 
 
 def _settle(worker: int) -> None:
-    ignore(worker)
+    serve_parent(worker)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were left behind in the process that was forked

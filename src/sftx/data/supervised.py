@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from sftx.data.fit import Draft
-from sftx.data.letters import THINKING, Letters
 from sftx.data.record import Message, Record
 from sftx.data.spans import Piece
+from sftx.data.special_tokens import THINKING, SpecialTokens
 
 CLOSE = "</think>"
 CALLED = "the name of its call"
@@ -27,19 +27,19 @@ def fault_in(
     record: Record,
     rows: Sequence[Sequence[Piece]],
     drafts: Sequence[Draft],
-    letters: Letters,
+    special: SpecialTokens,
     stop_ids: Collection[int],
     answer_of: Answers,
 ) -> str | None:
     """Return what is wrong with a record's supervised turns before any row is cut, or None."""
     for piece in (piece for row in rows for piece in row):
-        if fault := _text_fault(record, piece, letters, answer_of):
+        if fault := _text_fault(record, piece, special, answer_of):
             return f"turn {piece.message + 1}: {fault}"
     for draft in drafts:
         for answer in draft.answers:
             if (last := draft.ids[answer.stop - 1]) not in stop_ids:
-                ends = letters.tokenizer.convert_ids_to_tokens(last)
-                stops = ", ".join(letters.tokenizer.convert_ids_to_tokens(sorted(stop_ids)))
+                ends = special.tokenizer.convert_ids_to_tokens(last)
+                stops = ", ".join(special.tokenizer.convert_ids_to_tokens(sorted(stop_ids)))
                 return (
                     f"turn {answer.index + 1}: what is supervised ends in {ends!r}, at which generation does not stop; "
                     f"expected one of {stops}. Add its id to eos_token_id in the model's generation_config.json, "
@@ -48,7 +48,7 @@ def fault_in(
     return None
 
 
-def _text_fault(record: Record, piece: Piece, letters: Letters, answer_of: Answers) -> str | None:
+def _text_fault(record: Record, piece: Piece, special: SpecialTokens, answer_of: Answers) -> str | None:
     message, answer = record.messages[piece.message], piece.answer
     inline = THINKING.match(message.content)
     if message.reasoning and inline:
@@ -64,7 +64,7 @@ def _text_fault(record: Record, piece: Piece, letters: Letters, answer_of: Answe
     for call in message.tool_calls:
         texts.append(str(call.get("function", call).get("name", "")))
         names.append(CALLED)
-    own = [letters.guard(text) for text in texts]
+    own = [special.escape(text) for text in texts]
     for i, text in enumerate(own):
         if not text or (found := answer.count(text)) == sum(other.count(text) for other in own):
             continue
@@ -76,7 +76,7 @@ def _text_fault(record: Record, piece: Piece, letters: Letters, answer_of: Answe
         if found != 1 and not (found and names[i] == CALLED):  # some templates write a call's name twice
             return _says(names[i], texts[i], found)
     for value in _arguments(message):
-        if not any(letters.guard(spelled) in answer for spelled in _spellings(value)):
+        if not any(special.escape(spelled) in answer for spelled in _spellings(value)):
             return _says("an argument of its call", value, 0)
     if blocks := answer.count(CLOSE):
         blocks += piece.tail.rstrip().endswith(CLOSE)  # a prompt may close the thinking before the answer

@@ -1,17 +1,14 @@
 """Records to token ids and to what each token weighs in the loss.
 
 The text is what the chat template renders. It is tokenised as inference would tokenise it: the
-template's control tokens become control tokens, the same letters inside a cell stay letters, and
+template's control tokens become control tokens, the same text inside a cell stays plain text, and
 an answer's first token is a token of its own, because at inference the prompt ends there.
-
-`encode` renders a record; `encode_batch` gives the same rows, but renders each shape of conversation
-once where the template allows it, and tokenises many texts at a time.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,13 +18,12 @@ from typing import Any
 import numpy as np
 
 from sftx.data.fit import Answer, Draft, fit
-from sftx.data.letters import Letters
 from sftx.data.policy import EncodePolicy, Weights
 from sftx.data.record import Message, Record
-from sftx.data.render import Conversation, Renderer
+from sftx.data.render import Renderer
 from sftx.data.rows import Row
-from sftx.data.skeleton import Probe, Skeleton, Slot, can_probe, skeleton
 from sftx.data.spans import Piece, TurnReader, pieces
+from sftx.data.special_tokens import SpecialTokens
 from sftx.data.supervised import fault_in
 from sftx.errors import ConfigError, ModelError, did_you_mean
 
@@ -38,10 +34,7 @@ CHUNK = 2048
 """Records encoded at a time."""
 LOOKED_AT = 1000
 """Rows from which is read whether a corpus was learned with thinking."""
-TRIALS = 2
-"""The first fillings of a skeleton are compared with what the template renders."""
 Pieces = list[list[Piece]]
-Read = Callable[[Record, Weights], "Pieces | str"]
 
 
 @dataclass
@@ -90,15 +83,14 @@ class ChatTemplate:
         self.stop_tokens = [t for t in dict.fromkeys(stop_tokens) if t in added]
         if not self.stop_tokens and tokenizer.eos_token is not None:
             self.stop_tokens = [tokenizer.eos_token]
-        self._letters = Letters(tokenizer, self.stop_tokens)
+        self._special = SpecialTokens(tokenizer, self.stop_tokens)
         self._renderer = Renderer(tokenizer, source, date)
-        self._skeletons: dict[Any, tuple[Skeleton, itertools.count[int]] | None] = {}
         self._tails: dict[str, list[int]] = {}
         self._adopt_end_token()
 
     def _adopt_end_token(self) -> None:
         """Let generation end at the token that ends the template's own turns, whatever the family says."""
-        reader = self._reader(Conversation(self._renderer, ()))
+        reader = TurnReader(self._renderer, self.stop_tokens, self._special)
         completion = reader.rendered(PROBE, 1, None)[1]
         if completion == reader.rendered([PROBE[0], PROBE[1] | {"content": "Other"}], 1, None)[1]:
             raise ModelError(
@@ -106,19 +98,12 @@ class ChatTemplate:
                 "list of parts: nothing could be learned. Choose another template_name."
             )
         rest = completion.rpartition(PROBE[-1]["content"])[2]
-        ends = self._letters.pattern.findall(rest)
+        ends = self._special.pattern.findall(rest)
         if ends:  # first of them: no other token of a model's EOS ids ends a plain answer
             end = next((token for token in ends if token in self.stop_tokens), ends[0])
             self.stop_tokens = list(dict.fromkeys([end, *self.stop_tokens]))
         if not self.stop_tokens:
             raise ModelError("the tokenizer has no end-of-sequence token: the model could never stop.")
-
-    def _reader(self, reader: Conversation | Probe) -> TurnReader:
-        return TurnReader(reader, self.stop_tokens, self._letters, switches_thinking=bool(self.thinking_switch))
-
-    def share_memory(self, processes: int) -> None:
-        """Keep a part of the words that one process would: others keep as many."""
-        self._letters.words.most //= processes
 
     @property
     def thinking_switch(self) -> str | None:
@@ -147,7 +132,7 @@ class ChatTemplate:
         thinking: bool | None = None,
     ) -> str:
         """Return the text that the template makes of messages; `thinking` is Qwen3's switch `enable_thinking`."""
-        return self._renderer.text(messages, generation_prompt=generation_prompt, tools=tools, thinking=thinking)
+        return self._renderer.render(messages, generation_prompt=generation_prompt, tools=tools, thinking=thinking)[0]
 
     def prompt_ids(
         self, messages: list[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = (), thinking: bool | None = None
@@ -158,12 +143,12 @@ class ChatTemplate:
         `thinking_of` says what it asked for.
         """
         text = self.render(
-            self._letters.guarded(messages),
+            self._special.escape_all(messages),
             generation_prompt=True,
-            tools=self._letters.guarded(tools),
+            tools=self._special.escape_all(tools),
             thinking=thinking,
         )
-        return self._letters.tokenise(text)
+        return self._special.tokenise(text)
 
     def thinking_of(self, rows: Sequence[Row]) -> bool | None:
         """Return the switch for thinking that rows were rendered with; None if the template has none, or they differ.
@@ -192,23 +177,23 @@ class ChatTemplate:
         Raises:
             ModelError: the template does not teach a turn whole and once, unless the policy skips such records.
         """
-        return self._encoded([record], policy, self._rendered)[0]
+        return self.encode_batch([record], policy)[0]
 
     def encode_batch(self, records: Sequence[Record], policy: EncodePolicy) -> list[list[Row] | str]:
-        """Return what `encode` returns for each record, faster."""
+        """Return what `encode` returns for each record, tokenising many texts at a time."""
         return [
             rows
             for start in range(0, len(records), CHUNK)
-            for rows in self._encoded(records[start : start + CHUNK], policy, self._filled)
+            for rows in self._encoded(records[start : start + CHUNK], policy)
         ]
 
-    def _encoded(self, records: Sequence[Record], policy: EncodePolicy, read: Read) -> list[list[Row] | str]:
+    def _encoded(self, records: Sequence[Record], policy: EncodePolicy) -> list[list[Row] | str]:
         tried = [_Tried(policy.applied(record)) for record in records]
         for one in tried:
             with self._refusing(one, policy):
                 one.record = self._renderer.canonical(one.record)
                 one.weights = policy.weights(one.record)
-                one.rows = read(one.record, one.weights)
+                one.rows = self._rendered(one.record, one.weights)
         ids = self._tokenised(row for one in tried if not isinstance(one.rows, str) for row in one.rows)
         for one in tried:
             with self._refusing(one, policy):
@@ -239,7 +224,7 @@ class ChatTemplate:
             return "" if isinstance(found, str) else next(p.answer for r in found for p in r if p.message == index)
 
         assert not isinstance(one.rows, str)
-        if fault := fault_in(one.record, one.rows, one.drafts, self._letters, self._stop_ids, answer_of):
+        if fault := fault_in(one.record, one.rows, one.drafts, self._special, self._stop_ids, answer_of):
             raise ModelError(f"{fault}.")
 
     def _fitted(self, one: _Tried, policy: EncodePolicy) -> list[Row] | str:
@@ -269,69 +254,20 @@ class ChatTemplate:
             return "none of its turns is learned: each has weight 0"
         if learned[0] == 0:
             return "it begins with an answer: there is no prompt to learn it after"
-        tools = self._letters.guarded(record.tools)
-        reader = self._reader(Conversation(self._renderer, tools))
+        tools = self._special.escape_all(record.tools)
+        reader = TurnReader(self._renderer, self.stop_tokens, self._special, tools)
         self._renderer.check_tools(record)
         failed: list[ModelError] = []
         for json_arguments in (False, True) if any(m.tool_calls for m in record.messages) else (False,):
-            messages = self._renderer.dicts(record.messages, self._letters, json_arguments=json_arguments)
+            messages = self._renderer.dicts(record.messages, self._special, json_arguments=json_arguments)
             try:
-                return self._cut(reader, messages, learned)
+                turns = [reader.turn(messages, i) for i in learned]
+                return [pieces(row, self._special) for row in reader.rows(turns)]
             except ModelError as error:
                 failed.append(error)
         raise failed[0]
 
-    def _cut(self, reader: TurnReader, messages: list[dict[str, Any]], learned: Sequence[int]) -> Pieces:
-        turns = [reader.turn(messages, i) for i in learned]
-        return [pieces(row, self._letters) for row in reader.rows(turns)]
-
-    def _filled(self, record: Record, weights: Weights) -> Pieces | str:
-        """Return what `_rendered` does, from the skeleton of the conversation's shape where there is one."""
-        cells: list[str] = []
-        shape: list[tuple[str, bool, bool, bool]] = []
-        for m, weight in zip(record.messages, weights, strict=True):
-            if m.tool_calls or m.name is not None or (weight and m.content.isspace()):
-                return self._rendered(record, weights)
-            guard = self._letters.guard_answer if m.role == "assistant" else self._letters.guard
-            cells += (guard(m.content), self._letters.guard(m.reasoning) if m.reasoning else "")
-            shape.append((m.role, bool(weight), bool(m.content), bool(m.reasoning)))
-        if not self._can_probe or record.tools:
-            return self._rendered(record, weights)
-        key = tuple(shape)
-        if key not in self._skeletons:
-            found = self._probed(key)
-            self._skeletons[key] = (found, itertools.count()) if found else None
-        known = self._skeletons[key]
-        filled = known and known[0].fill(cells)
-        if not known or not filled:
-            return self._rendered(record, weights)
-        if next(known[1]) < TRIALS and filled != self._rendered(record, weights):
-            self._skeletons[key] = None
-            return self._rendered(record, weights)
-        return filled
-
-    @cached_property
-    def _can_probe(self) -> bool:
-        return can_probe(self._renderer)
-
-    def _probed(self, shape: Sequence[tuple[str, bool, bool, bool]]) -> Skeleton | None:
-        """Return the skeleton of a conversation's shape; None when the template looks into its texts."""
-        learned = [i for i, (_, is_learned, _, _) in enumerate(shape) if is_learned]
-        if not learned or learned[0] == 0:
-            return None
-        probe = Probe(self._renderer)
-        messages = []
-        for i, (role, _, has_content, has_reasoning) in enumerate(shape):
-            content = probe.notes.unknown(Slot(2 * i)) if has_content else ""
-            reasoning = probe.notes.unknown(Slot(2 * i + 1)) if has_reasoning else ""
-            messages.append(self._renderer.dict_of(role, content, reasoning))
-        try:
-            rows = self._cut(self._reader(probe), messages, learned)
-        except Exception:  # noqa: BLE001 - whatever a template does to an unknown text: it is rendered instead
-            return None
-        return skeleton(rows, probe.notes)
-
-    def _tokenised(self, rows: Sequence[list[Piece]] | Iterator[list[Piece]]) -> dict[str, list[int]]:
+    def _tokenised(self, rows: Iterable[list[Piece]]) -> dict[str, list[int]]:
         """Return the tokens of all pieces' texts."""
         texts: dict[str, list[int]] = {}
         for row in rows:
@@ -339,7 +275,7 @@ class ChatTemplate:
                 texts[piece.head] = texts[piece.joint] = []
                 if piece.tail not in self._tails:
                     texts[piece.tail] = []
-        return dict(zip(texts, self._letters.tokenise_all(list(texts)), strict=True))
+        return dict(zip(texts, self._special.tokenise_all(list(texts)), strict=True))
 
     def _tail(self, text: str, ids: dict[str, list[int]]) -> list[int]:
         """Return the tokens of what stands before an answer: mostly the same for all records."""
@@ -362,7 +298,7 @@ class ChatTemplate:
                 clean = joint[: len(tail)] == tail
                 if piece.swallows and piece.answer[:1].isspace():
                     clean = False
-                answer = joint[len(tail) :] if clean else self._letters.apart(piece.answer)
+                answer = joint[len(tail) :] if clean else self._special.tokenise_continuation(piece.answer)
                 whole = prompt + answer
                 mask = None if piece.marks is None else self._mask(piece, tail if clean else None, len(answer))
                 answers.append(Answer(len(prompt), len(whole), weights[piece.message], mask, piece.message))
@@ -378,9 +314,9 @@ class ChatTemplate:
         marks, answer = piece.marks or [], piece.answer
         places = sorted({0, len(answer), *itertools.chain(*marks)})
         parts = [answer[a:b] for a, b in itertools.pairwise(places)]
-        found, offsets, ends = self._letters.ends([piece.tail if tail else "\n", *parts])
+        found, offsets, ends = self._special.ends([piece.tail if tail else "\n", *parts])
         if not tail:
-            own = self._letters.apart(answer)
+            own = self._special.tokenise_continuation(answer)
             offsets = offsets[len(found) - len(own) :]
         else:
             offsets = offsets[len(tail) :]

@@ -18,9 +18,10 @@ from torch import nn
 from sftx.config.bounds import Bounds
 from sftx.errors import ModelError
 from sftx.model.head import LossHead
-from sftx.model.lora.dropout import Clock, KeyedDropout, key_of
+from sftx.model.lora.dropout import Clock, KeyedDropout
 from sftx.model.lora.routing import Routing, Span
 from sftx.model.lora.targets import Layers, Targets, check_injected, injected, left_out_by, share_in_4_bits, size_of
+from sftx.seeds import key_of
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any
 from sftx.errors import EXIT_FAULT, ConfigError, SftxError
 from sftx.parallel import watch
 from sftx.parallel.board import TOGETHER, Board
-from sftx.parallel.proc import die_with_parent
 from sftx.parallel.signals import Signals, end_unmoved, heard
 from sftx.parallel.started import WHERE
+from sftx.processes import die_with_parent
 
 
 def main() -> None:

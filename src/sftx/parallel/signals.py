@@ -10,9 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from sftx.errors import StoppedError
-from sftx.parallel.proc import die_with_parent
-
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from sftx.processes import STOP_SIGNALS as ASKING
 
 
 class EndNow(BaseException):
@@ -115,10 +113,3 @@ def end_unmoved() -> None:
     """
     for number in ASKING:
         signal.signal(number, lambda *_: None)
-
-
-def ignore(_worker: int = 0) -> None:
-    """Let a loader process outlive a signal that goes to all processes, but not the trainer, which ends it."""
-    die_with_parent()
-    for number in ASKING:
-        signal.signal(number, signal.SIG_IGN)

@@ -28,7 +28,7 @@ from sftx.data.feed import Step
 from sftx.data.loader import Batch
 from sftx.errors import SftxError, StoppedError
 from sftx.files import append_line
-from sftx.model.lora.dropout import key_of
+from sftx.seeds import key_of
 from sftx.training import checkpoint
 from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses

@@ -6,22 +6,16 @@ resuming and training several adapters together would each change the run. This 
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from dataclasses import dataclass
 from weakref import ref
 
 import torch
 from torch import nn
 
+from sftx.seeds import key_of
+
 LEVELS = 2**16
 """Of a drop probability."""
-
-
-def key_of(*numbers: int) -> int:
-    """Return a 63-bit seed that depends on each number and on their order."""
-    packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 @dataclass
