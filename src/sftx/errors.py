@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from sftx.terminal import visible_lines
 
@@ -20,6 +21,8 @@ EXIT_USER = 2
 EXIT_STOPPED = 75
 """The run was asked to end and can go on: `EX_TEMPFAIL` of sysexits.h, on which a scheduler may requeue."""
 EXIT_PIPE = 141
+LISTED_FOLDERS = 8
+"""Most folders that a message names."""
 
 
 class SftxError(Exception):
@@ -94,6 +97,28 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?`, or an empty string when nothing is near."""
     match = nearest(name, known)
     return f" Did you mean `{match}`?" if match else ""
+
+
+def nearest_folder(name: str) -> str:
+    """Return ` Did you mean X?` for a folder that does not exist, or the folders of its nearest parent, or nothing."""
+    place, missing = Path(), list(Path(name).expanduser().parts)
+    while missing and (place / missing[0]).is_dir():
+        place /= missing.pop(0)
+    for part in missing:
+        below = _folders_in(place)
+        near = part if part in below else nearest(part, below)
+        if near is None:
+            there = ", ".join(below[:LISTED_FOLDERS]) + (", ..." if len(below) > LISTED_FOLDERS else "")
+            return f" The folders in {place}: {there}." if below and place != Path() else ""
+        place /= near
+    return f" Did you mean `{place}`?"
+
+
+def _folders_in(place: Path) -> list[str]:
+    try:
+        return sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError:
+        return []
 
 
 def put_place(error: Exception, places: Mapping[str, str]) -> None:

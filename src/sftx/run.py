@@ -13,19 +13,18 @@ from typing import Any
 
 from sftx.build import build
 from sftx.config.schema import TrainConfig
+from sftx.effective import Effective
 from sftx.errors import StoppedError
+from sftx.logs import RunLog, ThirdPartyLog
 from sftx.parallel import watch
 from sftx.parallel.engine import Engine
-from sftx.parallel.signals import Signals
 from sftx.runs import manifest
 from sftx.runs.begin import Setting, open_trial
-from sftx.runs.effective import Effective
 from sftx.runs.end import finish_trial, note_failure
-from sftx.runs.folder import RunFolder, RunLog
 from sftx.runs.result import Failure, Result, Results
 from sftx.runs.resume import identity_of, open_folders, resume_command
 from sftx.runs.setup import check_shared, open_session, open_trials
-from sftx.runs.third_party_log import ThirdPartyLog
+from sftx.signals import Signals
 from sftx.training.determinism import deterministic_kernels
 from sftx.training.flops import work_of
 from sftx.training.loop import train
@@ -33,6 +32,7 @@ from sftx.training.memory import memory_explained
 from sftx.training.perf import reset_peak_memory
 from sftx.training.preflight import check_room
 from sftx.training.probing import compile_limits_noted, compile_model, probe
+from sftx.training.run_folder import RunFolder
 from sftx.training.saving import Saver
 from sftx.training.trial import Session, Trial
 

@@ -63,8 +63,8 @@ def simulate(case: Case) -> dict[str, Any]:
     """Load the model, let sftx probe it, and make two steps of a micro-batch each; the second is counted."""
     import torch
 
+    from sftx.effective import Effective
     from sftx.parallel.replicated import ReplicatedStepper
-    from sftx.runs.effective import Effective
     from sftx.training.loss import token_losses
     from sftx.training.optimizers import AdamW
     from sftx.training.precision import Precision

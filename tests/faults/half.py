@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sftx.runs.effective import Effective
+from sftx.effective import Effective
 from sftx.training.precision import Numerics, Precision
 
 

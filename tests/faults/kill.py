@@ -294,8 +294,8 @@ def _run(request: dict[str, Any], folder: Path, shared: mmap.mmap, seen: Path) -
         from sftx.config.check import freeze
         from sftx.config.compose import compose_checked
         from sftx.errors import reported
-        from sftx.parallel.signals import Signals
         from sftx.runs.launch import launch
+        from sftx.signals import Signals
 
         os.environ |= request.get("environment", {})
         watch = Watch(folder, shared, **request.get("watch", {}))

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
-from sftx.parallel.signals import ASKING
+from sftx.processes import STOP_SIGNALS
 
 PLACES = {
     "loading": [
@@ -141,7 +141,7 @@ class ForkedRank:
         self, argv: Sequence[str], *, env: Mapping[str, str], pass_fds: Sequence[int], stdin: int,
         stdout: int | None, stderr: int | None, start_new_session: bool,
     ) -> None:  # fmt: skip
-        assert argv[:4] == [sys.executable, "-P", "-m", "sftx.parallel.rank"]
+        assert argv[:4] == [sys.executable, "-P", "-m", "sftx.runs.rank"]
         self.number = int(argv[4])
         reader, writer = os.pipe()
         self.pid = os.fork()
@@ -158,7 +158,7 @@ class ForkedRank:
     def _rank(self, order: int, output: int | None, env: dict[str, str]) -> int:
         """Be a rank, as if begun anew: with no handlers, and with its own input, output and environment."""
         os.setsid()
-        for number in ASKING:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         os.dup2(order, 0)
         for standard in (1, 2) if output is not None else ():
@@ -166,7 +166,7 @@ class ForkedRank:
         sys.stdin = os.fdopen(0)
         os.environ.clear()
         os.environ.update(env)
-        from sftx.parallel import rank
+        from sftx.runs import rank
 
         asked = dict(self.moment)
         if asked.pop("in_rank", 0) != self.number:

@@ -17,9 +17,9 @@ from tests.faults.runs import composed, leftovers, outcome
 
 from sftx.errors import CheckpointError, RunFolderError, SftxError
 from sftx.run import run
-from sftx.runs.folder import RunFolder
-from sftx.runs.metrics import read_metrics
 from sftx.training import checkpoint, loop
+from sftx.training.metrics import read_metrics
+from sftx.training.run_folder import RunFolder
 
 MODES = ("lora", "full")
 

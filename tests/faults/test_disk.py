@@ -21,8 +21,7 @@ from tests.faults.test_kill import straight as straight
 
 from sftx.errors import RunFolderError
 from sftx.files import check_writable, remove_folder, write_folder, write_text
-from sftx.runs.folder import RunLog
-from sftx.runs.third_party_log import ThirdPartyLog
+from sftx.logs import RunLog, ThirdPartyLog
 from sftx.training import checkpoint
 
 CAUSES = {

@@ -92,7 +92,7 @@ class Command:
         return found
 
     def rank(self, number: int) -> psutil.Process:
-        (found,) = [p for p in self.processes() if "sftx.parallel.rank" in p.cmdline() and f"{number}" in p.cmdline()]
+        (found,) = [p for p in self.processes() if "sftx.runs.rank" in p.cmdline() and f"{number}" in p.cmdline()]
         return found
 
     def wait_for(self, what: Callable[[], bool], seconds: float = 90) -> None:
@@ -223,7 +223,7 @@ def test_a_signal_while_the_ranks_start_is_not_lost(
     if seconds is None:
         command.wait_for((tmp_path / "mark").exists)
     else:
-        command.wait_for(lambda: len([p for p in command.processes() if "sftx.parallel.rank" in p.cmdline()]) == 2)
+        command.wait_for(lambda: len([p for p in command.processes() if "sftx.runs.rank" in p.cmdline()]) == 2)
         time.sleep(seconds)
     asked = time.monotonic()
     command.process.send_signal(number)

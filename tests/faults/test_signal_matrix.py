@@ -26,7 +26,7 @@ from tests.faults.runs import leftovers, outcome, words
 from tests.faults.test_kill import SEED, published, said
 
 from sftx.errors import EXIT_STOPPED
-from sftx.parallel.signals import ASKING
+from sftx.processes import STOP_SIGNALS
 
 SLACK = 2.0
 """Seconds that a run has beside a step and a save."""
@@ -73,7 +73,7 @@ def visit_of(phase: str, turn: int) -> int:
 
 def cases() -> list[Case]:
     """Return the matrix."""
-    names, found = [n.name for n in ASKING], []
+    names, found = [n.name for n in STOP_SIGNALS], []
     for number, (at, phase, workers) in enumerate(itertools.product(range(4), PLACES, (0, 2))):
         kind = "tokenisers" if workers and phase == "tokenising" else f"{workers} workers"
         to = "group" if workers and at % 2 else "self"
@@ -207,7 +207,7 @@ def moment_of(case: Case, one: Straight, log: Path, rng: random.Random) -> dict[
         moment["in_rank"] = int(case.to == "rank 1")
     if CASES.index(case) // 2 % 2 == CASES.index(case) % 2:
         moment |= {
-            "second": rng.choice((number, *ASKING)),
+            "second": rng.choice((number, *STOP_SIGNALS)),
             "later": rng.uniform(0.0, 0.001 if case.before_the_first_step else 0.05),
         }
     return moment

@@ -29,9 +29,10 @@ from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
 from sftx.config.schema import TrainConfig
 from sftx.errors import EXIT_STOPPED, RunFolderError, StoppedError
-from sftx.parallel.signals import ASKING, EndNow, Signals
+from sftx.processes import STOP_SIGNALS
 from sftx.run import run
-from sftx.runs.metrics import read_metrics
+from sftx.signals import EndNow, Signals
+from sftx.training.metrics import read_metrics
 from sftx.training.pending import StopVote
 
 SHARED = [
@@ -82,7 +83,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("number", ASKING, ids=lambda n: n.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda n: n.name)
 @pytest.mark.parametrize(
     ("module", "call", "step"),
     [
@@ -202,15 +203,15 @@ def test_before_the_first_step_a_run_ends_at_once_and_leaves_nothing(
 
 
 def test_handlers_are_given_back() -> None:
-    before = [signal.getsignal(n) for n in ASKING]
+    before = [signal.getsignal(n) for n in STOP_SIGNALS]
     with Signals():
         assert signal.getsignal(signal.SIGTERM) not in before
-    assert [signal.getsignal(n) for n in ASKING] == before
+    assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
 
 
 def test_one_signal_is_heard_once_by_blocks_inside_each_other() -> None:
     """The program's own block, outside, says nothing of what the run inside it has seen to, and hears no more."""
-    before = [signal.getsignal(n) for n in ASKING]
+    before = [signal.getsignal(n) for n in STOP_SIGNALS]
 
     def run_ends() -> None:
         with Signals() as inner:
@@ -229,9 +230,9 @@ def test_one_signal_is_heard_once_by_blocks_inside_each_other() -> None:
         with pytest.raises(RuntimeError, match="the disk"):
             program_ends()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert {signal.getsignal(n) for n in ASKING} == {signal.SIG_IGN}, "until the process is gone"
+        assert {signal.getsignal(n) for n in STOP_SIGNALS} == {signal.SIG_IGN}, "until the process is gone"
     finally:
-        for number, handler in zip(ASKING, before, strict=True):
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)
 
 
@@ -256,7 +257,7 @@ def test_a_signal_whose_exception_was_lost_is_heard_by_the_block_inside() -> Non
 def test_signals_until_the_process_is_gone_change_nothing(tmp_path: Path, ranks: int) -> None:
     argv = words("max_steps=5000", f"output_dir={tmp_path / 'run'}")
     process = started([*argv, "parallel=ddp", f"parallel.num_processes={ranks}"], tmp_path / "run" / "metrics.jsonl")
-    for number in itertools.cycle(ASKING):
+    for number in itertools.cycle(STOP_SIGNALS):
         if process.poll() is not None:
             break
         process.send_signal(number)
@@ -315,7 +316,7 @@ def test_a_signal_to_the_whole_group_ends_it_in_order(tmp_path: Path, workers: i
 def test_a_second_run_in_a_folder_is_refused_while_the_first_is_there(tmp_path: Path) -> None:
     config = composed(f"output_dir={tmp_path}")
     code = (
-        "import sys; from pathlib import Path; from sftx.runs.folder import RunFolder; "
+        "import sys; from pathlib import Path; from sftx.training.run_folder import RunFolder; "
         "folder = RunFolder(Path(sys.argv[1])); folder.lock(); print(1, flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -391,7 +392,7 @@ def test_ranks_agree_although_one_alone_is_asked(tmp_path: Path, rank: str) -> N
 RANK = """
 import os, signal, threading, time
 from sftx.errors import StoppedError
-from sftx.parallel.signals import Signals, end_unmoved, heard, put_off
+from sftx.signals import Signals, end_unmoved, heard, put_off
 
 with put_off():  # as a rank is started
     end_unmoved()

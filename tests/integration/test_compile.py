@@ -10,8 +10,8 @@ import pytest
 
 from sftx.model import compiled
 from sftx.run import run
-from sftx.runs.metrics import read_metrics
 from sftx.training import loop, tried
+from sftx.training.metrics import read_metrics
 
 STEPS = 6
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftx.errors import ModelError
 from sftx.model.builtin import ensure_builtin
-from sftx.model.find import reference_to
+from sftx.model_folders import reference_to
 from sftx.run import run
 
 

@@ -12,7 +12,7 @@ import torch
 import train
 
 from sftx.errors import reported
-from sftx.parallel.signals import Signals
+from sftx.signals import Signals
 from sftx.training import loop, recovery
 from sftx.training.loss import TokenLosses
 from sftx.training.precision import Numerics, Precision

@@ -15,9 +15,9 @@ from tests.conftest import over
 from sftx.errors import TrainingError
 from sftx.parallel.single import SingleEngine
 from sftx.run import run
-from sftx.runs.metrics import read_metrics
 from sftx.training import loop
 from sftx.training.loss import TokenLosses, token_losses
+from sftx.training.metrics import read_metrics
 
 SHARED = [
     "mode=lora", "optimizer=adamw", "max_steps=9", "logging_steps=4", "eval_steps=6", "save_strategy=steps",

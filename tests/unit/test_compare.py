@@ -16,9 +16,9 @@ from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
 from sftx.errors import RunFolderError
 from sftx.files import write_json, write_text
-from sftx.runs.folder import RunFolder
 from sftx.runs.saved.comparison import ABSENT, Difference, compare, compare_records, first_change, judge, same
 from sftx.runs.saved.saved_run import open_run
+from sftx.training.run_folder import RunFolder
 
 MANIFEST: dict[str, Any] = {
     "command": "python train.py",

@@ -13,8 +13,8 @@ from sftx.config.derive import differences, identity
 from sftx.errors import ConfigError
 from sftx.model import compare
 from sftx.run import run
-from sftx.runs.metrics import read_metrics
 from sftx.training.determinism import CUBLAS, deterministic_kernels
+from sftx.training.metrics import read_metrics
 
 COMPARED = ("step", "train/loss", "train/grad_norm", "eval/loss")
 

@@ -12,8 +12,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
 import sftx.run
+from sftx.effective import Effective
 from sftx.model import compare, cross_entropy, fused, rotation
-from sftx.runs.effective import Effective
 from sftx.training import probing
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from sftx.config.check import config_from
 from sftx.config.compose import prepare
 from sftx.config.safety import unlisted
 from sftx.errors import ConfigError, RankError
-from sftx.parallel import rank, supervisor
+from sftx.parallel import supervisor
 from sftx.run import run
-from sftx.runs import launch
-from sftx.runs.folder import RunFolder
+from sftx.runs import launch, rank
+from sftx.training.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,9 @@ def test_each_rank_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> No
         return SimpleNamespace(number=number, runs=False, told={}, ended=0, finished=True, **nothing)
 
     monkeypatch.setattr(supervisor, "Started", started)
-    supervisor.Supervisor(2, hang_seconds=None, timeout_seconds=60).run({}, {"CUDA_VISIBLE_DEVICES": "2,3"})
+    supervisor.Supervisor(2, module="sftx.runs.rank", hang_seconds=None, timeout_seconds=60).run(
+        {}, {"CUDA_VISIBLE_DEVICES": "2,3"}
+    )
     assert [one["LOCAL_RANK"] for one in environments] == ["0", "1"]
     assert [one["CUDA_VISIBLE_DEVICES"] for one in environments] == ["2", "3"]
 

@@ -12,8 +12,8 @@ import pytest
 
 from sftx import cli
 from sftx.errors import RunFolderError
-from sftx.runs.folder import LATEST, RunFolder, point_latest
 from sftx.runs.saved.listing import list_runs
+from sftx.training.run_folder import LATEST, RunFolder, point_latest
 
 
 @pytest.fixture(autouse=True)

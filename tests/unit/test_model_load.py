@@ -22,8 +22,8 @@ from sftx.data.template import template_source
 from sftx.errors import ConfigError, ModelError
 from sftx.model.builtin import NAME, ensure_builtin
 from sftx.model.family import Family
-from sftx.model.find import local_folder
 from sftx.model.load import Source, find_model, load_base, load_template
+from sftx.model_folders import local_folder
 
 QWEN = Family(["qwen2"], "chatml", ["<|im_end|>", "<|endoftext|>"])
 GENERIC = Family([], None, [])

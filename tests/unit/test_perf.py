@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sftx.data.loader import Batch
 from sftx.model.head import HEAD
 from sftx.run import run
-from sftx.runs.metrics import read_metrics
 from sftx.training import loop
+from sftx.training.metrics import read_metrics
 from sftx.training.perf import Window, _of_gpu, peak_memory, reset_peak_memory
 from sftx.training.profile import PRODUCTS as LAYERS
 from sftx.training.profile import parts_of

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from sftx.runs.effective import Effective
+from sftx.effective import Effective
 from sftx.training.precision import Numerics, Precision
 
 

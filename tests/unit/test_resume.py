@@ -14,13 +14,13 @@ from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
 from sftx.config.derive import config_hash
 from sftx.config.schema import TrainConfig
+from sftx.effective import Effective
 from sftx.errors import RunFolderError
 from sftx.files import REPLACED
 from sftx.locks import Locked, exclusive
-from sftx.runs.effective import Effective
-from sftx.runs.folder import FORMAT, LOCK, RunFolder
 from sftx.runs.resume import choose_folder, refuse_shorter, remark_on_length, resume_command
 from sftx.training.recovery import Faults
+from sftx.training.run_folder import FORMAT, LOCK, RunFolder
 from sftx.training.schedulers import Constant, Cosine, Schedule, WarmupStableDecay
 
 WHO = {"config": {"seed": 42}, "data": ["a"], "model": "m", "adapter": None}

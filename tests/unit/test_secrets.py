@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked, prepare
+from sftx.logs import RunLog, ThirdPartyLog
 from sftx.runs import trackers
-from sftx.runs.folder import RunFolder, RunLog
-from sftx.runs.third_party_log import ThirdPartyLog
 from sftx.runs.trials import _scrub_record
 from sftx.secrets import HIDDEN, known_secrets, scrub, scrub_text
+from sftx.training.run_folder import RunFolder
 
 WANDB = "0123456789abcdef0123456789abcdef01234567"
 SECRETS = {

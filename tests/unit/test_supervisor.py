@@ -54,7 +54,7 @@ class Told:
 
 @pytest.fixture
 def three() -> tuple[Supervisor, list[Told]]:
-    supervisor = Supervisor(3, hang_seconds=None, timeout_seconds=1800)
+    supervisor = Supervisor(3, module="", hang_seconds=None, timeout_seconds=1800)
     ranks = [Told(n) for n in range(3)]
     supervisor.ranks = ranks  # type: ignore[assignment]
     return supervisor, ranks

@@ -11,8 +11,7 @@ from sftx.cli import main as sftx_main
 from sftx.data.problems import MAX_TEXT
 from sftx.data.read import read_file
 from sftx.errors import ConfigError, DataError, printed
-from sftx.runs.folder import RunLog
-from sftx.runs.third_party_log import ThirdPartyLog
+from sftx.logs import RunLog, ThirdPartyLog
 from sftx.terminal import visible, visible_lines
 
 EVIL = "\x1b[2J\x1b]0;x\x07\u202e\x9b31m"

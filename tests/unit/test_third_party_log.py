@@ -10,8 +10,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from sftx.runs.folder import RunLog
-from sftx.runs.third_party_log import ThirdPartyLog
+from sftx.logs import RunLog, ThirdPartyLog
 
 
 def test_other_packages_write_to_the_log_file_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

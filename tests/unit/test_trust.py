@@ -14,8 +14,8 @@ from sftx.config.check import freeze
 from sftx.config.compose import compose_checked, prepare
 from sftx.errors import ConfigError, ModelError
 from sftx.model.family import Family
-from sftx.model.find import local_folder
 from sftx.model.load import find_model, load_base, load_template
+from sftx.model_folders import local_folder
 
 CODE = """from pathlib import Path
 Path({mark!r}).write_text("ran")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sftx.errors import reported
-from sftx.parallel.signals import Signals
+from sftx.signals import Signals
 
 
 def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) -> None:

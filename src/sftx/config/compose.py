@@ -364,7 +364,7 @@ def _is_option(group: str, value: Any) -> bool:
 
 def _family_of(name: str) -> str | None:
     """Return the family option whose `model_types` hold a local model's own type; None when not local."""
-    from sftx.model.find import local_folder  # light: looks at folders only
+    from sftx.model_folders import local_folder  # light: looks at folders only
 
     folder = local_folder(name)
     if folder is None or not (folder / "config.json").is_file():

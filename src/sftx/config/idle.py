@@ -53,7 +53,7 @@ def _not_by_time(v: Values) -> str | None:
 
 
 def _template_of_family(v: Values) -> str | None:
-    from sftx.model.find import brings_template  # light: looks at a folder only
+    from sftx.model_folders import brings_template  # light: looks at a folder only
 
     if v["template_name"] is not None:
         return f"template_name={v['template_name']} is used"

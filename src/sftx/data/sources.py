@@ -11,8 +11,7 @@ from typing import Any
 from sftx import EMBEDDED_DATA
 from sftx.data.hub import HUB_ID, hub_files
 from sftx.data.read import is_known, source_name
-from sftx.errors import DataError, nearest
-from sftx.folders import nearest_folder
+from sftx.errors import DataError, nearest, nearest_folder
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 EMBEDDED_FOLDER = "data"

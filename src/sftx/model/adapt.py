@@ -145,6 +145,10 @@ class AdaptedModel:
         """Run the forward pass."""
         return (self.forward or self.module)(**inputs)
 
+    def call_through(self, forward: Callable[..., Any]) -> None:
+        """Call this instead of the module from now on: an engine has wrapped it."""
+        self.forward = forward
+
     @property
     def device(self) -> torch.device:
         """The device that inputs go to."""

@@ -19,7 +19,7 @@ import torch
 
 from sftx.errors import ModelError
 from sftx.model import blocks
-from sftx.parallel.engine import to_device
+from sftx.tensors import to_device
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Those that train on a CPU; torch's flex attention has no backward there."""

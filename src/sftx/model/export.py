@@ -10,7 +10,7 @@ import torch
 
 from sftx.errors import ModelError
 from sftx.model.adapt import AdaptedModel, Adapter, check_fit, read_adapter
-from sftx.model.find import reference_to
+from sftx.model_folders import reference_to
 
 Weights = Mapping[str, torch.Tensor]
 

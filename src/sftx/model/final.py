@@ -13,8 +13,8 @@ from sftx.data.template import ChatTemplate
 from sftx.files import write_folder
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.model.export import Weights, bytes_of, weights_writer
-from sftx.model.find import weight_files
 from sftx.model.tokenizer_files import copy_tokenizer
+from sftx.model_folders import weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}

@@ -125,8 +125,3 @@ def on_main(engine: Engine, action: Callable[[], object]) -> None:
     problem = engine.from_main(problem)
     if problem is not None:
         raise problem
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of the host on a device, without waiting for what the device has to do before."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -67,7 +67,7 @@ class Started:
     """One rank's process, which leads a session of its own: a terminal's signals come to the supervisor alone."""
 
     def __init__(
-        self, number: int, count: int, order: Mapping[str, Any], environment: Mapping[str, str],
+        self, module: str, number: int, count: int, order: Mapping[str, Any], environment: Mapping[str, str],
         board: int, door: int | None, selector: BaseSelector,
     ) -> None:  # fmt: skip
         self.number = number
@@ -83,7 +83,7 @@ class Started:
         handed = [board, reports, self._where, *([] if door is None else [door])]
         is_main = number == 0  # the terminal is the main rank's
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sftx.parallel.rank", str(number), "of", str(count)],
+            [sys.executable, "-P", "-m", module, str(number), "of", str(count)],
             env={**environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             pass_fds=handed,
             stdin=subprocess.PIPE,

@@ -22,8 +22,8 @@ from typing import Any
 from sftx.errors import EXIT_FAULT, RankError, SftxError, StoppedError
 from sftx.parallel.board import Board
 from sftx.parallel.hang import Hang, HangWatch
-from sftx.parallel.signals import give_back, put_off, take
 from sftx.parallel.started import Started, first_frame
+from sftx.signals import give_back, put_off, take
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5
@@ -53,8 +53,9 @@ class Failure:
 class Supervisor:
     """The ranks of one run, from their start to their end."""
 
-    def __init__(self, count: int, *, hang_seconds: float | None, timeout_seconds: float) -> None:
+    def __init__(self, count: int, *, module: str, hang_seconds: float | None, timeout_seconds: float) -> None:
         self.count = count
+        self._module = module
         self.ranks: list[Started] = []
         self.failure: Failure | None = None
         """What ended the run, once it is known."""
@@ -107,7 +108,9 @@ class Supervisor:
             for number in range(self.count):
                 own = shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
                 handed = door.fileno() if number == 0 else None
-                self.ranks.append(Started(number, self.count, order, own, self._board, handed, self._selector))
+                self.ranks.append(
+                    Started(self._module, number, self.count, order, own, self._board, handed, self._selector)
+                )
 
     def _close(self) -> None:
         for rank in self.ranks:

@@ -149,7 +149,7 @@ class Zero3Engine(DdpEngine):
             with watch.meeting():  # each layer's parameters are gathered from all ranks
                 return trained(*arguments, **named)
 
-        model.forward = forward
+        model.call_through(forward)
         return Zero3Stepper(self, self.trained, adapter.parameters, optimizer)
 
     def close(self, *, together: bool) -> None:

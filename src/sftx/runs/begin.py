@@ -13,21 +13,22 @@ import torch
 from sftx.build import build
 from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
+from sftx.effective import Effective
 from sftx.errors import ConfigError, RunFolderError
 from sftx.files import write_chunks
+from sftx.logs import RunLog
 from sftx.model.load import Source
-from sftx.runs.effective import Effective
 from sftx.runs.end import SMOLLM2
-from sftx.runs.folder import RunFolder, RunLog, point_latest
 from sftx.runs.header import as_text, count, header, length_line
-from sftx.runs.metrics import Recorder, Tracker, drop_after
 from sftx.runs.origin import foreign_adapter, foreign_checkpoint
 from sftx.runs.result import Result
 from sftx.runs.resume import finished, refuse_shorter, remark_on_length
 from sftx.secrets import scrub
 from sftx.terminal import counted
 from sftx.training import checkpoint
+from sftx.training.metrics import Recorder, Tracker, drop_after
 from sftx.training.preflight import rehearse
+from sftx.training.run_folder import RunFolder, point_latest
 from sftx.training.saving import MAX_SAVE_OVERHEAD
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial

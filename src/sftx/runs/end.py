@@ -10,11 +10,11 @@ from contextlib import suppress
 from sftx import INSTALLED, train_command
 from sftx.errors import CheckpointError, SftxError
 from sftx.files import write_text
+from sftx.logs import ONLY_TO_FILE, log_context
 from sftx.model.export import read_weights
 from sftx.model.final import save_final
 from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
-from sftx.runs.folder import ONLY_TO_FILE, speaking
 from sftx.runs.result import Result
 from sftx.terminal import counted
 from sftx.training import checkpoint
@@ -105,7 +105,7 @@ def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException, 
             with suppress(SftxError):  # a disk that ended the run may refuse this too: its first refusal is said
                 trial.folder.update(status=status, error=f"{type(error).__name__}: {error}")
             first_line = (str(error) or type(error).__name__).splitlines()[0]
-            with speaking(trial.name):
+            with log_context(trial.name):
                 if trial.error is None:
                     log.error("%s: %s", status, first_line, extra=ONLY_TO_FILE)  # the terminal gets the error itself
                 else:

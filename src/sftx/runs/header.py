@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sftx import __version__
 from sftx.config.derive import propose_length
-from sftx.runs.effective import Effective
+from sftx.effective import Effective
 
 WIDTH = 110
 

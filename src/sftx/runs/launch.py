@@ -13,8 +13,8 @@ from sftx.config.options import user_folders
 from sftx.config.schema import TrainConfig
 from sftx.errors import SftxError, StoppedError
 from sftx.parallel.supervisor import Supervisor
-from sftx.runs.folder import RunFolder
 from sftx.runs.result import Result, Results
+from sftx.training.run_folder import RunFolder
 
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
@@ -69,7 +69,10 @@ def threads_each(count: int) -> int:
 def _as_ranks(configs: Sequence[TrainConfig], count: int, notes: list[str], command: str) -> Results:
     settings = configs[0].parallel
     supervisor = Supervisor(
-        count, hang_seconds=settings.get("hang_seconds"), timeout_seconds=settings.get("timeout_seconds", 1800)
+        count,
+        module="sftx.runs.rank",
+        hang_seconds=settings.get("hang_seconds"),
+        timeout_seconds=settings.get("timeout_seconds", 1800),
     )
     order = {
         "configs": [asdict(config) for config in configs],

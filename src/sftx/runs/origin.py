@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config.derive import differences
-from sftx.model.find import local_folder, reference_to
 from sftx.model.load import Source
-from sftx.runs.folder import MANIFEST
+from sftx.model_folders import local_folder, reference_to
 from sftx.runs.saved.saved_run import read_object
 from sftx.secrets import scrub
+from sftx.training.run_folder import MANIFEST
 
 NAMED = 5
 """So many differences are named."""

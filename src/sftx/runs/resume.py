@@ -19,14 +19,14 @@ from sftx.config.overrides import bare, override_text
 from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
 from sftx.data.read import sha256_file
+from sftx.effective import Effective
 from sftx.errors import ModelError, RunFolderError
 from sftx.model.load import Source
 from sftx.parallel.engine import Engine, on_main
-from sftx.runs.effective import Effective
-from sftx.runs.folder import MANIFEST, RunFolder
 from sftx.runs.result import Result
 from sftx.terminal import counted
 from sftx.training import checkpoint
+from sftx.training.run_folder import MANIFEST, RunFolder
 from sftx.training.trial import Trial
 
 log = logging.getLogger("sftx")

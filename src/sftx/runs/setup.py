@@ -15,20 +15,21 @@ from sftx.config.schema import TrainConfig
 from sftx.data.feed import PlannedFeed
 from sftx.data.plan import Plan
 from sftx.data.prepare import Data, open_data
+from sftx.effective import Effective
 from sftx.errors import ConfigError
+from sftx.logs import ONLY
 from sftx.model.adapt import Adapter
 from sftx.model.final import final_dtype
 from sftx.model.limits import check_model
 from sftx.model.load import Source
 from sftx.model.shortcuts import lean_norms
 from sftx.parallel.engine import Engine
-from sftx.parallel.signals import Signals
-from sftx.runs.effective import Effective
-from sftx.runs.folder import ONLY, RunFolder
-from sftx.runs.metrics import SilentRecorder
+from sftx.signals import Signals
 from sftx.terminal import counted
 from sftx.training.allocator import keep_freed_memory
+from sftx.training.metrics import SilentRecorder
 from sftx.training.opening import adapted, open_adapter, open_base, open_numerics, open_template
+from sftx.training.run_folder import RunFolder
 from sftx.training.saving import SaveInterval, Saver
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial

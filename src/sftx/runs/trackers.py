@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sftx.errors import ConfigError
-from sftx.runs.metrics import Tracker
 from sftx.secrets import scrub, scrub_text
+from sftx.training.metrics import Tracker
 
 
 @dataclass(frozen=True)

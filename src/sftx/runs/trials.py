@@ -27,11 +27,11 @@ from sftx.config.schema import TrainConfig
 from sftx.data.sources import find_sources
 from sftx.errors import ConfigError, SftxError, StoppedError, put_place, say
 from sftx.files import write_json, write_text
-from sftx.runs.folder import RunFolder
 from sftx.runs.launch import launch
 from sftx.runs.result import Result, single
 from sftx.secrets import scrub, scrub_text
 from sftx.terminal import counted, visible
+from sftx.training.run_folder import RunFolder
 
 log = logging.getLogger("sftx")
 TRIAL = "trial.json"

@@ -11,7 +11,8 @@ import torch
 from sftx.data.loader import collate
 from sftx.data.store import Rows
 from sftx.model.adapt import AdaptedModel
-from sftx.parallel.engine import Engine, to_device
+from sftx.parallel.engine import Engine
+from sftx.tensors import to_device
 from sftx.training.loss import token_losses
 from sftx.training.precision import Numerics
 

@@ -12,7 +12,7 @@ from sftx.model.adapt import AdaptedModel
 from sftx.model.attention import end_to_end
 from sftx.model.head import Asked
 from sftx.model.shortcuts import KEPT
-from sftx.parallel.engine import to_device
+from sftx.tensors import to_device
 
 
 class TokenLosses(NamedTuple):

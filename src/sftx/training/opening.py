@@ -11,14 +11,14 @@ import torch
 from sftx.build import build
 from sftx.config.schema import TrainConfig
 from sftx.data.template import ChatTemplate
+from sftx.effective import Effective
+from sftx.logs import ONLY
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.model.family import family_named, family_of
 from sftx.model.load import Source, find_model, load_base, load_template, refuse_quantized
 from sftx.parallel.device import choose_device
 from sftx.parallel.engine import Engine
 from sftx.parallel.single import SingleEngine
-from sftx.runs.effective import Effective
-from sftx.runs.folder import ONLY
 from sftx.training.precision import Numerics
 
 

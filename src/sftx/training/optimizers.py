@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sftx.config.bounds import Bounds
-from sftx.runs.effective import Effective
+from sftx.effective import Effective
 
 Parameters = Mapping[str, Parameter]
 

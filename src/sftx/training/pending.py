@@ -12,7 +12,7 @@ import torch
 
 from sftx.data.feed import Step
 from sftx.parallel.engine import Engine
-from sftx.parallel.signals import Signals
+from sftx.signals import Signals
 
 
 def read_back(*scalars: torch.Tensor) -> Callable[[], list[float]]:

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
+from sftx.effective import Effective
 from sftx.errors import ConfigError
-from sftx.runs.effective import Effective
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from sftx.data.feed import Step
 from sftx.errors import TrainingError
-from sftx.runs.metrics import drop_after
 from sftx.training import checkpoint
+from sftx.training.metrics import drop_after
 
 if TYPE_CHECKING:
     from sftx.training.trial import Session, Trial

@@ -18,19 +18,20 @@ from sftx.config.schema import TrainConfig
 from sftx.data.feed import Feed, Layout, Step
 from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
+from sftx.effective import Effective
 from sftx.errors import SftxError
+from sftx.logs import log_context
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.parallel.engine import Engine, Stepper
-from sftx.parallel.signals import Signals
-from sftx.runs.effective import Effective
-from sftx.runs.folder import RunFolder, speaking
-from sftx.runs.metrics import Recorder, SilentRecorder
+from sftx.signals import Signals
 from sftx.training.evaluate import Evaluation
 from sftx.training.flops import Work
+from sftx.training.metrics import Recorder, SilentRecorder
 from sftx.training.pending import PendingStep
 from sftx.training.perf import Window
 from sftx.training.precision import Numerics
 from sftx.training.recovery import Faults, LossEma, StepResult
+from sftx.training.run_folder import RunFolder
 from sftx.training.saving import SaveInterval, Saver
 from sftx.training.schedulers import Schedule
 
@@ -133,7 +134,7 @@ class Trial:
     @contextmanager
     def active(self, session: Session) -> Iterator[None]:
         """Let this trial's adapter be the active one inside the block, and the messages its own."""
-        with session.model.using(self.adapter.name), speaking(self.name):
+        with session.model.using(self.adapter.name), log_context(self.name):
             yield
 
     def open_feed(self, session: Session) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from sftx.config.derive import PATHS, flat
 from sftx.data.digests import known_sha256
-from sftx.runs.folder import MANIFEST
 from sftx.runs.saved.saved_run import CONFIG, METRICS, Records, SavedRun, at
+from sftx.training.run_folder import MANIFEST
 
 ABSENT = "(not there)"
 """Stands for a value that one of two runs does not have."""

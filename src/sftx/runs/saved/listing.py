@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftx.runs.folder import LOCK
 from sftx.runs.saved.saved_run import TRIAL, SavedRun, is_run
+from sftx.training.run_folder import LOCK
 
 INSIDE = ("checkpoints", "final", "tensorboard", "wandb")
 """Folders of a run that hold no other run."""

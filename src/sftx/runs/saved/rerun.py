@@ -22,11 +22,11 @@ from sftx.config.spellings import show
 from sftx.config.strangers import TYPED_ONLY, file_problems
 from sftx.config.yamlfile import read_yaml
 from sftx.errors import ConfigError, RunFolderError, did_you_mean
-from sftx.runs.folder import MANIFEST
 from sftx.runs.launch import count_ranks
 from sftx.runs.manifest import git_state
 from sftx.runs.saved.saved_run import CONFIG, SavedRun
 from sftx.secrets import HIDDEN
+from sftx.training.run_folder import MANIFEST
 
 RELATIVE = ("train_file_path", "model_name_or_path", "adapter", "resume")
 """Settings that may be paths relative to where the run was started; the other paths are relative to these."""

@@ -10,11 +10,10 @@ from typing import Any
 import yaml
 
 from sftx.config.yamlfile import read_yaml
-from sftx.errors import RunFolderError
-from sftx.folders import nearest_folder
-from sftx.runs.folder import MANIFEST
-from sftx.runs.metrics import read_metrics
+from sftx.errors import RunFolderError, nearest_folder
 from sftx.terminal import visible
+from sftx.training.metrics import read_metrics
+from sftx.training.run_folder import MANIFEST
 
 CONFIG, METRICS, TRIAL, FINAL = "config.yaml", "metrics.jsonl", "trial.json", "final"
 LISTED = 8

@@ -19,10 +19,9 @@ from sftx.data.digests import known_sha256
 from sftx.data.sources import fetch, find_sources
 from sftx.errors import DataError, ModelError, RunFolderError
 from sftx.model import builtin
-from sftx.model.find import local_folder
 from sftx.model.load import find_model
+from sftx.model_folders import local_folder
 from sftx.runs import manifest
-from sftx.runs.folder import MANIFEST
 from sftx.runs.launch import threads_each
 from sftx.runs.resume import adapter_hash
 from sftx.runs.saved.comparison import Difference, between, data_differences, diff_words, environment_differences
@@ -30,6 +29,7 @@ from sftx.runs.saved.rerun import launched, masked, ranks_here
 from sftx.runs.saved.saved_run import CONFIG, SavedRun, at, open_run
 from sftx.secrets import scrub
 from sftx.training.determinism import repeatability
+from sftx.training.run_folder import MANIFEST
 
 
 @dataclass

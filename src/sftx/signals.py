@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from sftx.errors import StoppedError
-from sftx.processes import STOP_SIGNALS as ASKING
+from sftx.processes import STOP_SIGNALS
 
 
 class EndNow(BaseException):
@@ -64,7 +64,7 @@ def take(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     Errors:
         EndNow: a surrounding block has received a signal, and what it raised was lost on the way.
     """
-    before: dict[int, Any] = {number: signal.signal(number, handler) for number in ASKING}
+    before: dict[int, Any] = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     for owner in _owners(before):
         if owner.received is not None and not owner.seen_to:
             raise EndNow(owner.received)
@@ -87,7 +87,7 @@ def _owners(handlers: Mapping[int, Any]) -> list[Signals]:
 @contextmanager
 def put_off() -> Iterator[None]:
     """Let the signals wait until the block is left; processes that are started inside let them wait as well."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -99,7 +99,7 @@ def heard() -> Iterator[None]:
     """Let the signals come in, those that have waited first, in a process that was started in `put_off`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -111,5 +111,5 @@ def end_unmoved() -> None:
     Those that wait already are not lost, as they would be if they were ignored. A signal that comes after the block
     ends a process that handles none, by any of its threads that does not put it off.
     """
-    for number in ASKING:
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)

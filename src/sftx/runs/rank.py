@@ -1,4 +1,4 @@
-"""`python -m sftx.parallel.rank` is one of several processes of a run; `supervisor.py` starts it.
+"""`python -m sftx.runs.rank` is one of several processes of a run; `supervisor.py` starts it.
 
 It is told its configuration by the process that started it, over its standard input and as plain values,
 and asks once more whether everything in it may run.
@@ -16,9 +16,9 @@ from typing import Any
 from sftx.errors import EXIT_FAULT, ConfigError, SftxError
 from sftx.parallel import watch
 from sftx.parallel.board import TOGETHER, Board
-from sftx.parallel.signals import Signals, end_unmoved, heard
 from sftx.parallel.started import WHERE
 from sftx.processes import die_with_parent
+from sftx.signals import Signals, end_unmoved, heard
 
 
 def main() -> None:

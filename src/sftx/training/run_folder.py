@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -29,21 +25,14 @@ from sftx.files import (
     write_text,
 )
 from sftx.locks import Locked, exclusive
-from sftx.runs.third_party_log import ThirdPartyLog
+from sftx.logs import LOG_TIME
 from sftx.secrets import scrub, scrub_text
-from sftx.terminal import visible_lines
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 LATEST = Path("outputs/latest")
 """A link to the newest run in `outputs/` of the working directory."""
 FORMAT = 2
 """Of run folders, in their manifest; raise it when an older version could not continue a new run, or the reverse."""
-LOG_TIME = "%Y-%m-%d %H:%M:%S,000"
-"""As logging writes it."""
-ONLY = "default"
-"""Name of the trial of a run that has only one."""
-ONLY_TO_FILE = {"only_to_file": True}
-"""Given as `extra` to a message that the terminal has in another form."""
 
 
 class RunFolder:
@@ -179,14 +168,6 @@ class RunFolder:
                 self.unlock()
 
 
-class VisibleFormatter(logging.Formatter):
-    """Writes log lines without control characters of the user's files."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the text of a record."""
-        return visible_lines(super().format(record))
-
-
 def point_latest(folder: Path) -> str | None:
     """Let `outputs/latest` lead to a run in `outputs/`, for convenience only; return why that cannot be, or None."""
     if not folder.absolute().is_relative_to(LATEST.parent.absolute()):
@@ -196,86 +177,3 @@ def point_latest(folder: Path) -> str | None:
     except OSError as error:
         return f"{LATEST}: does not lead to this run: {error.strerror or error}"
     return None
-
-
-class Discreet(VisibleFormatter):
-    """Writes log lines without the secrets in them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the text of a record."""
-        return scrub_text(super().format(record))
-
-
-class TqdmHandler(logging.Handler):
-    """Prints log lines without tearing a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one line."""
-        from tqdm import tqdm
-
-        tqdm.write(self.format(record))
-
-
-_speaking: ContextVar[str | None] = ContextVar("speaking", default=None)
-
-
-@contextmanager
-def speaking(trial: str) -> Iterator[None]:
-    """Let the messages inside the block be those of one trial."""
-    token = _speaking.set(trial)
-    try:
-        yield
-    finally:
-        _speaking.reset(token)
-
-
-def _labelled(record: logging.LogRecord) -> bool:
-    """Put the speaking trial's name before its messages, when there are several trials."""
-    name = _speaking.get()
-    record.label = "" if name in (None, ONLY) else f"[{name}] "
-    return True
-
-
-class LogFile(logging.FileHandler):
-    """A log file without which a run goes on when the disk refuses it."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Say it once, and write no more."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-            return
-        self.setLevel(logging.CRITICAL + 1)
-        logging.getLogger("sftx").warning("%s: cannot be written (%s): goes on without", self.baseFilename, error)
-
-
-class RunLog:
-    """The run's messages: on the terminal, and in each trial's `train.log` with the time."""
-
-    def __init__(self, third_party: ThirdPartyLog, *, is_main: bool) -> None:
-        self.third_party = third_party
-        self.logger = logging.getLogger("sftx")
-        self.logger.setLevel(logging.INFO if is_main else logging.ERROR)
-        self.logger.propagate = False
-        self.close()
-        self.terminal = TqdmHandler()
-        self.terminal.setFormatter(VisibleFormatter("%(label)s%(message)s"))
-        self.terminal.addFilter(_labelled)
-        self.terminal.addFilter(lambda record: not hasattr(record, "only_to_file"))
-        self.logger.addHandler(self.terminal)
-
-    def to_file(self, path: Path, trial: str) -> None:
-        """Write further messages to a trial's file as well, but not those of other trials."""
-        with explained(path):
-            handler = LogFile(path, encoding="utf-8")
-        handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
-        handler.addFilter(lambda record: _speaking.get() in (None, trial))
-        self.logger.addHandler(handler)
-        self.third_party.to(handler)
-
-    def close(self) -> None:
-        """Let go of all handlers."""
-        for handler in list(self.logger.handlers):
-            self.logger.removeHandler(handler)
-            with suppress(OSError):  # what a full disk has refused before
-                handler.close()
