@@ -39,6 +39,13 @@ class ConfigError(SftxError):
         super().__init__("\n".join(self.problems))
 
 
+def raise_problems(problems: Iterable[str]) -> None:
+    """Raise one ConfigError for all the problems, if there are any."""
+    different = list(dict.fromkeys(problems))
+    if different:
+        raise ConfigError(different)
+
+
 class DataError(SftxError):
     """A training or evaluation file cannot be read exactly."""
 

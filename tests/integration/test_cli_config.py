@@ -42,7 +42,7 @@ def test_mistakes_everywhere_at_once(tmp_path):
     """One run of the program names all of them and stops with 2, at once and without a traceback."""
     for group in ("experiment", "sweep"):
         (tmp_path / group).mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text("seed: abc\noptim: adamw_tourch\nscheduler: {poewr: 2}\n")
+    (tmp_path / "experiment/mine.yaml").write_text("seed: abc\noptimizer: adamw_tourch\nscheduler: {poewr: 2}\n")
     (tmp_path / "sweep/mine.yaml").write_text("hydra: {sweeper: {params: {lora_alpha: '8,x'}}}\n")
     (tmp_path / "my.json").write_text('{"lora_dropout": 1.5,\n"lora_rnk": 8}')
     code, out, err, seconds = train(

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sftx import PROJECT_ROOT
+from sftx.config.aliases import MIRRORS
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
 from sftx.config.help import asks_for_help, help_text
@@ -16,7 +17,6 @@ from sftx.config.options import component_of, file_of, options
 from sftx.config.reference import knob_defaults, parameters
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TrainConfig
 from sftx.config.signature import read_signature
-from sftx.config.spellings import MIRRORS, PRECISIONS
 from sftx.config.yamlfile import read_yaml
 
 FILES = sorted(p.relative_to(PROJECT_ROOT) for top in ("conf", "sweeps") for p in (PROJECT_ROOT / top).rglob("*.yaml"))
@@ -73,7 +73,7 @@ def test_every_file_composes_to_a_right_configuration(path):
     if group in LIST_GROUPS:
         assert list(getattr(config, group)) == [path.stem] * (path.stem != "none")
     if group == "precision":
-        assert {"fp16": config.fp16, "bf16": config.bf16} == PRECISIONS[path.stem]
+        assert {"fp16": config.fp16, "bf16": config.bf16} == {half: half == path.stem for half in ("fp16", "bf16")}
     if group in OVERLAYS:
         written = OmegaConf.load(PROJECT_ROOT / path)
         assert all(getattr(config, key) == value for key, value in written.items() if key in KNOBS)

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 
 from sftx.config import by_hydra
 from sftx.config.compose import compose_checked, prepare
-from sftx.config.grammar import Sweep, grammar, quote, read_override, split_commas
+from sftx.config.grammar import grammar, quote, read_override, split_commas
 from sftx.config.overrides import override_text, read_command_line
+from sftx.config.values import Sweep
 from sftx.errors import ConfigError
 
 PARSER = OverridesParser.create()

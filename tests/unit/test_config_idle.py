@@ -63,7 +63,7 @@ def test_no_experiment_sets_what_has_no_effect(name):
 
 def test_an_experiment_and_a_json_file_are_named(tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nlora_rank: 8\ntrain_mode: full\n")
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nlora_rank: 8\nmode: full\n")
     assert prepare(["--config-dir", str(tmp_path), "experiment=mine"]).notes == [
         f"lora_rank=8 ({tmp_path}/experiment/mine.yaml:2) has no effect: mode=full does not use it"
     ]

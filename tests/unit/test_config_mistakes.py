@@ -39,7 +39,7 @@ MISTAKES = {
     "out of bounds": ({"lora_dropout": 1.5}, ["`lora_dropout`: expected a number >= 0 and < 1, got 1.5"]),
     "below its bound": ({"learning_rate": 0}, ["`learning_rate`: expected a number > 0, got 0"]),
     "unknown option": (
-        {"optim": "adamw_tourch"},
+        {"optimizer": "adamw_tourch"},
         ["`optimizer` has no option 'adamw_tourch'. Did you mean `adamw_torch`?", "Allowed: adafactor, adamw, "],
     ),
     "unknown option of several": (
@@ -58,15 +58,14 @@ MISTAKES = {
         ["`on_nonfinite=rollback` needs checkpoints: set save_strategy=steps or epoch"],
     ),
     "impossible: plateau": (
-        {"eval_ratio": 0, "lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"eval_ratio": 0, "scheduler": "reduce_lr_on_plateau"},
         ["`scheduler=reduce_lr_on_plateau` needs an evaluation"],
     ),
     "impossible: stopping": (
         {"eval_ratio": 0, "callback": ["early_stopping"]},
         ["`callback=early_stopping` needs an evaluation"],
     ),
-    "impossible: adapter": ({"adapter": "x", "train_mode": "full"}, ["`adapter` needs mode=lora or mode=qlora"]),
-    "impossible: two halves": ({"fp16": True, "bf16": True}, ["`fp16` and `bf16` are both true"]),
+    "impossible: adapter": ({"adapter": "x", "mode": "full"}, ["`adapter` needs mode=lora or mode=qlora"]),
     "impossible: targets": (
         {"lora_target_modules": "(q_proj"},
         ["`lora_target_modules`: '(q_proj' is neither a layer's name nor a regular expression: missing )"],
@@ -125,7 +124,7 @@ def problems(argv):
     return error.value.problems
 
 
-ALONE = ["impossible: two halves", "impossible: share and number", "impossible: resume"]
+ALONE = ["impossible: share and number", "impossible: resume"]
 RULES = [k for k in MISTAKES if k.startswith("impossible") and k not in ALONE] + ["broken interpolation"]
 TOGETHER = [[k for k in MISTAKES if k not in RULES], RULES]
 
@@ -229,7 +228,7 @@ def test_a_broken_file_hides_nothing(tmp_path, group):
             ],
         ),
         (
-            "defaults:\n  - override /mode: lora\ntrain_mode: full\n",
+            "defaults:\n  - override /mode: lora\nmode: full\n",
             ["planted.yaml:3: the defaults list chooses mode=lora"],
         ),
         (
@@ -267,7 +266,8 @@ def test_a_components_file_cannot_choose_another_group(tmp_path):
         "# @package _global_\noptim: sgd\nmode: {_target_: sftx.model.adapt.Full}\n"
     )
     [found] = problems(["--config-dir", str(tmp_path), "mode=mine"])
-    assert "mode/mine.yaml:2: `optim`: an option of `mode` cannot choose an option of `optimizer`" in found
+    assert "mode/mine.yaml:2: `optim` is for the command line" in found
+    assert "an option of `mode` cannot choose one of `optimizer`; write `optimizer: sgd` in an experiment." in found
 
 
 @pytest.mark.parametrize(

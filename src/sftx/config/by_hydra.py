@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx.config import source
+from sftx.config.aliases import set_mirrors
 
 CONFIG_NAME = "train"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
@@ -42,6 +43,7 @@ def load(overrides: list[str]) -> tuple[DictConfig, DictConfig]:
     hydra = cfg.hydra
     with open_dict(cfg):
         del cfg["hydra"]
+    set_mirrors(cfg, hydra.runtime.choices)
     return cfg, hydra
 
 

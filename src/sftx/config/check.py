@@ -18,8 +18,8 @@ from sftx.config.rules import broken_rules
 from sftx.config.safety import pattern_problem, refusal, unlisted
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TrainConfig
 from sftx.config.signature import TargetNotFound, read_signature
-from sftx.config.spellings import found, show
 from sftx.config.types import describe, is_text, matches, options_of
+from sftx.config.values import found, show
 from sftx.errors import ConfigError, did_you_mean, nearest
 
 Origin = Callable[[str], str]

@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sftx import train_command
 from sftx.config import source
+from sftx.config.aliases import PrecisionExcept, plain_name, resolve_precision
 from sftx.config.by_hydra import COMPOSITION_ERRORS, CONFIG_NAME, first_sentence, load, register_sources, with_overrides
 from sftx.config.derive import PATHS
-from sftx.config.grammar import Deleted, Sweep, brings_keys, read_override
+from sftx.config.grammar import brings_keys, read_override
 from sftx.config.guard import bad_callbacks, guard
 from sftx.config.hydra_keys import check_key
 from sftx.config.idle import Uses
@@ -25,10 +26,10 @@ from sftx.config.options import ALL_GROUPS, family_of_type, options, unknown_opt
 from sftx.config.overlay import Reading, known_values
 from sftx.config.overrides import CommandLine, bare, override_text, read_command_line
 from sftx.config.space import Axes, Point, check_space, first_point, is_sweep, values_of
-from sftx.config.spellings import Without, each, over, plain_name, raise_if, settle, show
 from sftx.config.strangers import TYPED_ONLY, placed_elsewhere
+from sftx.config.values import Deleted, Sweep, each, over, show
 from sftx.config.yamlfile import interpolation_problem
-from sftx.errors import did_you_mean
+from sftx.errors import did_you_mean, raise_problems
 from sftx.secrets import scrub_text
 
 __all__ = ["CONFIG_NAME", "Request", "compose_checked", "family_of_type", "options", "prepare"]
@@ -77,7 +78,7 @@ def _prepared(argv: list[str]) -> tuple[Request, DictConfig]:
     line = read_command_line(argv)
     user_folders[:] = line.folders
     if line.bypass:
-        raise_if(line.problems)
+        raise_problems(line.problems)
         # nothing is checked here: only completion, which runs nothing, is given what was typed
         words = line.flags + (line.texts if line.completes else [])
         return Request(words, line.notes, False, [], list(argv)), OmegaConf.create()
@@ -109,7 +110,7 @@ class _Preparation:
         line = self.line
         self._drop_unknown()
         with source.collecting(frozenset(map(bare, line.values))) as self.reading:
-            base = self._settled()
+            base = self._first_composition()
             if base is not None:
                 point = first_point(self.axes)
                 self.uses = Uses(self.axes, self._typed, self.origin)
@@ -117,7 +118,7 @@ class _Preparation:
                     self.axes, lambda p: base if p == point else self._compose(p), self.origin, self.uses
                 )
                 self.problems += bad_callbacks(self.hydra, self.privileges, self.origin)
-        raise_if(self.problems + self.reading.problems)
+        raise_problems(self.problems + self.reading.problems)
         assert base is not None
         name_own_components(base)
         repeats = self.uses.repeats() if self.multirun and not self._searches() else []
@@ -183,14 +184,12 @@ class _Preparation:
                 gathered.problems.append(f"{origin}: `{key}`: a sweep over no values at all.")
                 del line.values[key]
             elif name in ALL_GROUPS and not isinstance(value, dict):
-                kept = over(value, lambda v: "fp32" if isinstance(v, Without) else v)
+                kept = over(value, lambda v: "fp32" if isinstance(v, PrecisionExcept) else v)
                 known = known_values(name, kept, origin, gathered)
                 if known is None:  # nothing is right, or null: no overlay, as when nothing is typed
                     del line.values[key]
                 elif is_sweep(value):
-                    right = [
-                        v for v in each(value) if isinstance(v, Without) or (v is not None and _is_option(name, v))
-                    ]
+                    right = (v for v in each(value) if isinstance(v, PrecisionExcept) or _is_option(name, v))
                     line.values[key] = Sweep(tuple(right))
             elif name.startswith("hydra/"):
                 problem = unknown_option(name, value, origin)
@@ -250,11 +249,11 @@ class _Preparation:
             return key
         return None
 
-    def _settled(self) -> DictConfig | None:
-        """Compose the first point, once what rests on the layers below is decided."""
+    def _first_composition(self) -> DictConfig | None:
+        """Compose the first point, once what depends on the chosen experiment or model is decided."""
         values = self.line.values
         self.axes = {k: values_of(v) for k, v in values.items() if is_sweep(v)}
-        open_precision = any(isinstance(v, Without) for v in each(values.get("precision")))
+        open_precision = any(isinstance(v, PrecisionExcept) for v in each(values.get("precision")))
         precision = values.pop("precision") if open_precision else None
         typed_precision = self.axes.pop("precision", ()) if open_precision else ()
         base = self._compose(first_point(self.axes))
@@ -263,11 +262,11 @@ class _Preparation:
         complete = not typed_precision
         if open_precision:
             below = self.hydra.runtime.choices.precision
-            settled = settle(precision, below)
+            resolved = resolve_precision(precision, below)
             if typed_precision:
-                self.axes["precision"] = values_of(settled)
-            if settled != below:
-                values["precision"] = settled
+                self.axes["precision"] = values_of(resolved)
+            if resolved != below:
+                values["precision"] = resolved
                 complete = False
         complete &= not self._add_file_axes()
         complete &= not self._follow_family(base)
@@ -359,7 +358,8 @@ def _lenient_key(key: str, value: Any) -> str:
 
 
 def _is_option(group: str, value: Any) -> bool:
-    return all(unknown_option(group, v, "") is None for v in (value if isinstance(value, list) else [value]))
+    chosen = value if isinstance(value, list) else [value]
+    return value is not None and all(unknown_option(group, option, "") is None for option in chosen)
 
 
 def _family_of(name: str) -> str | None:

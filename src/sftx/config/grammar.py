@@ -16,23 +16,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from sftx.config.values import Deleted, Sweep, each
+
 KEY = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<name>[\w./-]+(?:@[\w.:-]*)?)", re.ASCII)
 PLAIN_TEXT = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
 RESERVED = frozenset({"true", "false", "null", "nan", "inf"})
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Several values of one key, in the order they were typed."""
-
-    values: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Deleted:
-    """`~key` or `~key=value`: the key is taken out."""
-
-    value: Any = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ def grammar(value: Any) -> str:
 
 def brings_keys(value: Any) -> bool:
     """Return True for a mapping, or a sweep over some: Hydra refuses its keys unless the override is an addition."""
-    return any(isinstance(v, Mapping) for v in (value.values if isinstance(value, Sweep) else (value,)))
+    return any(isinstance(v, Mapping) for v in each(value))
 
 
 def _dict_key(key: Any) -> str:

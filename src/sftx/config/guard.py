@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sftx.config.check import Origin, Tree, check_component
 from sftx.config.safety import pattern_problem, unlisted_hydra
-from sftx.config.spellings import show
 from sftx.config.strangers import TYPED_ONLY
+from sftx.config.values import show
 
 
 def guard(cfg: DictConfig, hydra: DictConfig, privileges: dict[str, Any], origin: Origin) -> list[str]:

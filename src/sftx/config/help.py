@@ -10,8 +10,8 @@ from sftx import __version__, train_command
 from sftx.config.options import options
 from sftx.config.reference import defaults, knob_defaults
 from sftx.config.schema import GROUPS, KNOBS, OVERLAYS
-from sftx.config.spellings import show
 from sftx.config.types import bounds_of, options_of
+from sftx.config.values import show
 
 EXAMPLES = (
     ("-m learning_rate=1e-4,2e-4 lora_rank=8,16", "a sweep: comma lists and -m", "多组试验"),

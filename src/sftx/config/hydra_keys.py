@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx import train_command
-from sftx.config.spellings import found
+from sftx.config.values import found
 from sftx.errors import did_you_mean
 
 OPEN = ("job_logging", "hydra_logging", "launcher", "sweeper")

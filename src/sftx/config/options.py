@@ -10,8 +10,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from sftx import PROJECT_ROOT
+from sftx.config.aliases import OTHER_NAMES
 from sftx.config.schema import GROUPS, OVERLAYS
-from sftx.config.spellings import OTHER_NAMES, show
+from sftx.config.values import show
 from sftx.config.yamlfile import YamlFile, read_yaml
 from sftx.errors import did_you_mean
 

@@ -1,8 +1,4 @@
-"""Rewrite the files of config groups and overlays to one spelling, collecting what is wrong with them.
-
-An overlay (experiment, sweep, debug) may choose options by the manual's keys; a component's file
-makes the manual's key mirror its choice.
-"""
+"""Rewrite overlays (experiment, sweep, debug) for Hydra, collecting what is wrong with them."""
 
 from __future__ import annotations
 
@@ -11,26 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sftx.config import hydra_keys
-from sftx.config.grammar import Sweep, brings_keys, grammar, read_override
-from sftx.config.options import ALL_GROUPS, CONF, unknown_option
+from sftx.config.aliases import ALIASES, refuse_in_yaml
+from sftx.config.grammar import brings_keys, grammar, read_override
+from sftx.config.options import ALL_GROUPS, unknown_option
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS
-from sftx.config.spellings import (
-    GROUP_OF_KEY,
-    MIRRORS,
-    Choices,
-    Without,
-    each,
-    option_for,
-    plain_name,
-    rewrite,
-    settle,
-    show,
-)
 from sftx.config.types import matches
-from sftx.config.yamlfile import YamlFile, read_yaml, shown
+from sftx.config.values import Sweep, each, show
+from sftx.config.yamlfile import YamlFile, shown
 from sftx.errors import did_you_mean
-
-GROUP_NAMES = frozenset(GROUPS)
 
 
 @dataclass
@@ -44,7 +28,7 @@ class Reading:
     chosen: set[str] = field(default_factory=set)
     """Groups that an overlay chose."""
     places: dict[str, str] = field(default_factory=dict)
-    """Group or swept key -> the place of the choice in an overlay, in whatever spelling it stands there."""
+    """Group or swept key -> the place of the choice in an overlay."""
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -57,56 +41,32 @@ class Reading:
         return None
 
 
-def group_body(
-    file: YamlFile, group: str, option: str, header: dict[str, Any], reading: Reading
-) -> tuple[dict[str, Any], str]:
-    """Return a component file's body and the package its keys stand in, the manual's key mirroring the choice."""
-    package = header["package"] or (f"{group}.{option}" if group in LIST_GROUPS else group)
-    body = file.body
-    if package == "_global_":
-        foreign = [k for k in body if k in GROUP_OF_KEY or (k in ("fp16", "bf16") and group != "precision")]
-        for key in foreign:
-            del body[key]
-            reading.problems.append(
-                f"{file.place(key)}: `{key}`: an option of `{group}` cannot choose an option of "
-                f"`{plain_name(key)}`: put both into an experiment."
-            )
-    if group in MIRRORS:  # loading `mode/qlora` sets `train_mode: qlora`
-        if package != "_global_":
-            defaults = {"defaults": body.pop("defaults")} if "defaults" in body else {}
-            body = defaults | {group: body}
-        header["package"] = "_global_"
-        return body | {MIRRORS[group]: option}, package
-    header["package"] = package
-    return body, package
-
-
 def overlay_body(file: YamlFile, group: str, reading: Reading) -> dict[str, Any]:
-    """Return the body of an experiment, a sweep or a debug mode: choices in its defaults list, the rest as values."""
-    body = {k: v for k, v in file.body.items() if k not in ("defaults", "hydra")}
-    choices = rewrite(_nested(body, file, reading), file.place, GROUP_NAMES)
-    reading.notes += choices.notes
-    entries, listed, inherits = _defaults(file, reading)
-    _settle_precision(file, choices, listed, inherits=inherits)
-    reading.problems += choices.problems
-    for name, option in choices.groups.items():
+    """Return the body of an experiment, a sweep or a debug preset: choices in its defaults list, the rest as values."""
+    body = _nested({k: v for k, v in file.body.items() if k not in ("defaults", "hydra")}, file, reading)
+    values, chosen = _split(body)
+    entries, listed = _defaults(file, group, reading)
+    for name, option in chosen.items():
         if name in listed and listed[name] != option:
             reading.problems.append(
-                f"{file.place(_written(file, name))}: the defaults list chooses {name}={show(listed[name])}, this key "
+                f"{file.place(name)}: the defaults list chooses {name}={show(listed[name])}, this key "
                 f"chooses {name}={show(option)}: keep one."
             )
-        elif name not in listed and _known(name, option, file.place(_written(file, name)), reading):
-            reading.places[name] = file.place(_written(file, name))
+        elif name not in listed and _known(name, option, file.place(name), reading):
+            reading.places[name] = file.place(name)
             entries.append({f"override /{name}": option})
-    reading.chosen |= {*choices.groups, *listed}
+    reading.chosen |= {*chosen, *listed}
     out = {"defaults": entries} if entries else {}
     hydra = _hydra_body(file, group, reading)
-    return out | choices.values | ({"hydra": hydra} if hydra else {})
+    return out | values | ({"hydra": hydra} if hydra else {})
 
 
-def _written(file: YamlFile, group: str) -> str:
-    """Return the key by which a file chooses an option of a group."""
-    return next((k for k in file.body if plain_name(k) == group), group)
+def _split(body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a body into values and choices of options."""
+    chosen = {k: v for k, v in body.items() if k in GROUPS and not isinstance(v, dict)}
+    chosen |= {k: [] for k, v in chosen.items() if k in LIST_GROUPS and v is None}
+    values = {k: v for k, v in body.items() if k not in chosen}
+    return values, chosen
 
 
 def _nested(body: dict[str, Any], file: YamlFile, reading: Reading) -> dict[str, Any]:
@@ -127,18 +87,20 @@ def _nested(body: dict[str, Any], file: YamlFile, reading: Reading) -> dict[str,
         for part in rest[:-1]:
             below = below.setdefault(part, {})
         below[rest[-1]] = value
+    if out.get("save_strategy") is False:  # YAML reads an unquoted `no` as false
+        out["save_strategy"] = "no"
     return out
 
 
-def _defaults(file: YamlFile, reading: Reading) -> tuple[list[Any], dict[str, Any], bool]:
-    """Return a file's defaults list in one spelling, its choices, and whether it builds on another file."""
+def _defaults(file: YamlFile, group: str, reading: Reading) -> tuple[list[Any], dict[str, Any]]:
+    """Return a file's defaults list, its choices written as Hydra has them, and its choices."""
     raw = file.body.get("defaults", [])
     if not isinstance(raw, list):
         reading.problems.append(
             f"{file.place('defaults')}: `defaults`: expected a list such as "
             f"`- override /mode: qlora`, got {show(raw)!r}."
         )
-        return [], {}, False
+        return [], {}
     entries: list[Any] = []
     listed: dict[str, Any] = {}
     for i, entry in enumerate(raw):
@@ -154,48 +116,25 @@ def _defaults(file: YamlFile, reading: Reading) -> tuple[list[Any], dict[str, An
             continue
         for key, option in entry.items():
             words = re.fullmatch(r"((?:override |optional )*)(/?)([\w/]+)(@\S+)?", str(key))
-            name = plain_name(words[3]) if words else str(key)
-            if words is None or words[4] or (not words[2] and name not in GROUPS):
+            name = words[3] if words else str(key)
+            if name in ALIASES:
+                reading.problems += refuse_in_yaml({name: option}, group, lambda _: file.place(f"defaults.{i}"))  # noqa: B023
+            elif words is None or words[4] or (not words[2] and name not in GROUPS):
                 entries.append(entry)  # a form of Hydra's own
             elif name.startswith("hydra/") or name in GROUPS:
-                option = option_for(name, option)
                 if _known(name, option, origin, reading):
                     reading.places[name] = origin
                     listed[name] = option
                     entries.append({f"override /{name}": option})
             else:
                 reading.problems.append(f"{origin}: there is no group `{name}`.{did_you_mean(name, GROUPS)}")
-    return entries, listed, any(isinstance(e, str) and e != "_self_" for e in entries)
+    return entries, listed
 
 
 def _known(group: str, option: Any, origin: str, reading: Reading) -> bool:
     problems = [unknown_option(group, o, origin) for o in (option if isinstance(option, list) else [option])]
     reading.problems += [p for p in problems if p]
     return not any(problems)
-
-
-def _settle_precision(file: YamlFile, choices: Choices, listed: dict[str, Any], *, inherits: bool) -> None:
-    """Decide what `fp16: false` alone means in a file: below it stands `conf/train.yaml`, or what it lists."""
-    option = choices.groups.get("precision")
-    if not isinstance(option, Without):
-        return
-    key = option.ruled_out
-    if inherits and "precision" not in listed:
-        del choices.groups["precision"]
-        choices.problems.append(
-            f"{file.place(key)}: `{key}: false` on top of another file leaves open what it means: "
-            f"write precision: fp16, bf16 or fp32."
-        )
-        return
-    below = listed.get("precision") or default_of("precision")
-    choices.groups["precision"] = option.over(below)
-    if option.over(below) == below:
-        del choices.groups["precision"]
-
-
-def default_of(group: str) -> Any:
-    """Return the option that `conf/train.yaml` chooses."""
-    return next(e[group] for e in read_yaml(CONF / "train.yaml").body["defaults"] if isinstance(e, dict) and group in e)
 
 
 def _hydra_body(file: YamlFile, group: str, reading: Reading) -> dict[str, Any]:
@@ -213,7 +152,7 @@ def _hydra_body(file: YamlFile, group: str, reading: Reading) -> dict[str, Any]:
 
 
 def _space(params: dict[str, Any], file: YamlFile, reading: Reading) -> dict[str, Any]:
-    """Rewrite a search space to one spelling; values that are no options are taken out and reported."""
+    """Read a search space; values that are no options are taken out and reported."""
 
     def place(key: str) -> str:
         return file.place(f"hydra.sweeper.params.{key}")
@@ -234,16 +173,12 @@ def _space(params: dict[str, Any], file: YamlFile, reading: Reading) -> dict[str
             reading.problems.append(f"{place(key)}: `{key}`: {value!r} cannot be read as the values of a sweep.")
             continue
         values[key] = typed.value if typed else value
-    choices = rewrite(values, place, ALL_GROUPS)
-    reading.problems += choices.problems
-    reading.notes += choices.notes
-    below = default_of("precision")
+    reading.problems += refuse_in_yaml(values, "sweep", place)
     out: dict[str, Any] = {}
-    for key, value in (choices.values | choices.groups).items():
+    for key, value in values.items():
         if key in reading.typed:
             continue
-        origin = place(next((k for k in values if plain_name(k) == key), key))
-        value = settle(value, below) if key == "precision" else value
+        origin = place(key)
         if key in ALL_GROUPS and not isinstance(value, dict):
             value = known_values(key, value, origin, reading)
             if value is None:

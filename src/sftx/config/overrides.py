@@ -10,14 +10,15 @@ from typing import Any
 from hydra.core.override_parser.types import Glob
 
 from sftx import train_command
+from sftx.config.aliases import plain_name, resolve_precision, translate
 from sftx.config.argsfile import read_args_file
-from sftx.config.grammar import Deleted, Sweep, grammar, read_override, unwritable_name
+from sftx.config.grammar import grammar, read_override, unwritable_name
 from sftx.config.options import ALL_GROUPS, options
 from sftx.config.other_trainers import counterpart
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS
-from sftx.config.spellings import plain_name, rewrite, settle, show
 from sftx.config.strangers import file_problems
 from sftx.config.types import is_text
+from sftx.config.values import Deleted, Sweep, show
 from sftx.errors import did_you_mean
 
 MOVED = {"hydra.run.dir": "output_dir"}
@@ -209,17 +210,17 @@ def _as_typed(key: str, value: Any, raw: str, *, multirun: bool) -> Any:
 
 
 def _add(line: CommandLine, values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Rewrite one source to one spelling and lay it over what is there; the later source wins."""
+    """Translate the aliases of one source and lay it over what is there; the later source wins."""
     values = {MOVED.get(k, k): v for k, v in values.items()}
     origins = {MOVED.get(k, k): o for k, o in origins.items()}
-    choices = rewrite(values, lambda key: origins.get(key, "command line"), ALL_GROUPS)
+    choices = translate(values, lambda key: origins.get(key, "command line"), ALL_GROUPS)
     line.problems += choices.problems
     line.notes += choices.notes
     for key, value in (choices.values | choices.groups).items():
         written = next((k for k in values if plain_name(k) == key and not isinstance(values[k], Mapping)), key)
         below = line.values.get(key)
         if isinstance(below, str) and key == "precision":  # chosen by the JSON file
-            value = settle(value, below)
+            value = resolve_precision(value, below)
         for old in [k for k in line.values if bare(k) == bare(key)]:
             del line.values[old]
         line.values[key] = value

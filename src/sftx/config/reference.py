@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from sftx.config.aliases import ALIASES, HALVES, OTHER_NAMES
 from sftx.config.options import CONF, component_of, file_of, option_keys, options
 from sftx.config.other_trainers import TABLE
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS
 from sftx.config.signature import TargetNotFound, read_signature
-from sftx.config.spellings import GROUP_OF_KEY, MIRRORS, OTHER_NAMES, PRECISIONS, show
 from sftx.config.types import describe
+from sftx.config.values import show
 from sftx.config.yamlfile import read_yaml
 
 HEAD = """# Parameters / 参数
@@ -36,8 +37,8 @@ def knob_defaults() -> dict[str, Any]:
     """Return each knob's default; the keys that mirror a group's choice show that choice."""
     tree, choices = defaults()
     out: dict[str, Any] = {name: tree.get(name) for name in KNOBS}
-    out |= {key: choices[group] for key, group in GROUP_OF_KEY.items()}
-    return out | PRECISIONS[choices["precision"]]
+    out |= {key: choices[group] for key, group in ALIASES.items()}
+    return out | {key: choices["precision"] == key for key in HALVES}
 
 
 def parameters() -> str:
@@ -80,14 +81,13 @@ def _group(name: str, en: str, zh: str) -> Iterator[str]:
     yield f"{en[0].upper()}{en[1:]}. {zh}。"
     yield ""
     default = choices.get(name)
-    spelled = [k for k, group in GROUP_OF_KEY.items() if group == name] or (["fp16", "bf16"] * (name == "precision"))
+    aliases = [k for k, group in ALIASES.items() if group == name]
     if name in GROUPS:
         yield f"Default: `{name}={show(default)}`." + (" Several at once: `[a,b]`." if name in LIST_GROUPS else "")
     else:
         yield f"Default: `{name}=null`."
-    if spelled:
-        mirrored = " (it mirrors the choice)" if name in MIRRORS else ""
-        yield f"Also chosen by {' and '.join(f'`{k}=`' for k in spelled)}{mirrored}."
+    if aliases:
+        yield f"On the command line and in args_file also {' and '.join(f'`{k}=`' for k in aliases)}."
     others = [f"`{a}` = `{b}`" for a, b in OTHER_NAMES.get(name, {}).items()]
     if others:
         yield f"Other names: {', '.join(others)}."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config.safety import pattern_problem
-from sftx.config.spellings import show
+from sftx.config.values import show
 from sftx.errors import did_you_mean
 
 Tree = dict[str, Any]
@@ -64,11 +64,6 @@ def _targets_are_names(tree: Tree) -> str | None:
         except re.error as error:
             return f"`lora_target_modules`: {word!r} is neither a layer's name nor a regular expression: {error}."
     return None if words and all(words) else "`lora_target_modules` names no layer: leave it out, or write all-linear."
-
-
-@rule("bf16", "fp16")
-def _one_half_precision(tree: Tree) -> str | None:
-    return "`fp16` and `bf16` are both true: keep one." if tree["fp16"] and tree["bf16"] else None
 
 
 @rule("template_date")

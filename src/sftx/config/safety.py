@@ -18,7 +18,7 @@ from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
 from sftx.config.signature import TargetNotFound, defines_class, definition, module_file, read_signature
-from sftx.config.spellings import show
+from sftx.config.values import show
 
 COMPONENTS = (
     "sftx.data.corpus", "sftx.model.adapt", "sftx.model.family", "sftx.parallel.ddp", "sftx.parallel.single",

@@ -1,8 +1,7 @@
-"""Where Hydra reads sftx's YAML from: `conf/`, `sweeps/` and the user's folders, in one spelling.
+"""Where Hydra reads sftx's YAML from: `conf/`, `sweeps/` and the user's folders.
 
-Hydra's own file source would do, but for four things: the manual's spellings must work inside an
-experiment or a sweep file, overlays apply globally whether or not their header says so, an error
-must name the file and the line, and one error must not hide the next.
+Hydra's own file source would do, but for three things: overlays apply globally whether or not their header says so,
+an error must name the file and the line, and one error must not hide the next.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
+from sftx.config.aliases import refuse_in_yaml
 from sftx.config.options import ALL_GROUPS, CONF, folder_of, user_folders
-from sftx.config.overlay import Reading, group_body, overlay_body
-from sftx.config.schema import GROUPS, OVERLAYS
-from sftx.config.spellings import raise_if
+from sftx.config.overlay import Reading, overlay_body
+from sftx.config.schema import GROUPS, LIST_GROUPS, OVERLAYS
 from sftx.config.strangers import file_problems, package_problem
 from sftx.config.yamlfile import read_yaml
+from sftx.errors import raise_problems
 
 LAYERS = {"train": 0, **{group: 2 + i for i, group in enumerate(OVERLAYS)}}
 """Primary config, then (1) the groups, then the overlays: the order of the defaults list in conf/train.yaml."""
@@ -42,7 +42,7 @@ def collecting(typed: frozenset[str]) -> Iterator[Reading]:
 
 
 class SftxConfigSource(ConfigSource):
-    """A folder of YAML files whose keys are rewritten to one spelling as they are read."""
+    """A folder of YAML files that are checked as they are read."""
 
     @staticmethod
     def scheme() -> str:
@@ -78,16 +78,17 @@ class SftxConfigSource(ConfigSource):
         if misplaced:
             reading.problems.append(f"{file.place('')}: {misplaced}")
             header["package"] = None
-        package = (header["package"] or group) if group in GROUPS else "_global_"
-        reading.problems += file_problems(file.body, file.place, "" if package == "_global_" else package)
+        package = "_global_"
         if group in GROUPS:
-            body, package = group_body(file, group, rest, header, reading)
-        else:
-            body = overlay_body(file, group, reading) if group in OVERLAYS else file.body
-            package = header["package"] = "_global_"
+            package = header["package"] or (f"{group}.{rest}" if group in LIST_GROUPS else group)
+        reading.problems += file_problems(file.body, file.place, "" if package == "_global_" else package)
+        if package == "_global_":
+            reading.problems += refuse_in_yaml(file.body, group, file.place)
+        body = overlay_body(file, group, reading) if group in OVERLAYS else file.body
+        header["package"] = package
         reading.loaded.append((LAYERS.get(group, 1), file, "" if package == "_global_" else package))
         if _reading is None:
-            raise_if(reading.problems)
+            raise_problems(reading.problems)
         return ConfigResult(self.provider, self.full_path(), OmegaConf.create(body), header)
 
 

@@ -11,12 +11,11 @@ from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig
 
 from sftx.config.check import Origin, Tree, check_knob, check_resolved
-from sftx.config.grammar import Sweep
 from sftx.config.idle import Uses
 from sftx.config.options import ALL_GROUPS
 from sftx.config.rules import RULES, broken_rules
 from sftx.config.schema import KNOBS
-from sftx.config.spellings import show
+from sftx.config.values import Sweep, show
 
 Axes = dict[str, tuple[Any, ...]]
 Point = dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.conf import HydraConf
 
 from sftx.config.safety import JOB_NAME, bad_logging, nodes
-from sftx.config.spellings import show
+from sftx.config.values import show
 
 TYPED_ONLY: dict[str, Any] = {"allow_targets": [], "trust_remote_code": False}
 """Keys that only a person may set, on the command line, with the one value that a file may hold."""

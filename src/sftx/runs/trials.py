@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
+from sftx.config.aliases import set_mirrors
 from sftx.config.check import freeze
 from sftx.config.compose import Request
 from sftx.config.guard import unasked
@@ -59,6 +60,7 @@ def run_job(composed: DictConfig, request: Request) -> float | None:
 
 def _run_job(composed: DictConfig, request: Request) -> float | None:
     hydra = HydraConfig.get()
+    set_mirrors(composed, hydra.runtime.choices)
     problems = unasked(composed, request.privileges, lambda _: "config")  # a sweeper may add what nobody typed
     if problems:
         raise ConfigError(problems)

@@ -1,4 +1,4 @@
-"""The manual's spellings choose the group wherever they stand, and the key mirrors the choice."""
+"""The manual's names choose the group on the command line and in JSON, and mirror the choice; in YAML they are an error."""
 
 import json
 from functools import cache
@@ -7,13 +7,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from sftx.config import by_hydra
+from sftx.config.aliases import ALIASES, MIRRORS, OTHER_NAMES
 from sftx.config.compose import compose_checked, prepare
 from sftx.config.options import options
 from sftx.config.overrides import read_command_line
-from sftx.config.spellings import GROUP_OF_KEY, MIRRORS, OTHER_NAMES
 from sftx.errors import ConfigError
 
-PLACES = ["command line", "experiment", "sweep", "JSON"]
+PLACES = ["command line", "JSON"]
 
 
 def plant(folder, place, values):
@@ -72,7 +72,7 @@ def test_the_spellings_above_choose_different_things():
 
 @pytest.mark.parametrize("key", MIRRORS.values())
 def test_every_option_and_other_name_is_reached_by_the_manuals_key(key):
-    group = GROUP_OF_KEY[key]
+    group = ALIASES[key]
     for option in options(group):
         assert read_command_line([f"{key}={option}"]).values == {group: option}
     for name, option in OTHER_NAMES.get(group, {}).items():
@@ -153,12 +153,58 @@ def test_half_precision_on_top_of_an_experiment(typed, precision):
 
 def test_precision_in_a_file_that_builds_on_another(tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/base.yaml").write_text("bf16: true\n")
-    (tmp_path / "experiment/open.yaml").write_text("defaults: [base]\nbf16: false\n")
-    (tmp_path / "experiment/clear.yaml").write_text("defaults: [base]\nprecision: fp32\n")
-    with pytest.raises(ConfigError, match=r"open.yaml:2: `bf16: false` on top of another file"):
-        prepare(["--config-dir", str(tmp_path), "experiment=open"])
-    assert compose_checked(["--config-dir", str(tmp_path), "experiment=clear"]).precision.dtype == "float32"
+    (tmp_path / "experiment/base.yaml").write_text("precision: bf16\n")
+    (tmp_path / "experiment/mine.yaml").write_text("defaults: [base]\nprecision: fp32\n")
+    assert compose_checked(["--config-dir", str(tmp_path), "experiment=base"]).precision.dtype == "bfloat16"
+    assert compose_checked(["--config-dir", str(tmp_path), "experiment=mine"]).precision.dtype == "float32"
+
+
+IN_YAML = {
+    "experiment/mine.yaml": (
+        "defaults:\n  - override /optim: adamw_torch\n  - /train_mode: qlora\nlr_scheduler_type: wsd\nreport_to: all\nbf16: true\n",
+        ["experiment=mine"],
+        [
+            "experiment/mine.yaml:2: `optim` is for the command line and args_file: write `optimizer: adamw`.",
+            "experiment/mine.yaml:3: `train_mode` is for the command line and args_file: write `mode: qlora`.",
+            "experiment/mine.yaml:4: `lr_scheduler_type` is for the command line and args_file: "
+            "write `scheduler: warmup_stable_decay`.",
+            "experiment/mine.yaml:5: `report_to` is for the command line and args_file: "
+            "write `tracker: [tensorboard,wandb]`.",
+            "experiment/mine.yaml:6: `bf16` is for the command line and args_file: write `precision: bf16`.",
+        ],
+    ),
+    "debug/mine.yaml": (
+        "fp16: false\n",
+        ["debug=mine"],
+        ["debug/mine.yaml:1: `fp16` is for the command line and args_file: write `precision: fp32`."],
+    ),
+    "sweep/mine.yaml": (
+        "hydra:\n  sweeper:\n    params:\n      optim: sgd,adamw_torch\n      fp16: true,false\n",
+        ["sweep=mine"],
+        [
+            "sweep/mine.yaml:4: `optim` is for the command line and args_file: write `optimizer: sgd,adamw`.",
+            "sweep/mine.yaml:5: `fp16` is for the command line and args_file: write `precision: fp16,fp32`.",
+        ],
+    ),
+    "scheduler/mine.yaml": (
+        "# @package _global_\noptim: sgd\nscheduler:\n  _target_: sftx.training.schedulers.Constant\n",
+        ["scheduler=mine"],
+        [
+            "scheduler/mine.yaml:2: `optim` is for the command line and args_file: an option of `scheduler` "
+            "cannot choose one of `optimizer`; write `optimizer: sgd` in an experiment.",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_YAML)
+def test_in_a_file_the_error_gives_the_line_to_write(tmp_path, name):
+    text, words, said = IN_YAML[name]
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        prepare(["--config-dir", str(tmp_path), *words])
+    assert sorted(error.value.problems) == [f"{tmp_path}/{line}" for line in said]
 
 
 @pytest.mark.parametrize("form", ["args_file={}", "--train_args_file {}", "--train_args_file={}", "--args_file={}"])
@@ -186,9 +232,9 @@ def test_what_json_rules_out_stays_ruled_out(tmp_path):
     assert compose_checked([f"args_file={tmp_path}/a.json", "fp16=false"]).precision.dtype == "bfloat16"
 
 
-def test_an_experiment_may_choose_in_its_defaults_list_in_any_spelling(tmp_path):
+def test_an_experiment_may_choose_in_its_defaults_list_with_or_without_override(tmp_path):
     (tmp_path / "experiment/deep").mkdir(parents=True)
-    text = "defaults:\n  - override /optim: adamw_torch\n  - /train_mode: qlora\nscheduler.warmup_steps: 3\n"
+    text = "defaults:\n  - override /optimizer: adamw\n  - /mode: qlora\nscheduler.warmup_steps: 3\n"
     (tmp_path / "experiment/deep/mine.yaml").write_text(text)
     cfg = compose_checked(["--config-dir", str(tmp_path), "experiment=deep/mine"])
     assert (cfg.optim, cfg.train_mode, cfg.scheduler.warmup_steps) == ("adamw", "qlora", 3)

@@ -1,8 +1,7 @@
-"""The manual's spellings of a config group's choice: `optim=adamw_torch` is `optimizer=adamw`.
+"""The manual's names for a config group's choice: `optim=adamw_torch` is `optimizer=adamw`.
 
-They are rewritten before composition wherever they stand (command line, JSON file, experiment,
-sweep space), so that everything after composition knows one spelling; the manual's key then
-mirrors the choice.
+They are translated on the command line and in the JSON argument file, before composition. In YAML they are an error
+that gives the line to write. The composed configuration holds them as mirrors of the choice.
 """
 
 from __future__ import annotations
@@ -12,14 +11,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from sftx.config.grammar import Deleted, Sweep
-from sftx.config.schema import LIST_GROUPS
-from sftx.errors import ConfigError
+from omegaconf import DictConfig, open_dict
+
+from sftx.config.schema import GROUPS, LIST_GROUPS, OVERLAYS
+from sftx.config.values import Deleted, Sweep, each, found, over, show
 
 MIRRORS = {"mode": "train_mode", "optimizer": "optim", "scheduler": "lr_scheduler_type"}
-"""Group -> the manual's key that mirrors its choice; set when the group's file is loaded."""
-
-GROUP_OF_KEY = {mirror: group for group, mirror in MIRRORS.items()} | {"report_to": "tracker"}
+"""Group -> the manual's key that names its choice."""
+HALVES = ("fp16", "bf16")
+ALIASES = {mirror: group for group, mirror in MIRRORS.items()}
+ALIASES |= {"report_to": "tracker", "fp16": "precision", "bf16": "precision"}
+"""The manual's key -> the group that it chooses an option of."""
 
 OTHER_NAMES: dict[str, dict[str, str]] = {
     "optimizer": {
@@ -55,19 +57,24 @@ Origin = Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Without:
-    """The precision after `fp16=false` alone: what the layers below choose, but fp32 if that is the one ruled out."""
+class PrecisionExcept:
+    """The precision after `fp16=false` alone: what the configuration chooses, but fp32 if that is the one ruled out."""
 
     ruled_out: str
 
-    def over(self, below: str) -> str:
-        """Return the precision, given the one chosen below."""
-        return "fp32" if below == self.ruled_out else below
+    def resolve(self, chosen: str) -> str:
+        """Return the precision, given the one that the configuration chooses."""
+        return "fp32" if chosen == self.ruled_out else chosen
+
+
+def resolve_precision(precision: Any, chosen: str) -> Any:
+    """Resolve every `PrecisionExcept` of a choice, or of a sweep of choices."""
+    return over(precision, lambda v: v.resolve(chosen) if isinstance(v, PrecisionExcept) else v)
 
 
 @dataclass
 class Choices:
-    """What one source (a command line, a file) chooses, after rewriting."""
+    """What one source (the command line, the JSON file) chooses, its aliases translated."""
 
     groups: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -88,21 +95,22 @@ def option_for(group: str, value: Any) -> Any:
 
 def plain_name(key: str) -> str:
     """Return the one name of a key: `optimizer` for `optim`, `precision` for `fp16`."""
-    return "precision" if key in PRECISIONS else GROUP_OF_KEY.get(key, key)
+    return ALIASES.get(key, key)
 
 
-def rewrite(values: Mapping[str, Any], origin: Origin, groups: frozenset[str]) -> Choices:
-    """Split one source's keys into group choices and plain values, in one spelling.
+def translate(values: Mapping[str, Any], origin: Origin, groups: frozenset[str]) -> Choices:
+    """Split one source's keys into group choices and plain values, and translate aliases.
 
     `values` maps a key to its value or, in a sweep, to a `Sweep` of values; `origin` names a key's place.
     """
     out = Choices()
     first: dict[str, str] = {}
     for key, value in values.items():
-        group = GROUP_OF_KEY.get(key, key if key in groups and not isinstance(value, Mapping) else None)
+        group = ALIASES.get(key, key if key in groups and not isinstance(value, Mapping) else None)
+        if key in HALVES:
+            continue
         if group is None:
-            if key not in ("fp16", "bf16"):
-                out.values[key] = value
+            out.values[key] = value
             continue
         out.notes += [OBSOLETE[str(v)] for v in each(value) if str(v) in OBSOLETE]
         option = over(value, partial(option_for, group))
@@ -114,15 +122,13 @@ def rewrite(values: Mapping[str, Any], origin: Origin, groups: frozenset[str]) -
             continue
         first[group] = key
         out.groups[group] = option
-    _rewrite_precision(values, origin, out)
-    if values.get("save_strategy") is False:  # YAML reads an unquoted `no` as false
-        out.values["save_strategy"] = "no"
+    _translate_halves(values, origin, out)
     return out
 
 
-def _rewrite_precision(values: Mapping[str, Any], origin: Origin, out: Choices) -> None:
+def _translate_halves(values: Mapping[str, Any], origin: Origin, out: Choices) -> None:
     """Turn `fp16` and `bf16` into a choice of `precision`."""
-    given = {k: values[k] for k in ("fp16", "bf16") if k in values}
+    given = {k: values[k] for k in HALVES if k in values}
     bad = {k: v for k, v in given.items() if any(not isinstance(b, bool) for b in each(v))}
     for key, value in bad.items():
         wrong = [b for b in each(value) if not isinstance(b, bool)]
@@ -143,7 +149,7 @@ def _rewrite_precision(values: Mapping[str, Any], origin: Origin, out: Choices) 
         option: Any = next(o for o, says in PRECISIONS.items() if says == given)
     else:
         [(key, value)] = given.items()
-        option = over(value, lambda on: key if on else Without(key))
+        option = over(value, lambda on: key if on else PrecisionExcept(key))
         if value is True and key == "bf16" and "precision" not in out.groups:
             out.notes.append("bf16=true replaces the default fp16=true")
     chosen = out.groups.get("precision")
@@ -156,44 +162,33 @@ def _rewrite_precision(values: Mapping[str, Any], origin: Origin, out: Choices) 
         )
 
 
-def each(value: Any) -> tuple[Any, ...]:
-    """Return the values of a sweep, or the one value."""
-    return value.values if isinstance(value, Sweep) else (value,)
+def refuse_in_yaml(body: dict[str, Any], group: str, place: Origin) -> list[str]:
+    """Return a problem with the line to write for each alias in a file of a group, and take them out of the body."""
+    given = {key: body.pop(key) for key in ALIASES if key in body}
+    problems = []
+    for key, value in given.items():
+        chosen = plain_name(key)
+        if key in HALVES:
+            other = next(half for half in HALVES if half != key)
+            options: Any = {True: key, False: other if given.get(other) is True else "fp32"}
+            option = over(value, options.get)
+        else:
+            option = over(value, partial(option_for, chosen))
+        line = f"{chosen}: {show(option)}"
+        if group in GROUPS:
+            cure = f"an option of `{group}` cannot choose one of `{chosen}`; write `{line}` in an experiment"
+        else:
+            cure = f"write `{line}`" if group in OVERLAYS else f"write `- {line}` in the defaults list"
+        problems.append(f"{place(key)}: `{key}` is for the command line and args_file: {cure}.")
+    return problems
 
 
-def over(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply `change` to the value, or to each value of a sweep."""
-    return Sweep(tuple(change(v) for v in value.values)) if isinstance(value, Sweep) else change(value)
-
-
-def settle(precision: Any, below: str) -> Any:
-    """Decide every `Without` of a choice of precision, or of a sweep of them, given the one chosen below."""
-    return over(precision, lambda v: v.over(below) if isinstance(v, Without) else v)
-
-
-def show(value: Any) -> str:
-    """Write a value as a user types it."""
-    if isinstance(value, Sweep):
-        return ",".join(show(v) for v in value.values)
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(show(v) for v in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{show(v)}" for k, v in value.items()) + "}"
-    return str(value)
-
-
-def found(value: Any) -> str:
-    """Write a value for `expected ..., got ...`; a string stands in quotes."""
-    if value == "":
-        return "an empty value"
-    return repr(value) if isinstance(value, str) else show(value)
-
-
-def raise_if(problems: list[str]) -> None:
-    """Raise one ConfigError for all the problems, if there are any."""
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+def set_mirrors(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
+    """Let the manual's keys of a composed configuration name what its groups chose."""
+    precision, tracker = cfg.get("precision"), cfg.get("tracker")
+    dtype = precision.get("dtype") if isinstance(precision, DictConfig) else None
+    with open_dict(cfg):
+        for group, key in MIRRORS.items():
+            cfg[key] = choices[group]
+        cfg.report_to = list(tracker) if isinstance(tracker, DictConfig) else []
+        cfg.fp16, cfg.bf16 = dtype == "float16", dtype == "bfloat16"
