@@ -122,7 +122,7 @@ def _measured(words: list[str]) -> dict[str, Any]:
 
 def _time_attention() -> list[tuple[float, float]]:
     """Return a list that each pass of attention will add to: when it ended and how long it took, in CPU seconds."""
-    from sftx.model.blocks import _Attention
+    from sftx.model.kernels.cpu_attention import _Attention
 
     passes: list[tuple[float, float]] = []
 

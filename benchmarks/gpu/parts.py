@@ -106,8 +106,6 @@ def norm(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
     """Time RMSNorm, the weight frozen."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-    from sftx.model.shortcuts import _RMSNorm
-
     width = shape["hidden_size"]
     x, weight = _random(1, asked.tokens, width, grad=True), _random(width)
     module = Qwen2RMSNorm(width).to(DEVICE, DTYPE).requires_grad_(False)
@@ -126,7 +124,6 @@ def norm(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
 
     return {
         "transformers": lambda: _passes(module, x),
-        "function of sftx": lambda: _passes(lambda x: _RMSNorm.apply(x, weight, 1e-6), x),
         "torch, in fp32 by autocast": lambda: torchs(True),
         "torch, outside autocast": lambda: torchs(False),
         "liger": liger,
@@ -149,8 +146,6 @@ def rotation(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
     """Time the rotation of queries and keys."""
     from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-    from sftx.model.rotation import rotate_lean
-
     heads, keys = shape["num_attention_heads"], shape["num_key_value_heads"]
     width = shape["hidden_size"] // heads
     q, k = (_random(1, asked.tokens, n * width, grad=True) for n in (heads, keys))
@@ -169,15 +164,14 @@ def rotation(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
 
     return {
         "transformers": lambda: ways(apply_rotary_pos_emb),
-        "sftx, of torch's operations": lambda: ways(rotate_lean),
         "liger": liger,
     }
 
 
 def head(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
     """Time head and loss, the head frozen."""
-    from sftx.model import cross_entropy
-    from sftx.model.head import _HeadLoss
+    from sftx.model.head import LossHead
+    from sftx.model.kernels.cross_entropy import kernel_unusable
 
     hidden = _random(asked.tokens, shape["hidden_size"], grad=True)
     weight = (0.02 * torch.randn(shape["vocab_size"], shape["hidden_size"], device=DEVICE)).to(DTYPE)
@@ -185,14 +179,15 @@ def head(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]:
     weights = torch.ones(asked.tokens, device=DEVICE)
 
     def own(kernel: bool) -> Way:
-        if kernel:
-            reason = cross_entropy.use_kernel(DEVICE, DTYPE, shape["vocab_size"])
-            if reason:
-                raise RuntimeError(reason)
+        if kernel and (reason := kernel_unusable(DEVICE, DTYPE)):
+            raise RuntimeError(reason)
+        layer = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        loss_head = LossHead(layer)
+        loss_head.triton = kernel
 
         def run() -> None:
-            cross_entropy._uses_kernel = kernel
-            total, _ = _HeadLoss.apply(hidden, weight, None, targets, weights, DTYPE)
+            total, _ = loss_head(hidden, targets, weights)
             torch.autograd.grad(total, hidden)
 
         return run
@@ -233,7 +228,7 @@ def attention(shape: dict[str, Any], asked: Any) -> dict[str, Callable[[], Way]]
     """Time causal attention within documents of `length`, and of a quarter of it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from sftx.model.attention import _one_by_one, varlen
+    from sftx.model.kernels.attention import _one_by_one, varlen
 
     heads, keys = shape["num_attention_heads"], shape["num_key_value_heads"]
     width = shape["hidden_size"] // heads

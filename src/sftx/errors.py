@@ -180,3 +180,14 @@ def reported() -> Iterator[None]:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - the one place where every error ends
         sys.exit(say(error))
+
+
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator", "not enough memory")
+"""What CUDA, Triton, cuBLAS, cuDNN and torch's allocator on a CPU say, in plain RuntimeErrors."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error says that memory does not suffice."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -22,7 +22,7 @@ from sftx.runs import manifest
 from sftx.runs.begin import Setting, open_trial
 from sftx.runs.end import finish_trial, note_failure
 from sftx.runs.result import Failure, Result, Results
-from sftx.runs.resume import identity_of, open_folders, resume_command
+from sftx.runs.resume import identity_of, kernels_of, open_folders, resume_command
 from sftx.runs.setup import check_shared, open_session, open_trials
 from sftx.signals import Signals
 from sftx.training.determinism import deterministic_kernels
@@ -105,7 +105,7 @@ class _Run:
         if command and len(configs) == 1:
             session.resume_command = resume_command(command, first, self.folders[0].path)
         self.trials = open_trials(configs, self.folders, session, data, effective)
-        probe(configs[0], session, self.trials)
+        probe(configs[0], session, self.trials, kernels_of(self.folders[0]))
         session.work = work_of(session.model)
         compile_model(configs[0], session, self.trials)
         check_room(self.trials, session)

@@ -40,8 +40,6 @@ def _believe() -> None:
     import peft.tuners.lora.bnb  # noqa: F401 - with bitsandbytes, whose CUDA part cannot be imported
     import torch
 
-    from sftx.model import compare
-
     tensor = torch.tensor
 
     def make(data: Any, *, device: Any = None, **kwargs: Any) -> Any:
@@ -59,7 +57,6 @@ def _believe() -> None:
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign, assignment]
-    compare.milliseconds = lambda function, passes=10: (function(), 1.0)[1]  # nothing can be timed
 
 
 class FakeGpu:

@@ -14,7 +14,7 @@ import sys
 import torch
 from torch.nn import functional as F
 
-from sftx.model import cross_entropy
+from sftx.model.kernels import cross_entropy
 
 CAPABILITIES = (75, 80, 90)
 LOGITS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

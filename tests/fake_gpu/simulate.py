@@ -117,8 +117,7 @@ def _model(case: Case, gpu: FakeGpu) -> tuple[Any, Any]:
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     from sftx.model.adapt import AdaptedModel, Full, Lora, QLora
-    from sftx.model.attention import register
-    from sftx.model.shortcuts import lean_norms
+    from sftx.model.kernels.attention import register
 
     kinds: dict[str, tuple[Any, Any]] = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -135,7 +134,6 @@ def _model(case: Case, gpu: FakeGpu) -> tuple[Any, Any]:
     if case.mode == "qlora":
         _quantize(base, getattr(torch, case.dtype))
     base.config.use_cache = False
-    lean_norms(base)
     if mode.adapts:
         base.requires_grad_(False)
     model = AdaptedModel(base, trained_dtype=torch.float32, gradient_checkpointing=case.checkpointing)
@@ -147,6 +145,7 @@ def _quantize(base: Any, dtype: Any) -> None:
     import bitsandbytes as bnb
     import torch
     from torch.utils._python_dispatch import _disable_current_modes
+    from transformers import BitsAndBytesConfig
 
     for parent in list(base.model.modules()):
         for name, linear in list(parent.named_children()):
@@ -164,23 +163,18 @@ def _quantize(base: Any, dtype: Any) -> None:
             layer.weight, layer.bias = weight, linear.bias
             setattr(parent, name, layer)
     base.is_loaded_in_4bit = True
+    base.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
 
 
 def _probe(model: Any, numerics: Any, gpu: FakeGpu) -> dict[str, Any]:
     """Let sftx find out what the model can do without; return what it found."""
-    from sftx.model.attention import use_varlen
-    from sftx.model.rotation import rotate_lean, use_rotation
-    from sftx.training.tried import Tried, documents_leak, last_block_shortened
+    from sftx.model.kernels.attention import VARLEN
+    from sftx.model.probe import probe
 
-    found = {
-        "varlen": use_varlen(model.module.config, gpu.device, numerics.dtype),
-        "rotation": use_rotation(model.module, gpu.device, numerics.dtype, rotate_lean),
-    }
-    tried = Tried(model, numerics, gpu.device)
-    found["documents"] = documents_leak(tried)
-    model.loss_head = tried.loss_head()
-    model.keeps_early = last_block_shortened(tried)
-    return found | {"head": model.loss_head is not None, "last block": model.keeps_early}
+    found = probe(
+        model, numerics, gpu.device, padding_free=True, kernels=[VARLEN], pinned=None, from_main=lambda value: value
+    )
+    return {"varlen": found.unusable.get(VARLEN), "documents": found.documents_leak, "head": model.computes_losses}
 
 
 def _watch(model: Any) -> dict[str, set[str]]:

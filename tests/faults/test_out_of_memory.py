@@ -16,11 +16,10 @@ from tests.conftest import ROOT, over
 from tests.invariance.test_invariance import CLIPS, assert_same_weights, curve, weights
 
 from sftx.config.derive import first_micro_batch, largest_divisor
-from sftx.errors import TrainingError
+from sftx.errors import TrainingError, is_out_of_memory
 from sftx.run import run
 from sftx.training import loop
 from sftx.training.loss import token_losses
-from sftx.training.memory import is_out_of_memory
 
 SHARED = [
     "mode=lora", "lora_dropout=0", CLIPS, "learning_rate=1e-3", "gradient_accumulation_steps=8", "max_steps=4",
@@ -130,7 +129,7 @@ def test_what_the_operating_system_refuses_is_known() -> None:
     """A real refusal: more address space is asked for than the process may have."""
     code = (
         "import resource, torch; resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))\n"
-        "from sftx.training.memory import is_out_of_memory\n"
+        "from sftx.errors import is_out_of_memory\n"
         "try: torch.empty(2**40)\n"
         "except RuntimeError as error: print(is_out_of_memory(error))"
     )
@@ -156,6 +155,6 @@ def test_memory_that_is_out_while_the_model_is_tried_is_no_fault_of_the_model(ma
     def refuse(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
-    monkeypatch.setattr("sftx.training.tried.end_to_end", refuse)
+    monkeypatch.setattr("sftx.model.probe.padding_free_inputs", refuse)
     with pytest.raises(TrainingError, match=r"^out of memory: CUDA out of memory"):
         run([make_config(*SHARED)])

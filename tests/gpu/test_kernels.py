@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 
 import pytest
 import torch
 from tests.gpu.cases import DEVICE, DRY_RUN, NOT_DRY, ON_A_GPU, fallbacks_of, losses, random_model, settings_of
 
-from sftx.model import attention, compare, cross_entropy
-from sftx.model.compiled import missing_for_compiling
+from sftx.model.kernels.attention import VARLEN
+from sftx.model.kernels.compiled import missing_for_compiling
+from sftx.model.probe import LIGER, TRITON
 from sftx.run import run
 from sftx.training import loop
 
@@ -36,20 +36,15 @@ def test_the_fast_ways_are_taken_and_give_the_same(
     shared = [f"mode={mode}", "precision=bf16", "max_steps=5", "lora_dropout=0", "per_device_train_batch_size=4"]
     if is_wide:
         shared += [f"model_name_or_path={request.getfixturevalue('wide')}", "max_seq_length=256", "learning_rate=1e-4"]
-    monkeypatch.setattr(compare, "CLEARLY", math.inf)  # for so small a model a kernel may be slower
     fast = make_config(*shared, output="fast")
     run([fast])
-    assert attention._together
     found = settings_of(fast)
     assert found["attn_implementation"] == "varlen"
-    liger = ["SwiGLU", "rotation"] if importlib.util.find_spec("liger_kernel") else []
-    assert found["kernels"] == ["cross entropy", *liger]
-    monkeypatch.setattr(
-        "sftx.training.probing.use_kernels", lambda *_: cross_entropy.__dict__.update(_uses_kernel=False)
-    )
+    liger = [LIGER] if importlib.util.find_spec("liger_kernel") else []
+    assert found["kernels"] == [VARLEN, TRITON, *liger]
+    monkeypatch.setattr("sftx.run.kernels_of", lambda _: [])
     plain = make_config(*shared, "attn_implementation=sdpa", output="plain")
     run([plain])
-    assert not attention._together
     assert settings_of(plain)["attn_implementation"] == "sdpa"
     assert losses(fast) == pytest.approx(losses(plain), rel=5e-3)
 
@@ -69,13 +64,6 @@ def test_layers_of_a_7b_follow_fp32(make_config, captured, wide: str, mode: str)
     config = captured.session.model.module.config
     assert config.hidden_size // config.num_attention_heads == 128
     assert captured.trial.micro_batch == 4
-
-
-@NOT_DRY
-def test_a_kernel_is_timed_beside_what_it_stands_for() -> None:
-    small, large = (torch.randn(n, n, device=DEVICE) for n in (256, 4096))
-    assert compare.slower((lambda: small @ small, lambda: large @ large), DEVICE) is None
-    assert "ms here" in str(compare.slower((lambda: large @ large, lambda: small @ small), DEVICE))
 
 
 def test_compiled_training_is_the_same(make_config) -> None:

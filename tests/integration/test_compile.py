@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sftx.model import compiled
+from sftx.model.kernels import compiled
 from sftx.run import run
-from sftx.training import loop, tried
+from sftx.training import loop
 from sftx.training.metrics import read_metrics
 
 STEPS = 6
@@ -34,8 +34,6 @@ def test_compiled_training_is_the_same(make_config, captured, monkeypatch, case:
         return launched
 
     monkeypatch.setattr(loop, "_launch", count)
-    # Left out when compiled; where it is not, the last block's dropout draws masks of another shape.
-    monkeypatch.setattr(tried, "shorten", lambda block: None)
     found = {}
     for asked in (False, True):
         config = make_config(*case, f"compile={asked}", f"max_steps={STEPS}", "eval_steps=3", output=str(asked))
@@ -66,7 +64,7 @@ def test_a_function_that_torch_compiles_no_more_is_named(make_config, captured, 
 
 
 def test_without_a_compiler_it_is_said(make_config, captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftx.model.compiled.shutil.which", lambda name: None)
+    monkeypatch.setattr("sftx.model.kernels.compiled.shutil.which", lambda name: None)
     run([make_config("compile=true", "max_steps=1", "eval_ratio=0")])
     facts = captured.trial.effective.facts()
     assert [f["key"] for f in facts["fallbacks"] if f["key"] == "compile"] == ["compile"]

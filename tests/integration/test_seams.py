@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import over
 
+import sftx.run
 from sftx.errors import TrainingError
 from sftx.parallel.single import SingleEngine
 from sftx.run import run
@@ -168,3 +169,32 @@ def test_where_every_trial_fails_the_first_ones_error_is_raised(make_config, mon
     monkeypatch.setattr(loop, "token_losses", spoiled)
     with pytest.raises(TrainingError, match=r"^step 1: the loss is nan"):
         run([make_config(*SHORT, output="a"), make_config(*SHORT, output="b")])
+
+
+def test_a_session_trains_on_its_own_loss_and_evaluates_the_cross_entropy(make_config, monkeypatch) -> None:
+    """Label smoothing and a KL term to the base are such losses; the base alone is asked `without_adapters`."""
+    asked: list[float] = []
+
+    def penalised(model: Any, batch: Any, device: torch.device) -> TokenLosses:
+        with torch.no_grad(), model.without_adapters():
+            base = token_losses(model, batch, device)
+        own = token_losses(model, batch, device)
+        asked.append(float((own.weighted_sum - base.weighted_sum).abs()))
+        return own._replace(weighted_sum=own.weighted_sum * 2.0)
+
+    open_session = sftx.run.open_session
+
+    def with_loss(*arguments: Any) -> Any:
+        session, *rest = open_session(*arguments)
+        session.loss = penalised
+        return session, *rest
+
+    plain = run([make_config(*SHORT, "learning_rate=1", "max_grad_norm=0", "lora_dropout=0", output="plain")])[0]
+    monkeypatch.setattr(sftx.run, "open_session", with_loss)
+    doubled = run([make_config(*SHORT, "learning_rate=0.5", "max_grad_norm=0", "lora_dropout=0", output="doubled")])[0]
+    assert len(asked) >= 3
+    assert asked[0] == 0.0, "a new adapter changes nothing"
+    assert asked[-1] > 0.0
+    assert isinstance(plain, Result)
+    assert isinstance(doubled, Result)
+    assert doubled.eval_loss == pytest.approx(plain.eval_loss, rel=1e-6)

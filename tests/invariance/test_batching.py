@@ -11,7 +11,7 @@ from tests.invariance.test_invariance import CLIPS, curve
 
 from sftx.data.loader import collate
 from sftx.data.rows import Row
-from sftx.model import attention
+from sftx.model.kernels import attention
 from sftx.run import run
 from sftx.training.metrics import read_metrics
 
@@ -78,7 +78,7 @@ def logits_of(model, rows: list[Row]) -> torch.Tensor:
     batch = collate(rows, tuple(range(len(rows))), flat=True, pad_id=0)
     assert batch.positions_BT is not None
     with torch.no_grad():
-        laid = attention.end_to_end(batch.positions_BT, batch.lengths)
+        laid = attention.padding_free_inputs(batch.positions_BT, batch.lengths)
         return model(input_ids=batch.ids_BT, use_cache=False, **laid).logits[0]
 
 

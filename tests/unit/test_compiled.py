@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sftx.model.compiled import missing_for_compiling
+from sftx.model.kernels.compiled import missing_for_compiling
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

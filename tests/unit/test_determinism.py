@@ -11,7 +11,6 @@ import torch
 
 from sftx.config.derive import differences, identity
 from sftx.errors import ConfigError
-from sftx.model import compare
 from sftx.run import run
 from sftx.training.determinism import CUBLAS, deterministic_kernels
 from sftx.training.metrics import read_metrics
@@ -70,15 +69,6 @@ def test_it_is_on_before_the_device_is_looked_at(make_config, monkeypatch: pytes
         with pytest.raises(ConfigError, match="far enough"):
             run([make_config(f"deterministic={typed}")])
     assert found == [(True, ":4096:8"), (False, None)]
-
-
-def test_no_kernel_is_chosen_by_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter((2.0, 1.0))
-    monkeypatch.setattr(compare, "milliseconds", lambda way: next(times))
-    device = torch.device("cuda")
-    with deterministic_kernels(asked=True):
-        assert compare.slower((lambda: None, lambda: None), device) is None
-    assert "2 ms" in str(compare.slower((lambda: None, lambda: None), device))
 
 
 def test_on_a_cpu_it_changes_no_bit(make_config, captured, one_thread: None) -> None:

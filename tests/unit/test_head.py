@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftx.model import head as module
-from sftx.model.head import Asked, LossHead, piece_rows
+from sftx.model.head import LossHead, piece_rows
 
 ROWS, WIDTH, WORDS = 70, 12, 50
 
@@ -25,35 +25,26 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CPU_COLUMNS", 16)
 
 
-def answer(linear: nn.Linear, hidden: torch.Tensor, asked: Asked) -> torch.Tensor:
-    head = LossHead(linear)
-    with head.asked(asked):
-        total = linear(hidden)
-    head.remove()
-    return total
-
-
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_loss_and_gradients_are_those_of_cross_entropy(trained: bool, bias: bool) -> None:
     torch.manual_seed(0)
     assert piece_rows(WORDS, torch.device("cpu")) == 20 < ROWS
     linear = nn.Linear(WIDTH, WORDS, bias=bias).requires_grad_(trained)
-    hidden = (5 * torch.randn(2, ROWS // 2, WIDTH)).requires_grad_()
-    chosen = torch.randperm(ROWS)[:55].sort().values
-    asked = Asked(torch.randint(WORDS, (55,)), torch.rand(55), chosen)
+    hidden = (5 * torch.randn(ROWS, WIDTH)).requires_grad_()
+    targets, weights = torch.randint(WORDS, (ROWS,)), torch.rand(ROWS)
 
-    losses = F.cross_entropy(linear(hidden).flatten(0, 1)[chosen], asked.targets_N, reduction="none")
-    (0.3 * (losses * asked.weights_N).sum()).backward()
+    losses = F.cross_entropy(linear(hidden), targets, reduction="none")
+    (0.3 * (losses * weights).sum()).backward()
     inputs = [hidden, *(p for p in linear.parameters() if trained)]
     wanted = [p.grad for p in inputs]
     for parameter in inputs:
         parameter.grad = None
 
-    total = answer(linear, hidden, asked)
+    total, found = LossHead(linear)(hidden, targets, weights)
     (0.3 * total).backward()
-    torch.testing.assert_close(asked.losses_N, losses.detach())
-    torch.testing.assert_close(total.detach(), (losses * asked.weights_N).sum().detach())
+    torch.testing.assert_close(found, losses.detach())
+    torch.testing.assert_close(total.detach(), (losses * weights).sum().detach())
     for parameter, gradient in zip(inputs, wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
 
@@ -62,10 +53,9 @@ def test_extreme_logits_stay_finite() -> None:
     linear = nn.Linear(1, 3, bias=False)
     linear.weight.data = torch.tensor([[-200.0], [0.0], [300.0]])
     hidden = torch.ones(2, 1, requires_grad=True)
-    asked = Asked(torch.tensor([0, 2]), torch.ones(2))
-    answer(linear, hidden, asked).backward()
-    assert asked.losses_N is not None
-    assert asked.losses_N.tolist() == [500.0, 0.0]
+    total, losses = LossHead(linear)(hidden, torch.tensor([0, 2]), torch.ones(2))
+    total.backward()
+    assert losses.tolist() == [500.0, 0.0]
     assert hidden.grad is not None
     assert hidden.grad.flatten().tolist() == [500.0, 0.0]
 
@@ -75,13 +65,13 @@ def test_half_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(WIDTH, WORDS)
     hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
-    asked = Asked(torch.randint(WORDS, (ROWS,)), torch.ones(ROWS))
-    F.cross_entropy(linear(hidden), asked.targets_N, reduction="sum").backward()
+    targets, weights = torch.randint(WORDS, (ROWS,)), torch.ones(ROWS)
+    F.cross_entropy(linear(hidden), targets, reduction="sum").backward()
     wanted = [p.grad for p in (hidden, *linear.parameters())]
     hidden.grad = None
     linear.zero_grad()
     with torch.autocast("cpu", dtype=dtype):
-        total = answer(linear, hidden, asked)
+        total, _ = LossHead(linear)(hidden, targets, weights)
     total.backward()
     for parameter, gradient in zip((hidden, *linear.parameters()), wanted, strict=True):
         assert parameter.grad is not None
@@ -96,14 +86,14 @@ def test_gradients_of_rows_that_agree_are_finite_in_fp16(weight: float) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(WIDTH, WORDS)
     hidden = (8 + torch.randn(ROWS, WIDTH)).requires_grad_()
-    asked = Asked(torch.full((ROWS,), 7), torch.full((ROWS,), weight))
-    asked.weights_N[::2] /= 50
-    (F.cross_entropy(linear(hidden), asked.targets_N, reduction="none") * asked.weights_N).sum().backward()
+    targets, weights = torch.full((ROWS,), 7), torch.full((ROWS,), weight)
+    weights[::2] /= 50
+    (F.cross_entropy(linear(hidden), targets, reduction="none") * weights).sum().backward()
     wanted = [p.grad for p in (hidden, *linear.parameters())]
     hidden.grad = None
     linear.zero_grad()
     with torch.autocast("cpu", dtype=torch.float16):
-        total = answer(linear, hidden, asked)
+        total, _ = LossHead(linear)(hidden, targets, weights)
     total.backward()
     for parameter, gradient in zip((hidden, *linear.parameters()), wanted, strict=True):
         assert parameter.grad is not None
@@ -124,26 +114,22 @@ class Products(TorchDispatchMode):
 def test_without_a_gradient_a_trained_head_makes_only_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CPU_COLUMNS", WORDS)
     linear = nn.Linear(WIDTH, WORDS)
-    asked = Asked(torch.randint(WORDS, (15,)), torch.ones(15))
     with torch.no_grad(), Products() as products:
-        answer(linear, torch.randn(15, WIDTH), asked)
+        LossHead(linear)(torch.randn(15, WIDTH), torch.randint(WORDS, (15,)), torch.ones(15))
     assert products.count == 1
 
 
 def test_without_a_gradient_only_losses_are_made() -> None:
     linear = nn.Linear(WIDTH, WORDS)
-    asked = Asked(torch.randint(WORDS, (ROWS,)), torch.ones(ROWS))
     with torch.no_grad():
-        total = answer(linear, torch.randn(ROWS, WIDTH), asked)
+        total, losses = LossHead(linear)(torch.randn(ROWS, WIDTH), torch.randint(WORDS, (ROWS,)), torch.ones(ROWS))
     assert not total.requires_grad
-    assert asked.losses_N is not None
-    assert len(asked.losses_N) == ROWS
+    assert len(losses) == ROWS
 
 
 def test_no_row_has_a_target() -> None:
-    hidden = torch.randn(1, 0, WIDTH, requires_grad=True)
-    asked = Asked(torch.zeros(0, dtype=torch.long), torch.zeros(0))
-    total = answer(nn.Linear(WIDTH, WORDS), hidden, asked)
+    hidden = torch.randn(0, WIDTH, requires_grad=True)
+    total, _ = LossHead(nn.Linear(WIDTH, WORDS))(hidden, torch.zeros(0, dtype=torch.long), torch.zeros(0))
     total.backward()
     assert total.item() == 0.0
     assert hidden.grad is not None
@@ -153,17 +139,16 @@ MEMORY = """
 import re, torch
 from pathlib import Path
 from torch import nn
-from sftx.model.head import Asked, LossHead
+from sftx.model.head import LossHead
 torch.set_num_threads(1)
 def peak():  # of this process; ru_maxrss would include what its parent had
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 head = LossHead(nn.Linear(1024, 151_936, bias=False).requires_grad_(False))
 hidden = torch.randn(1024, 1024, requires_grad=True)
-asked = Asked(torch.randint(151_936, (1024,)), torch.ones(1024))
-hidden[:16] @ head.head.weight[:1000].t()  # the library's own buffers
+targets, weights = torch.randint(151_936, (1024,)), torch.ones(1024)
+hidden[:16] @ head.weight[:1000].t()  # the library's own buffers
 before = peak()
-with head.asked(asked):
-    head.head(hidden).backward()
+head(hidden, targets, weights)[0].backward()
 print(peak() - before)
 """
 

@@ -18,7 +18,7 @@ LAYER_OF = {"build": "config", "run": "runs", "cli": "commands", "__main__": "co
 ALLOWED_SETTINGS = {
     "commands/train.py sets logging.raiseExceptions",
     "data/hub.py sets datasets.config.HF_HUB_OFFLINE",
-    "model/compiled.py sets torch._dynamo.config.recompile_limit",
+    "model/kernels/compiled.py sets torch._dynamo.config.recompile_limit",
     "parallel/ddp.py sets os.environ",  # by `|=`
     "parallel/zero.py sets os.environ",
     "runs/trackers.py sets sys.argv",
@@ -33,14 +33,6 @@ STEPS = {"parallel/replicated.py"}
 PROBED_STEPS = {"training/preflight.py", "training/saving/preflight.py"}
 """An optimizer of one parameter is tried there, to see how much state it keeps."""
 
-# What is still to be removed, with the package that owns it; must be empty in the end.
-PENDING: dict[str, str] = {
-    "model/head.py sets .forward": "model",
-    "model/rotation.py calls setattr(file, ...)": "model",
-    "model/shortcuts.py calls setattr(block, ...)": "model",
-    "model/fused.py sets __class__": "model",
-    "model/shortcuts.py sets __class__": "model",
-}
 CROWDED = {"config", "data", "model", "training"}
 
 
@@ -94,7 +86,7 @@ def test_layers_point_one_way() -> None:
         if name.startswith("sftx.")
         and is_upward(name_of(path).removesuffix(".py").replace("/", "."), name.removeprefix("sftx."))
     }
-    assert found <= set(PENDING)
+    assert not found
 
 
 def test_no_underscore_module_of_another_package_is_imported() -> None:
@@ -127,7 +119,7 @@ def test_classes_and_methods_of_others_are_not_replaced() -> None:
                 owner = ast.unparse(node.args[0]) if node.args else ""
                 if owner != "self":
                     found.add(f"{name_of(path)} calls setattr({owner}, ...)")
-    assert found <= set(PENDING)
+    assert not found
 
 
 def _is_own(target: ast.Attribute) -> bool:

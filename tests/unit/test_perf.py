@@ -42,8 +42,6 @@ def test_products_are_counted_as_torch_counts_them(
         counted.append(sum(n for op, n in found.items() if str(op).startswith(PRODUCTS)))
         return launched
 
-    # A shortened last block makes fewer than are counted.
-    monkeypatch.setattr("sftx.training.probing.last_block_shortened", lambda *_: False)
     windows: list[Window] = []
     record = loop._record
     monkeypatch.setattr(loop, "_launch", count)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sftx.config.bounds import Bounds
 from sftx.errors import ModelError
-from sftx.model.head import LossHead
+from sftx.model.head import LossRequest, ModelWithLoss
 from sftx.model.lora.dropout import Clock, KeyedDropout
 from sftx.model.lora.routing import Routing, Span
 from sftx.model.lora.targets import Layers, Targets, check_injected, injected, left_out_by, share_in_4_bits, size_of
@@ -118,15 +119,13 @@ class AdaptedModel:
     def __init__(
         self, base: Any, *, trained_dtype: torch.dtype, gradient_checkpointing: bool | str, sharded: bool = False
     ) -> None:
-        self.module = base
+        self.network = ModelWithLoss(base)
         self.sharded = sharded
         """Parameters are gathered by hooks of the modules that own them, which therefore must be called."""
-        self.forward: Callable[..., Any] | None = None
-        """What is called instead of the module, when an engine wraps it."""
-        self.loss_head: LossHead | None = None
-        """The head that answers with losses; None where logits go another way to the output."""
-        self.keeps_early = False
-        """The last block leaves out positions without a target."""
+        self.call: Callable[..., Any] = self.network
+        """What runs a forward pass."""
+        self.computes_losses = False
+        """Losses are computed from hidden states; where the logits are not just the head's output, from logits."""
         self.trained_dtype = trained_dtype
         self.adapters: dict[str, Adapter] = {}
         self.routing = Routing()
@@ -141,13 +140,32 @@ class AdaptedModel:
                     offload=gradient_checkpointing == "offload",
                 )
 
+    @property
+    def module(self) -> Any:
+        """The model with its adapters, as transformers or PEFT has it."""
+        return self.network.model
+
+    @property
+    def base(self) -> Any:
+        """The model as transformers has it."""
+        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
+
     def __call__(self, **inputs: Any) -> Any:
-        """Run the forward pass."""
-        return (self.forward or self.module)(**inputs)
+        """Run the forward pass and return the model's output, with its logits."""
+        return self.call(**inputs)
+
+    def losses(self, request: LossRequest, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weighted sum of the requested tokens' cross entropies, and each of them, fp32 `[N]`."""
+        if self.computes_losses:
+            total, losses_N = self.call(request=request, **inputs)
+            return total, losses_N
+        logits_NV = request.select(self.call(logits_to_keep=request.positions_P, **inputs).logits)
+        losses_N = F.cross_entropy(logits_NV.float(), request.targets_N, reduction="none")
+        return (losses_N * request.weights_N).sum(), losses_N
 
     def call_through(self, forward: Callable[..., Any]) -> None:
-        """Call this instead of the module from now on: an engine has wrapped it."""
-        self.forward = forward
+        """Call this instead of the network from now on: an engine has wrapped it."""
+        self.call = forward
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +227,7 @@ class AdaptedModel:
                 if isinstance(self.module, PeftModel):
                     self.module.add_adapter(name, config)
                 else:
-                    self.module = get_peft_model(self.module, config, adapter_name=name)
+                    self.network.model = get_peft_model(self.module, config, adapter_name=name)
         except (ValueError, TypeError, NotImplementedError) as error:
             kind = self.module.config.model_type
             reason = (str(error).splitlines() or [type(error).__name__])[0]

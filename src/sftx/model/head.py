@@ -1,15 +1,13 @@
-"""The language-model head with its loss: on supervised positions only, and on a few of them at a time.
+"""The loss, computed from hidden states: the decoder is called for them, and this head after it.
 
-Logits of a whole batch are never held. The gradient of the loss is computed in the forward pass, piece by
-piece while a piece's logits are there: they are needed once and not computed again.
+It runs on supervised positions only, and on a few of them at a time: the logits of a whole batch are never held. The
+gradient is computed in the forward pass, piece by piece while a piece's logits are there, so none is computed twice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from sftx.model.cross_entropy import losses
+from sftx.model.kernels.cross_entropy import losses
 
 HEAD = "sftx: head and loss"
 """Name of this part of a step in a profile."""
@@ -29,57 +27,68 @@ FP16_LARGEST = 2.0**10
 """Largest derivative of a logit in fp16: keeps probabilities of 1e-7 from vanishing, which no loss scaler can do."""
 
 
-@dataclass
-class Asked:
-    """What the head is asked for instead of logits: the losses of these tokens."""
+@dataclass(frozen=True)
+class LossRequest:
+    """Which tokens' losses a forward pass is to return, summed by weight."""
 
     targets_N: torch.Tensor
     weights_N: torch.Tensor
-    selected: torch.Tensor | None = None
-    """Of the positions that the head is given, flattened, those that have a target; None: all."""
-    losses_N: torch.Tensor | None = field(default=None, init=False)
-    """The answer, fp32, without a gradient: that is with the sum which the model returns in place of logits."""
+    positions_P: torch.Tensor
+    """Positions of the sequence axis that are supervised in at least one row."""
+    selected_N: torch.Tensor | None = None
+    """Of the rows' tokens at those positions, flattened, the supervised ones; None: all."""
+
+    def select(self, x_BPD: torch.Tensor) -> torch.Tensor:
+        """Return the supervised tokens of what is computed at `positions_P`, `[N, D]`."""
+        x_ND = x_BPD.flatten(0, 1)
+        return x_ND if self.selected_N is None else x_ND[self.selected_N]
 
 
-class LossHead:
-    """Lets a model's head return a sum of losses, where it is asked to; its parameters stay as they are."""
+class LossHead(nn.Module):
+    """The language-model head with its loss, on the parameters of the model's own head.
+
+    They are parameters of this module too, so that DeepSpeed gathers them when it is called.
+    """
 
     def __init__(self, head: nn.Linear) -> None:
-        self.head = head
-        self._asked: Asked | Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._plain = head.forward
-        head.forward = self._forward  # type: ignore[method-assign, assignment]
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias
+        self.triton = False
+        """Cross entropies are computed by sftx's Triton kernel."""
 
-    def remove(self) -> None:
-        """Make the head what it was."""
-        del self.head.forward
-
-    @contextmanager
-    def asked(self, question: Asked | Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Let the forward passes inside the block answer a question, or call a function of the hidden states."""
-        self._asked = question
-        try:
-            yield
-        finally:
-            self._asked = None
-
-    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        asked, head = self._asked, self.head
-        if asked is None:
-            return self._plain(hidden)
-        if not isinstance(asked, Asked):
-            return asked(self._plain(hidden))
-        hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-        if asked.selected is not None:
-            hidden_ND = hidden_ND[asked.selected]
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        tensors: tuple[torch.Tensor | None, ...] = (hidden_ND, head.weight, head.bias)
-        if not torch.is_grad_enabled():  # a function is not told: it would compute the gradients of parameters
+    def forward(
+        self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weighted sum of the tokens' cross entropies, and each of them, fp32, without a gradient."""
+        kind = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        tensors: tuple[torch.Tensor | None, ...] = (hidden_ND, self.weight, self.bias)
+        if not torch.is_grad_enabled():  # the function is not told, and would compute the parameters' gradients
             tensors = tuple(None if x is None else x.detach() for x in tensors)
         with record_function(HEAD), torch.autocast(kind, enabled=False):
-            total, asked.losses_N = _HeadLoss.apply(*tensors, asked.targets_N, asked.weights_N, dtype)
-        return total
+            total, losses_N = _HeadLoss.apply(*tensors, targets_N, weights_N, dtype, self.triton)
+        return total, losses_N
+
+
+class ModelWithLoss(nn.Module):
+    """A language model that returns losses instead of logits where it is given a request."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        head = model.get_output_embeddings()
+        self.loss_head = LossHead(head) if type(head) is nn.Linear and hasattr(model, "get_decoder") else None
+
+    def forward(self, *, request: LossRequest | None = None, through_head: bool = False, **inputs: Any) -> Any:
+        """Return the model's own output; the losses of a request; or the head's output for the hidden states."""
+        if request is None and not through_head:
+            return self.model(**inputs)
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        hidden_BTD = model.get_decoder()(**inputs).last_hidden_state
+        if request is None:
+            return model.get_output_embeddings()(hidden_BTD)
+        assert self.loss_head is not None, "the model was probed before training"
+        return self.loss_head(request.select(hidden_BTD[:, request.positions_P]), request.targets_N, request.weights_N)
 
 
 def piece_rows(vocabulary: int, device: torch.device) -> int:
@@ -125,6 +134,7 @@ class _HeadLoss(torch.autograd.Function):
         targets_N: torch.Tensor,
         weights_N: torch.Tensor,
         dtype: torch.dtype,
+        triton: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wants_hidden, wants_W, wants_bias = ctx.needs_input_grad[:3]
         W = W_VD.to(dtype)
@@ -142,7 +152,7 @@ class _HeadLoss(torch.autograd.Function):
             if bias_V is not None:
                 logits_PV.add_(bias_V)
             weights_P = scaled_N[piece] if any(ctx.needs_input_grad[:3]) else None
-            slope_PV = losses(logits_PV, targets_N[piece], weights_P, losses_N[piece])
+            slope_PV = losses(logits_PV, targets_N[piece], weights_P, losses_N[piece], kernel=triton)
             if weights_P is None:
                 continue
             if grad_bias is not None:
@@ -167,4 +177,4 @@ class _HeadLoss(torch.autograd.Function):
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         grads = [g.mul_(grad).to(dtype) if g is not None else None for g, dtype in pairs]
         ctx.grads = None
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)

@@ -138,7 +138,7 @@ class Zero3Engine(DdpEngine):
         if self.trained is not None:
             raise ConfigError("`parallel=zero3` trains one trial at a time: use parallel=ddp for several on one base.")
         self.trained, *_ = deepspeed.initialize(
-            model=model.module,
+            model=model.network,
             optimizer=optimizer,
             config=self.config(dtype, max_grad_norm),
             dist_init_required=False,

@@ -103,6 +103,14 @@ def choose_folder(config: TrainConfig, who: dict[str, Any]) -> RunFolder:
     raise AssertionError
 
 
+def kernels_of(folder: RunFolder) -> list[str] | None:
+    """Return the kernels that the run's first attempt has chosen; None: there was none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged manifest is reported when the folder is opened
+        found = json.loads((folder.path / MANIFEST).read_text(encoding="utf-8"))["effective"]["settings"]["kernels"]
+        return [str(name) for name in found]
+    return None
+
+
 def _newest_unfinished(config: TrainConfig, who: dict[str, Any]) -> RunFolder | None:
     """Return the folder, locked, of the newest run that was stopped, killed or failed after a checkpoint.
 

@@ -22,7 +22,6 @@ from sftx.model.adapt import Adapter
 from sftx.model.final import final_dtype
 from sftx.model.limits import check_model
 from sftx.model.load import Source
-from sftx.model.shortcuts import lean_norms
 from sftx.parallel.engine import Engine
 from sftx.signals import Signals
 from sftx.terminal import counted
@@ -91,8 +90,6 @@ def open_session(
     numerics = open_numerics(config, engine, effective)
     base = open_base(config, source, engine, numerics, effective)
     effective.remarks += check_model(base, source, data, template, config)
-    if not engine.sharded:
-        lean_norms(base)
     model = adapted(base, config, engine, numerics, effective)
     session = Session(engine, model, numerics, template, data.train, data.held_out, source.folder, saver, signals)
     return session, data, source

@@ -26,13 +26,13 @@ from torch.profiler import record_function
 
 from sftx.data.feed import Step
 from sftx.data.loader import Batch
-from sftx.errors import SftxError, StoppedError
+from sftx.errors import SftxError, StoppedError, is_out_of_memory
 from sftx.files import append_line
 from sftx.seeds import key_of
 from sftx.training import checkpoint
 from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses
-from sftx.training.memory import is_out_of_memory, shrink
+from sftx.training.memory import shrink
 from sftx.training.pending import PendingStep, StopVote
 from sftx.training.perf import Window
 from sftx.training.profile import DATA
@@ -262,7 +262,7 @@ def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor
         _set_random_state(trial, batch.index)
         try:
             with session.numerics.autocast():
-                loss = token_losses(session.model, batch, engine.device).weighted_sum
+                loss = (session.loss or token_losses)(session.model, batch, engine.device).weighted_sum
             trial.stepper.backward(loss / step.weight, last=number == len(batches) - 1)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

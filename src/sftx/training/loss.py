@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from sftx.data.loader import IGNORE, Batch
 from sftx.model.adapt import AdaptedModel
-from sftx.model.attention import end_to_end
-from sftx.model.head import Asked
-from sftx.model.shortcuts import KEPT
+from sftx.model.head import LossRequest
+from sftx.model.kernels.attention import padding_free_inputs
 from sftx.tensors import to_device
 
 
@@ -27,36 +26,27 @@ class TokenLosses(NamedTuple):
     places_N: torch.Tensor
 
 
+LossFunction = Callable[[AdaptedModel, Batch, torch.device], TokenLosses]
+
+
 def token_losses(model: AdaptedModel, batch: Batch, device: torch.device) -> TokenLosses:
     """Return the losses of a batch's supervised tokens.
 
     The head runs on positions that carry loss in at least one row, not on the prompt. No attention
-    mask is passed: with right padding a causal model never attends to it, and rows laid end to end
-    are kept apart by their lengths.
+    mask is passed: with right padding a causal model never attends to it, and padding-free rows are kept apart
+    by their lengths.
     """
-    learned_BT = batch.targets_BT != IGNORE
-    positions_P = learned_BT.any(dim=0).nonzero().flatten()
-    selected_N = None  # with rows end to end every position that is kept has a target
+    supervised_BT = batch.targets_BT != IGNORE
+    positions_P = supervised_BT.any(dim=0).nonzero().flatten()
+    selected_N = None  # without padding every position that is kept has a target
     if batch.positions_BT is None:
-        selected_N = to_device(learned_BT[:, positions_P].flatten().nonzero().flatten(), device)
+        selected_N = to_device(supervised_BT[:, positions_P].flatten().nonzero().flatten(), device)
     targets_N, weights_N, places_N = (
-        to_device(tensor[learned_BT], device) for tensor in (batch.targets_BT, batch.weights_BT, batch.place_BT)
+        to_device(tensor[supervised_BT], device) for tensor in (batch.targets_BT, batch.weights_BT, batch.place_BT)
     )
-    inputs: dict[str, Any] = {
-        "input_ids": to_device(batch.ids_BT, device),
-        KEPT if model.keeps_early else "logits_to_keep": to_device(positions_P, device),
-        "use_cache": False,
-    }
+    inputs: dict[str, Any] = {"input_ids": to_device(batch.ids_BT, device), "use_cache": False}
     if batch.positions_BT is not None:
-        inputs |= end_to_end(to_device(batch.positions_BT, device), batch.lengths)
-    if model.loss_head is not None:
-        asked = Asked(targets_N, weights_N, selected_N)
-        with model.loss_head.asked(asked):
-            weighted_sum = model(**inputs).logits
-        assert asked.losses_N is not None, "the head was tried before training"
-        return TokenLosses(weighted_sum, asked.losses_N, weights_N, places_N)
-    logits_NV = model(**inputs).logits.flatten(0, 1)
-    if selected_N is not None:
-        logits_NV = logits_NV[selected_N]
-    losses_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
-    return TokenLosses((losses_N * weights_N).sum(), losses_N, weights_N, places_N)
+        inputs |= padding_free_inputs(to_device(batch.positions_BT, device), batch.lengths)
+    request = LossRequest(targets_N, weights_N, to_device(positions_P, device), selected_N)
+    weighted_sum, losses_N = model.losses(request, **inputs)
+    return TokenLosses(weighted_sum, losses_N, weights_N, places_N)

@@ -11,25 +11,16 @@ import torch
 
 from sftx.config.derive import largest_divisor, sequences_per_device
 from sftx.data.loader import Batch
-from sftx.errors import TrainingError
+from sftx.errors import TrainingError, is_out_of_memory
 from sftx.terminal import counted
 
 if TYPE_CHECKING:
     from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
-OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator", "not enough memory")
-"""What CUDA, Triton, cuBLAS, cuDNN and torch's allocator on a CPU say, in plain RuntimeErrors."""
 SMALLER = (
     "gradient_checkpointing=true, mode=qlora and bf16=true need less memory, and so does a smaller max_seq_length."
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an error says that memory does not suffice."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager
@@ -57,7 +48,7 @@ def shrink(session: Session, trial: Trial, failed: Batch | None, longest: Sequen
     `longest` holds for each rank the tokens of the longest row of the micro-batch that did not fit, or 0;
     `failed` is this rank's.
 
-    Errors:
+    Raises:
         TrainingError: it is not `auto`, or cannot be halved.
     """
     rank = max(range(len(longest)), key=lambda r: longest[r])

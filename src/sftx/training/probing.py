@@ -1,4 +1,4 @@
-"""Before the first step: which fast paths a model can take is tried, not assumed, and recorded in each trial."""
+"""Before the first step: what the model can do is probed, and recorded in each trial."""
 
 from __future__ import annotations
 
@@ -7,69 +7,59 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sftx.config.schema import TrainConfig
+from sftx.effective import Effective
 from sftx.errors import ConfigError
-from sftx.model.attention import VARLEN, attend_row_by_row, use_varlen
-from sftx.model.compiled import compile_blocks, limits_noticed, missing_for_compiling
-from sftx.model.cross_entropy import use_kernel
-from sftx.model.fused import use_liger
-from sftx.model.rotation import rotate_lean, use_rotation
+from sftx.model.kernels.attention import VARLEN
+from sftx.model.kernels.compiled import compile_blocks, limits_noticed, missing_for_compiling
+from sftx.model.probe import LIGER, TRITON, Probed
+from sftx.model.probe import probe as probe_model
 from sftx.training.trial import Session, Trial
-from sftx.training.tried import Tried, documents_leak, last_block_shortened
 
 log = logging.getLogger("sftx")
 
 
-def probe(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
-    """Find out by trying which fast paths give the model's own results, and take those."""
-    attend_row_by_row()
-    lean = None if config.compile or session.engine.sharded else rotate_lean
-    use_rotation(session.model.module, session.engine.device, session.numerics.dtype, lean)
-    if session.engine.device.type == "cuda":
-        use_kernels(config, session, trials)
-    tried = Tried(session.model, session.numerics, session.engine.device)
-    session.flat = _padding_free(config, session, trials, tried)
-    session.model.loss_head = tried.loss_head()
-    if not config.compile:  # what it leaves out would be compiled anew for every batch
-        session.model.keeps_early = last_block_shortened(tried)
-
-
-def use_kernels(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:
-    """Let one kernel do what several operations do, where that gives the same and takes no longer."""
-    device, dtype = session.engine.device, session.numerics.dtype
-    vocabulary = session.model.module.config.get_text_config().vocab_size
-    reasons = {"cross entropy": use_kernel(device, dtype, vocabulary)}
-    if not (config.compile or session.engine.sharded):
-        reasons |= use_liger(session.model.module, device, dtype)
-    for trial in trials:
-        trial.effective.settings["kernels"] = [name for name, reason in reasons.items() if reason is None]
-        for name, reason in reasons.items():
-            if reason is not None:
-                trial.effective.remark(f"{name}: no kernel of its own, {reason}.")
-
-
-def _padding_free(config: TrainConfig, session: Session, trials: Sequence[Trial], tried: Tried) -> bool:
-    """Return True if batches are padding-free, for which the model must prove that it keeps rows apart.
+def probe(config: TrainConfig, session: Session, trials: Sequence[Trial], pinned: Sequence[str] | None = None) -> None:
+    """Find out what the model can do, let it use the kernels that give its own results, and record both in each trial.
 
     Raises:
         ConfigError: rows were to be packed, and the model does not keep them apart.
     """
-    if config.batching not in ("padding_free", "packed"):
-        return False
-    sdpa = trials[0].effective.settings["attn_implementation"] == "sdpa"
-    if config.attn_implementation == "auto" and sdpa and session.engine.device.type == "cuda":
-        reason = use_varlen(session.model.module.config, session.engine.device, session.numerics.dtype)
-        for trial in trials:
-            trial.effective.settings["attn_implementation"] = "sdpa" if reason else VARLEN
-            if reason:
-                trial.effective.fall_back("attn_implementation", VARLEN, "sdpa, one call per row", reason)
-    reason = documents_leak(tried)
-    if reason is None:
-        return True
-    if config.batching == "packed":
-        raise ConfigError(f"`batching=packed`: this model cannot keep rows apart: {reason}. Use batching=padded.")
+    on_gpu = session.engine.device.type == "cuda"
+    padding_free = config.batching in ("padding_free", "packed")
+    sdpa = config.attn_implementation == "auto" and trials[0].effective.settings["attn_implementation"] == "sdpa"
+    kernels = [VARLEN] if on_gpu and padding_free and sdpa else []
+    if on_gpu:
+        kernels += [TRITON] if config.compile or session.engine.sharded else [TRITON, LIGER]
+    found = probe_model(
+        session.model,
+        session.numerics,
+        session.engine.device,
+        padding_free=padding_free,
+        kernels=kernels,
+        pinned=pinned,
+        from_main=session.engine.from_main,
+    )
+    if found.documents_leak and config.batching == "packed":
+        raise ConfigError(
+            f"`batching=packed`: this model cannot keep rows apart: {found.documents_leak}. Use batching=padded."
+        )
+    session.flat = padding_free and found.documents_leak is None
     for trial in trials:
-        trial.effective.fall_back("batching", "padding_free", "padded", f"this model cannot keep rows apart: {reason}")
-    return False
+        _record(found, trial.effective)
+
+
+def _record(found: Probed, effective: Effective) -> None:
+    effective.settings["kernels"] = found.kernels
+    if VARLEN in found.kernels:
+        effective.settings["attn_implementation"] = VARLEN
+    for name, reason in found.unusable.items():
+        if name == VARLEN:
+            effective.fall_back("attn_implementation", VARLEN, "sdpa, one call per row", reason)
+        else:
+            effective.remark(f"{name}: without its kernel, {reason}.")
+    if found.documents_leak:
+        reason = f"this model cannot keep rows apart: {found.documents_leak}"
+        effective.fall_back("batching", "padding_free", "padded", reason)
 
 
 def compile_model(config: TrainConfig, session: Session, trials: Sequence[Trial]) -> None:

@@ -26,6 +26,7 @@ from sftx.parallel.engine import Engine, Stepper
 from sftx.signals import Signals
 from sftx.training.evaluate import Evaluation
 from sftx.training.flops import Work
+from sftx.training.loss import LossFunction
 from sftx.training.metrics import Recorder, SilentRecorder
 from sftx.training.pending import PendingStep
 from sftx.training.perf import Window
@@ -55,6 +56,8 @@ class Session:
     signals: Signals
     flat: bool = False
     """Rows are laid end to end instead of padded."""
+    loss: LossFunction | None = None
+    """What is trained on, None: the cross entropy. Evaluation reports the cross entropy in any case."""
     progress: Progress | None = None
     """Shows how far the trials are, while they train."""
     resume_command: str = ""

@@ -1,4 +1,4 @@
-"""Documents laid end to end on one token axis, each attending only to itself.
+"""Padding-free documents on one token axis, each attending only to itself.
 
 The model is loaded with an attention of sftx's own: where a forward pass is given `document_lengths`,
 one causal attention call is made a document and no mask over all of them is built; elsewhere it is the
@@ -18,15 +18,13 @@ from typing import Any
 import torch
 
 from sftx.errors import ModelError
-from sftx.model import blocks
+from sftx.model.kernels import cpu_attention
 from sftx.tensors import to_device
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Those that train on a CPU; torch's flex attention has no backward there."""
 VARLEN = "varlen"
 """Name of the kernel that takes all documents in one call."""
-_together = False
-"""Whether that kernel is used; not a context variable, for a block's second forward pass is made by another thread."""
 
 
 def name_of(implementation: str) -> str:
@@ -40,8 +38,10 @@ def register(implementation: str) -> str:
     from transformers.masking_utils import eager_mask, sdpa_mask
 
     name = name_of(implementation)
-    attend, mask = {"sdpa": (_sdpa, sdpa_mask), "eager": (_eager, eager_mask)}[implementation]
-    AttentionInterface.register(name, partial(attention, attend))
+    attend, mask = {"sdpa": (_sdpa, sdpa_mask), "eager": (_eager, eager_mask), VARLEN: (_sdpa, sdpa_mask)}[
+        implementation
+    ]
+    AttentionInterface.register(name, partial(attention, attend, together=implementation == VARLEN))
     AttentionMaskInterface.register(name, mask)
     return name
 
@@ -54,8 +54,8 @@ def leave_uncompiled(implementation: str) -> None:
     AttentionInterface.register(name, torch.compiler.disable(AttentionInterface()[name]))
 
 
-def end_to_end(positions_1T: torch.Tensor, lengths: Sequence[int]) -> dict[str, Any]:
-    """Return what a forward pass is given for documents laid end to end.
+def padding_free_inputs(positions_1T: torch.Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    """Return the inputs of a forward pass for padding-free documents.
 
     A mask of four dimensions is taken as it is by transformers: it builds none, and does not read the positions back
     from the device to find out where documents begin. Nobody looks at this one.
@@ -73,19 +73,20 @@ def attention(
     attention_mask: torch.Tensor | None,
     document_lengths: Sequence[int] | None = None,
     sliding_window: int | None = None,
+    together: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """Attend within each document; `[1, heads, tokens, dim]` in, `[1, tokens, heads, dim]` out."""
+    """Attend within each document, in one call if `together`; `[1, heads, T, dim]` in, `[1, T, heads, dim]` out."""
     if document_lengths is None:
         return attend(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, **kwargs)
-    if _together and attend is _sdpa and not kwargs.get("dropout"):
+    if together and not kwargs.get("dropout"):
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
         return varlen(q, k, v, tuple(document_lengths), kwargs.get("scaling"), sliding_window)[None], None
     lengths = list(document_lengths)
     plain = not kwargs.get("dropout") and not _beyond(max(lengths), sliding_window)
-    if attend is _sdpa and plain and blocks.usable(query_BHTD):
+    if attend is _sdpa and plain and cpu_attention.usable(query_BHTD):
         q, k, v = (x.squeeze(0) for x in (query_BHTD, key_BHTD, value_BHTD))  # not x[0]: its gradient is a copy
-        out_THD = blocks.attend(q, k, v, lengths, kwargs.get("scaling"))
+        out_THD = cpu_attention.attend(q, k, v, lengths, kwargs.get("scaling"))
         return out_THD[None], None
     documents = zip(*(x.split(lengths, dim=2) for x in (query_BHTD, key_BHTD, value_BHTD)), strict=True)
     needs_mask = attend is _eager
@@ -125,7 +126,7 @@ def varlen(
 
 @cache
 def _is_told_of_sharing(kernel: Callable[..., Any]) -> bool:
-    """Tell whether a kernel wants to know that heads share keys: before torch 2.12 it takes them without a word."""
+    """Return True if a kernel wants to know that heads share keys: before torch 2.12 it takes them without a word."""
     return "enable_gqa" in signature(kernel).parameters
 
 
@@ -135,28 +136,15 @@ def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
-def attend_row_by_row() -> None:
-    """Use no kernel for all documents: what an earlier run in this process chose is forgotten."""
-    global _together
-    _together = False
-
-
-def use_varlen(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Let all documents be attended to in one call from now on, if that gives the right thing; else say why not."""
-    global _together
-    _together = False
-    reason = _trouble(config.get_text_config(), device, dtype)
-    _together = reason is None
-    return reason
-
-
-def _trouble(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+def varlen_unusable(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernel for all documents cannot be used for a model here, or None."""
+    config = config.get_text_config()
     if device.type != "cuda":
         return "it needs an NVIDIA GPU"
     if dtype == torch.float32:
         return "it needs bf16 or fp16"
     if dropout := getattr(config, "attention_dropout", 0):
-        return f"it knows no dropout, and the model has attention_dropout={dropout}"
+        return f"it has no dropout, and the model has attention_dropout={dropout}"
     heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     generator = torch.Generator(device).manual_seed(0)
@@ -218,7 +206,7 @@ def _eager(module: Any, *tensors: Any, **kwargs: Any) -> tuple[torch.Tensor, Any
 
 
 def _beyond(length: int, window: int | None) -> bool:
-    """Tell whether a document is longer than the model's attention window."""
+    """Return True if a document is longer than the model's attention window."""
     return window is not None and length > window
 
 

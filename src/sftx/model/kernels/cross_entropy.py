@@ -1,8 +1,7 @@
 """Cross entropies of rows of logits, and what they change by, in place of the logits.
 
-On a GPU one Triton kernel goes over a row once for its sum and once for its slope, where it is tried and found right
-and no slower: every pass over the logits of a large vocabulary costs there. (Liger's kernel reads a count back to the
-host, and knows no weights.) Elsewhere torch does it.
+On a GPU one Triton kernel reads a row once for its sum and once for its gradient: every pass over the logits of a large
+vocabulary costs there. (Liger's kernel reads a count back to the host and has no weights.) Elsewhere torch computes it.
 """
 
 from __future__ import annotations
@@ -13,31 +12,30 @@ from typing import Any
 
 import torch
 
-from sftx.model.compare import TIMED_ROWS, differ, reason_of, slower
+from sftx.model.kernels.compare import difference, reason_of
 
 CACHED = 2**17
 """Logits that a thread works on at a time on a CPU: four rows of a vocabulary of 32,000."""
-TIMED_LOGITS = 2**25
-"""At most, for the kernel beside torch."""
-_uses_kernel = False
 
 
-def use_kernel(device: torch.device, dtype: torch.dtype, vocabulary: int) -> str | None:
-    """Use the kernel from now on, if it gives the right thing and is no slower here; else say why not."""
-    global _uses_kernel
-    reason = reason_of(lambda: _compare(device, dtype) or _slower(device, dtype, vocabulary))
-    _uses_kernel = reason is None
-    return reason
+def kernel_unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the Triton kernel cannot be used here, or None."""
+    return reason_of(lambda: _compare(device, dtype)) if device.type == "cuda" else "it needs an NVIDIA GPU"
 
 
 def losses(
-    logits_PV: torch.Tensor, targets_P: torch.Tensor, weights_P: torch.Tensor | None, losses_P: torch.Tensor
+    logits_PV: torch.Tensor,
+    targets_P: torch.Tensor,
+    weights_P: torch.Tensor | None,
+    losses_P: torch.Tensor,
+    *,
+    kernel: bool,
 ) -> torch.Tensor:
     """Write the cross entropies, fp32; with weights, return the derivatives of the weighted ones.
 
     The logits are lost. The derivatives are fp32, or of the logits' format.
     """
-    if _uses_kernel and logits_PV.is_cuda:
+    if kernel and logits_PV.is_cuda:
         return _by_kernel(logits_PV, targets_P, weights_P, losses_P)
     return _by_torch(logits_PV.float(), targets_P, weights_P, losses_P)
 
@@ -125,16 +123,4 @@ def _compare(device: torch.device, dtype: torch.dtype) -> str | None:
     slope = _by_kernel(logits.clone(), targets, weights, found[0])
     _by_kernel(logits.clone(), targets, None, found[1])
     wanted = _by_torch(logits.float(), targets, weights, found[2])
-    return differ((slope, *found[:2]), (wanted, found[2], found[2]), dtype)
-
-
-def _slower(device: torch.device, dtype: torch.dtype, vocabulary: int) -> str | None:
-    rows = min(TIMED_ROWS, TIMED_LOGITS // vocabulary)
-    logits = torch.randn(rows, vocabulary, device=device, dtype=dtype)
-    targets, weights = torch.zeros(rows, dtype=torch.int64, device=device), torch.ones(rows, device=device)
-    found = torch.empty(rows, device=device)
-
-    def by_torch() -> None:
-        _by_torch(logits.float(), targets, weights, found).to(dtype)
-
-    return slower((lambda: _by_kernel(logits, targets, weights, found), by_torch), device)
+    return difference((slope, *found[:2]), (wanted, found[2], found[2]), dtype)

@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 def usable(query: torch.Tensor) -> bool:
-    """Tell whether this is what torch's kernel is slow at."""
+    """Return True if this is what torch's kernel is slow at."""
     return query.device.type == "cpu" and query.dtype == torch.float32 and torch.backends.mkl.is_available()
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sftx.model import attention, blocks
+from sftx.model.kernels import attention
+from sftx.model.kernels import cpu_attention as blocks
 
 WIDTH = 8
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from sftx.model.adapt import AdaptedModel
-from sftx.model.attention import leave_uncompiled
+from sftx.model.kernels.attention import leave_uncompiled
 from sftx.model.lora.targets import decoder_layers
 
 VARIANTS = 8
