@@ -2,7 +2,7 @@
 
 `python -m tests.faults.race FOLDER COUNT KIND SEED` prints what became of them, as JSON. They are forked from one
 process that has imported everything, and start when a pipe is closed. KIND is what the victim is killed in:
-`jsonl` (the store of records), `tokens`, `models` (the embedded model), or `none`.
+`records`, `tokens`, `models` (the embedded model), or `none`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from tests.faults.kill import own_output, warm
 from tests.faults.runs import composed
 
-LONGEST = {"jsonl": 0.2, "tokens": 1.0, "models": 2.0}
+LONGEST = {"records": 0.2, "tokens": 1.0, "models": 2.0}
 """Seconds within which the victim dies, or else when it has built all but not published it."""
 
 
@@ -54,12 +54,22 @@ def note(folder: Path, *words: object) -> None:
 
 def watch_builds(folder: Path, victims: str, after: float) -> None:
     """Note each build, and kill the process that makes the first of the kind that a victim is wanted for."""
+    import sftx.data.corpus
+    import sftx.data.store
     import sftx.files
 
     original = sftx.files.write_folder
+    kinds: list[str] = []
+    for module, kind in ((sftx.data.corpus, "records"), (sftx.data.store, "tokens")):
+
+        def opened(*arguments: Any, kind: str = kind, open_entry: Any = module.open_entry) -> Any:
+            kinds.append(kind)
+            return open_entry(*arguments)
+
+        module.open_entry = opened  # type: ignore[attr-defined]
 
     def watched(into: Path, fill: Callable[[Path], None], **named: Any) -> None:
-        kind = into.parent.name
+        kind = kinds[-1] if into.parent.name == "corpora" else into.parent.name
 
         def filled(temporary: Path) -> None:
             note(folder, "began", kind)

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.faults.test_kill import SEED
 
 COUNT = 16
-KINDS = ("jsonl", "tokens", "models")
+KINDS = ("records", "tokens", "models")
 
 
 def race(folder: Path, victims: str, seed: int) -> None:

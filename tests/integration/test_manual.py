@@ -10,6 +10,7 @@ import json
 import logging
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from tests.conftest import ROOT
@@ -358,7 +359,7 @@ def test_remove_unused_columns(make_config, corpus: Path, drop: bool) -> None:
     )
     run([config])
     data = json.loads((Path(config.output_dir) / "manifest.json").read_text())["data"][0]
-    row = json.loads(Path(data["jsonl"]).read_text(encoding="utf-8").splitlines()[3])
+    row = json.loads(pa.ipc.open_file(Path(data["records"]).read_bytes()).read_all()["record"][3].as_py())
     assert set(row.get("extra", {})) == (set() if drop else {"note"})
     assert row["messages"][0] == {"role": "user", "content": "question 3?"}
     losses = [k for r in records(config) for k in r if k.startswith("eval/loss/")]

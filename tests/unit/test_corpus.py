@@ -1,4 +1,4 @@
-"""`sftx.data.corpus`: the file that is found, its JSONL, and the rows that are held out."""
+"""`sftx.data.corpus`: the file that is found, its records in the cache, and the rows that are held out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ MULTI_LINE = f'{HEADER}\na,q1,r1\nb,"two\nlines\r\nor three","x\ny"\nc,q3,r3\n'
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "jsonl"
+    return tmp_path / "cache" / "corpora"
 
 
 def put(path: Path, text: str = f"{HEADER}\na,q,r\n") -> Path:
@@ -39,10 +40,14 @@ def load(path: Path, *, keep_columns: bool = True, **options: str) -> LoadedFile
     return Corpus(**options).load(str(path.parent), path.name, key="train_file_name", keep_columns=keep_columns)
 
 
-def jsonl_rows(loaded: LoadedFile) -> list[dict[str, object]]:
+def store_of(loaded: LoadedFile) -> Path:
+    return Path(str(loaded.facts()["records"]))
+
+
+def stored_rows(loaded: LoadedFile) -> list[dict[str, object]]:
     """Return the stored rows with their two turns and other columns side by side."""
     made = []
-    for line in loaded.jsonl.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in pa.ipc.open_file(store_of(loaded).read_bytes()).read_all()["record"].to_pylist():
         row = json.loads(line)
         user, assistant = row.pop("messages")
         assert (user["role"], assistant["role"], row.pop("file"), row.pop("line") > 1) == ("user", "assistant", 0, True)
@@ -96,7 +101,7 @@ def test_a_folder_of_the_corpus_name_is_no_corpus(tmp_path: Path) -> None:
     assert find_file(str(tmp_path), "a.csv", key="train_file_name") == path
 
 
-# Its JSONL
+# Its records in the cache
 
 
 def test_rows_keep_their_text_and_the_line_they_begin_at(tmp_path: Path, cache: Path) -> None:
@@ -109,7 +114,7 @@ def test_rows_keep_their_text_and_the_line_they_begin_at(tmp_path: Path, cache: 
             ("c", "q3", "r3", 7),
         ]
         assert {r.file for r in loaded.records} == {str(path)}
-        assert jsonl_rows(loaded)[1] == {"category": "b", "human": "two\nlines\r\nor three", "assistant": "x\ny"}
+        assert stored_rows(loaded)[1] == {"category": "b", "human": "two\nlines\r\nor three", "assistant": "x\ny"}
         assert (loaded.encoding, loaded.delimiter, loaded.format) == ("utf-8", ",", "csv")
         assert loaded.facts()["rows"] == 3
 
@@ -126,23 +131,23 @@ def test_a_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch: pyte
     first = load(path)
     monkeypatch.setattr(corpus_module, "FileReader", None)
     assert load(path) == first
-    assert first.jsonl.parent.parent == cache
+    assert store_of(first).parent.parent == cache
 
 
-def test_other_content_is_another_jsonl(tmp_path: Path, cache: Path) -> None:
+def test_other_content_is_another_entry(tmp_path: Path, cache: Path) -> None:
     path = put(tmp_path / "a.b.csv")  # a dot in the name is no suffix
     first = load(path)
     put(path, f"{HEADER}\na,q,other\n")
     second = load(path)
     assert second.records[0].assistant == "other"
-    assert first.jsonl != second.jsonl
+    assert store_of(first) != store_of(second)
     assert first.sha256 != second.sha256
-    assert jsonl_rows(first)[0]["assistant"] == "r"
+    assert stored_rows(first)[0]["assistant"] == "r"
 
 
 def test_the_same_content_elsewhere_says_where_it_is(tmp_path: Path, cache: Path) -> None:
     one, two = put(tmp_path / "one" / "a.csv"), put(tmp_path / "two" / "a.csv")
-    assert load(one).jsonl == load(two).jsonl
+    assert store_of(load(one)) == store_of(load(two))
     assert load(two).records[0].file == str(two)
     assert load(two).facts()["path"] == str(two)
 
@@ -154,14 +159,15 @@ def test_how_a_file_is_read_is_part_of_the_key(tmp_path: Path, cache: Path) -> N
         load(path, delimiter=",")
 
 
-def test_a_jsonl_that_was_changed_is_converted_anew(tmp_path: Path, cache: Path) -> None:
+def test_an_entry_that_was_changed_is_converted_anew(tmp_path: Path, cache: Path) -> None:
     path = put(tmp_path / "a.csv", MULTI_LINE)
     first = load(path)
-    for damage in (b"", first.jsonl.read_bytes()[:-9], None):
-        first.jsonl.unlink() if damage is None else first.jsonl.write_bytes(damage)
+    store = store_of(first)
+    for damage in (b"", store.read_bytes()[:-9], None):
+        store.unlink() if damage is None else store.write_bytes(damage)
         assert load(path) == first
-    for name in ("facts.json", "index.npy"):
-        (first.jsonl.parent / name).write_text("{", encoding="utf-8")
+    for name in ("facts.json", "skipped.jsonl"):
+        (store.parent / name).write_text("{", encoding="utf-8")
         assert load(path) == first
         assert list(load(path).records)
 
@@ -173,8 +179,8 @@ def test_other_columns_are_kept_or_dropped(tmp_path: Path, cache: Path, keep: bo
     loaded = load(path, keep_columns=keep)
     extra = {"id": "7", "note": ""} if keep else {}
     assert loaded.records[0].extra == extra
-    assert jsonl_rows(loaded) == [{"category": "a", "human": "q", "assistant": "r"} | extra]
-    assert loaded.jsonl != other.jsonl
+    assert stored_rows(loaded) == [{"category": "a", "human": "q", "assistant": "r"} | extra]
+    assert store_of(loaded) != store_of(other)
 
 
 def test_columns_of_any_name_are_harmless(tmp_path: Path, cache: Path) -> None:
@@ -206,7 +212,7 @@ def test_a_file_that_cannot_be_read_leaves_nothing(tmp_path: Path, cache: Path) 
 def _convert(path: Path, start: object, out: object) -> None:
     start.wait()  # type: ignore[attr-defined]
     loaded = load(path)
-    out.put((len(loaded.records), loaded.records[-1].human, str(loaded.jsonl)))  # type: ignore[attr-defined]
+    out.put((len(loaded.records), loaded.records[-1].human, str(store_of(loaded))))  # type: ignore[attr-defined]
 
 
 def test_processes_may_convert_the_same_file_at_once(tmp_path: Path, cache: Path) -> None:
@@ -221,8 +227,8 @@ def test_processes_may_convert_the_same_file_at_once(tmp_path: Path, cache: Path
     found = {out.get(timeout=60) for _ in workers}
     for worker in workers:
         worker.join()
-    assert found == {(3000, "q2999\n" + "x" * 200, str(load(path).jsonl))}
-    assert [p.name for p in cache.iterdir()] == [load(path).jsonl.parent.name], "temporary files were left"
+    assert found == {(3000, "q2999\n" + "x" * 200, str(store_of(load(path))))}
+    assert [p.name for p in cache.iterdir()] == [store_of(load(path)).parent.name], "temporary files were left"
 
 
 # The split

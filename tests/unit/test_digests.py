@@ -122,7 +122,7 @@ def test_a_warm_corpus_is_not_read_and_a_changed_one_is(tmp_path: Path, reads: l
     assert reads == [path], "what it wrote itself is known"
     path.write_text("category,human,assistant\nc,two,a\n", encoding="utf-8")
     assert human() == "two"
-    for store in (tmp_path / "cache" / "jsonl").glob("*/records.jsonl"):
+    for store in (tmp_path / "cache" / "corpora").glob("*/records.arrow"):
         time.sleep(0.02)
         store.write_bytes(store.read_bytes().replace(b"two", b"bad"))
     assert human() == "two", "a store that is not as it was left is made anew"
@@ -131,7 +131,7 @@ def test_a_warm_corpus_is_not_read_and_a_changed_one_is(tmp_path: Path, reads: l
 def test_a_corpus_that_changes_while_it_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.csv"
     path.write_text("category,human,assistant\nc,one,a\n", encoding="utf-8")
-    whole = corpus_module.write_store
+    whole = corpus_module.write_records
 
     def slow(into: Path, records: object) -> object:
         facts = whole(into, records)  # type: ignore[arg-type]
@@ -139,6 +139,6 @@ def test_a_corpus_that_changes_while_it_is_converted(tmp_path: Path, monkeypatch
         path.write_text("category,human,assistant\nc,two,a\n", encoding="utf-8")
         return facts
 
-    monkeypatch.setattr(corpus_module, "write_store", slow)
+    monkeypatch.setattr(corpus_module, "write_records", slow)
     with pytest.raises(DataError, match="was changed while it was read"):
         Corpus().load(str(tmp_path), "a.csv", key="k", keep_columns=True)

@@ -18,7 +18,7 @@ from sftx.data import corpus as corpus_module
 from sftx.data.choose import ChoosePolicy, choose, facts_of
 from sftx.data.corpus import Corpus, LoadedFile, convert, split
 from sftx.data.record import Message, Record
-from sftx.data.record_store import RecordStore, RecordView, write_store
+from sftx.data.record_store import RecordStore, RecordView, write_records
 from sftx.errors import DataError
 
 HEADER = "category,human,assistant\n"
@@ -27,7 +27,7 @@ HEADER = "category,human,assistant\n"
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "jsonl"
+    return tmp_path / "cache" / "corpora"
 
 
 RICH = Record(
@@ -50,7 +50,7 @@ RICH = Record(
 
 def store_of(folder: Path, records: list[Record]) -> RecordStore:
     folder.mkdir()
-    facts = write_store(folder, [(0, r) for r in records])
+    facts = write_records(folder, [(0, r) for r in records])
     return RecordStore(folder, ["/x/a.csv"], ["a"], facts["categories"])
 
 
@@ -116,7 +116,7 @@ def test_what_the_policies_need_is_known_without_reading(tmp_path: Path, monkeyp
 
 def test_a_store_that_is_cut_short_while_it_is_used(tmp_path: Path) -> None:
     store = store_of(tmp_path / "s", [plain(i) for i in range(100)])
-    path = tmp_path / "s" / "records.jsonl"
+    path = tmp_path / "s" / "records.arrow"
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(DataError, match="was changed while it was used"):
         list(store)
@@ -148,14 +148,14 @@ def test_skipped_rows_are_handed_back(tmp_path: Path) -> None:
 
 
 def _convert(path: Path, start: object, out: object, built: object) -> None:
-    whole = corpus_module.write_store
+    whole = corpus_module.write_records
 
     def counting(*arguments: object) -> object:
         with built.get_lock():  # type: ignore[attr-defined]
             built.value += 1  # type: ignore[attr-defined]
         return whole(*arguments)  # type: ignore[arg-type]
 
-    corpus_module.write_store = counting  # type: ignore[assignment]
+    corpus_module.write_records = counting  # type: ignore[assignment]
     start.wait()  # type: ignore[attr-defined]
     loaded = load(path)
     out.put((len(loaded.records), loaded.records[-1].human))  # type: ignore[attr-defined]
@@ -181,8 +181,8 @@ def test_a_converter_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path, c
     path = put(tmp_path / "a.csv", "c,q,a\n")
     code = (
         "import os, sys, time; from pathlib import Path; from sftx.data import corpus\n"
-        "def hang(into, records): (into / 'records.jsonl').write_text('half'); print('in', flush=True); time.sleep(60)\n"
-        "corpus.write_store = hang\n"
+        "def hang(into, records): (into / 'records.arrow').write_text('half'); print('in', flush=True); time.sleep(60)\n"
+        "corpus.write_records = hang\n"
         f"corpus.Corpus().load({str(tmp_path)!r}, 'a.csv', key='k', keep_columns=True)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -196,7 +196,7 @@ def test_a_converter_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path, c
     began = time.monotonic()
     assert [r.human for r in load(path).records] == ["q"]
     assert time.monotonic() - began < 10
-    assert [p.name for p in cache.iterdir()] == [load(path).jsonl.parent.name], "what the killed one left is gone"
+    assert [p.name for p in cache.iterdir()] == [load(path).records.key], "what the killed one left is gone"
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.csv.gz"])

@@ -21,20 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftx import cli
-from sftx.data import cache, tokenise
-from sftx.data.block import Origin, Skipped, to_block
-from sftx.data.cache import Names, RecordFile, open_rows, store_key
+from sftx.data import cache, token_store, tokenise
+from sftx.data.cache import Names
 from sftx.data.policy import EncodePolicy
 from sftx.data.record import Record, pair
 from sftx.data.rows import Row
-from sftx.data.store import MemoryRows, Rows, TokenRows
+from sftx.data.store import MemoryRows, Rows, TokenRows, open_rows
 from sftx.data.template import ChatTemplate, template_source
-from sftx.data.writer import StoreWriter
+from sftx.data.token_store import Block, to_batch, token_key, write_rows
 from sftx.errors import ConfigError, DataError, SftxError
 from sftx.model.builtin import ensure_builtin
 
 POLICY = EncodePolicy(64)
-FILES = [RecordFile("corpus.csv", "0" * 64)]
+CORPUS = "0" * 32
 
 
 @pytest.fixture(scope="session")
@@ -83,15 +82,17 @@ def same(a: Row, b: Row) -> bool:
     return alike and arrays and a.ids_T.dtype == b.ids_T.dtype and a.weights_T.dtype == b.weights_T.dtype
 
 
-def stored(folder: Path, rows: list[Row], batches: int = 1, skipped: list[Skipped] | None = None) -> TokenRows:
+def stored(folder: Path, rows: list[Row], batches: int = 1, skipped: list[tuple[int, str]] | None = None) -> TokenRows:
+    """Write rows, each of a record of its own, and two further records without rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    with StoreWriter(folder, "key", ["a.csv", "b.csv"]) as writer:
-        for part in np.array_split(np.arange(len(rows)), batches):
-            origins = [Origin(int(i), *_place(rows[i].origin)) for i in part]
-            writer.add(to_block([rows[i] for i in part], origins, skipped or []))
-            skipped = None
-        totals = writer.finish()
-    return TokenRows(folder, "key", ["a.csv", "b.csv"], totals)
+    parts = np.array_split(np.arange(len(rows)), batches)
+    blocks = [Block(to_batch([rows[i] for i in part], part.tolist())) for part in parts]
+    blocks[0].skipped += skipped or []
+    assert write_rows(folder, blocks) == {"rows": len(rows), "tokens": sum(len(row.ids_T) for row in rows)}
+    records = [pair(row.category, "q", "a", *_place(row.origin), {}) for row in rows]
+    return TokenRows(
+        folder, [*records, *(pair("x", "q", "a", f"{name}.csv", n, {}) for name, n in (("b", 7), ("a", 8)))]
+    )
 
 
 def _place(origin: str) -> tuple[str, int]:
@@ -137,10 +138,8 @@ def test_what_goes_in_comes_out(rows: list[Row], batches: int, tmp_path_factory:
     assert [kept.categories[n] for n in kept.category_numbers] == [row.category for row in rows]
     assert kept.loss_weights.tolist() == [row.loss_weight for row in rows]
     assert kept.supervised.tolist() == [row.supervised_tokens for row in rows]
-    assert kept.totals.tokens == kept.tokens == sum(len(row.ids_T) for row in rows)
-    assert kept.totals.truncated == len(kept.truncated) == sum(row.truncated for row in rows)
-    assert kept.totals.longest == max((row.full_length for row in rows), default=0)
-    kept.verify()
+    assert kept.tokens == sum(len(row.ids_T) for row in rows)
+    assert len(kept.truncated) == sum(row.truncated for row in rows)
 
 
 def _rows(count: int) -> list[Row]:
@@ -151,7 +150,7 @@ def _rows(count: int) -> list[Row]:
 
 
 def test_rows_can_be_chosen_and_sent_to_another_process(tmp_path: Path) -> None:
-    skipped = [Skipped(10, "b.csv", 7, "too long"), Skipped(11, "a.csv", 8, "empty")]
+    skipped = [(10, "too long"), (11, "empty")]
     kept: Rows = stored(tmp_path, _rows(10), 3, skipped)
     assert same(kept[-1], _rows(10)[9])
     with pytest.raises(IndexError):
@@ -179,27 +178,25 @@ def test_whatever_the_tokens_follow_from_is_in_the_key(tokenizer: Any, template:
     source = template_source("chatml")
     stop = ["<|im_end|>"]
     keys = [
-        store_key(FILES, 5, template, POLICY),
-        store_key([RecordFile("corpus.csv", "1" * 64)], 5, template, POLICY),
-        store_key([*FILES, *FILES], 5, template, POLICY),
-        store_key(FILES, 4, template, POLICY),
-        store_key(FILES, 5, template, POLICY, "other rows"),
-        store_key(FILES, 5, ChatTemplate(other, source, stop), POLICY),
-        store_key(FILES, 5, ChatTemplate(tokenizer, source + " ", stop), POLICY),
-        store_key(FILES, 5, ChatTemplate(tokenizer, source, ["<|endoftext|>", *stop]), POLICY),
-        store_key(FILES, 5, template, replace(POLICY, max_length=65)),
-        store_key(FILES, 5, template, replace(POLICY, too_long="drop")),
-        store_key(FILES, 5, template, replace(POLICY, learn="last")),
+        token_key(CORPUS, 5, template, POLICY),
+        token_key("1" * 32, 5, template, POLICY),
+        token_key(CORPUS, 4, template, POLICY),
+        token_key(CORPUS, 5, ChatTemplate(other, source, stop), POLICY),
+        token_key(CORPUS, 5, ChatTemplate(tokenizer, source + " ", stop), POLICY),
+        token_key(CORPUS, 5, ChatTemplate(tokenizer, source, ["<|endoftext|>", *stop]), POLICY),
+        token_key(CORPUS, 5, template, replace(POLICY, max_length=65)),
+        token_key(CORPUS, 5, template, replace(POLICY, too_long="drop")),
+        token_key(CORPUS, 5, template, replace(POLICY, learn="last")),
     ]
     assert len(set(keys)) == len(keys)
     again = ChatTemplate(pickle.loads(pickle.dumps(tokenizer)), source, stop)
-    assert store_key([RecordFile("renamed.csv", "0" * 64)], 5, again, POLICY) == keys[0]
+    assert token_key(CORPUS, 5, again, POLICY) == keys[0]
 
 
 def test_the_key_follows_the_version_of_sftx_data(template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = store_key(FILES, 5, template, POLICY)
-    monkeypatch.setattr(cache, "DATA_VERSION", cache.DATA_VERSION + 1)
-    assert store_key(FILES, 5, template, POLICY) != before
+    before = token_key(CORPUS, 5, template, POLICY)
+    monkeypatch.setattr(token_store, "DATA_VERSION", token_store.DATA_VERSION + 1)
+    assert token_key(CORPUS, 5, template, POLICY) != before
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -220,23 +217,23 @@ def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_corpus_is_tokenised_once(template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
     builds = count_builds(monkeypatch)
     records = corpus(60)
-    cold = open_rows(records, FILES, template, POLICY)
-    warm = open_rows(records, [RecordFile("moved.csv", FILES[0].sha256)], template, POLICY)
+    cold = open_rows(CORPUS, records, template, POLICY)
+    warm = open_rows(CORPUS, [replace(r, file="moved.csv") for r in records], template, POLICY)
     assert len(builds) == 1
     expected, reasons = encoded(template, records)
     assert all(same(a, b) for a, b in zip(cold, expected, strict=True))
     assert [str(s) for s in cold.skipped] == reasons
-    assert cold.totals.skipped == len(reasons) > 0
-    assert cold.totals.truncated == sum(row.truncated for row in expected) > 0
+    assert len(reasons) > 0
+    assert len(cold.truncated) == sum(row.truncated for row in expected) > 0
     assert warm[0].origin == "moved.csv:" + cold[0].origin.partition(":")[2]
 
 
-@pytest.mark.parametrize("harm", ["cut", "emptied", "facts", "foreign", "no rows", "footer"])
+@pytest.mark.parametrize("harm", ["cut", "emptied", "facts", "foreign", "no rows", "footer", "inside"])
 def test_a_harmed_cache_is_made_anew(template: ChatTemplate, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
     builds = count_builds(monkeypatch)
     records = corpus(30)
-    folder = open_rows(records, FILES, template, POLICY).folder
-    arrow, facts = folder / "rows.arrow", folder / "store.json"
+    folder = open_rows(CORPUS, records, template, POLICY).folder
+    arrow, facts = folder / "rows.arrow", folder / "facts.json"
     match harm:
         case "cut":
             arrow.write_bytes(arrow.read_bytes()[:-9])
@@ -245,7 +242,7 @@ def test_a_harmed_cache_is_made_anew(template: ChatTemplate, monkeypatch: pytest
         case "facts":
             facts.write_text("{", encoding="utf-8")
         case "foreign":
-            other = open_rows(records[:-1], FILES, template, POLICY).folder
+            other = open_rows(CORPUS, records[:-1], template, POLICY).folder
             arrow.write_bytes((other / "rows.arrow").read_bytes())
         case "no rows":
             arrow.unlink()
@@ -253,38 +250,33 @@ def test_a_harmed_cache_is_made_anew(template: ChatTemplate, monkeypatch: pytest
             whole = bytearray(arrow.read_bytes())
             whole[-60:-20] = bytes(40)
             arrow.write_bytes(whole)
+        case "inside":
+            whole = bytearray(arrow.read_bytes())
+            whole[len(whole) // 2] ^= 1
+            arrow.write_bytes(whole)
     before = len(builds)
-    rows = open_rows(records, FILES, template, POLICY)
+    rows = open_rows(CORPUS, records, template, POLICY)
     assert len(builds) == before + 1
     assert all(same(a, b) for a, b in zip(rows, encoded(template, records)[0], strict=True))
-    open_rows(records, FILES, template, POLICY).verify()
+    open_rows(CORPUS, records, template, POLICY)
     assert len(builds) == before + 1
-
-
-def test_damage_inside_is_found_on_demand(template: ChatTemplate) -> None:
-    rows = open_rows(corpus(30), FILES, template, POLICY)
-    arrow = rows.folder / "rows.arrow"
-    whole = bytearray(arrow.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    arrow.write_bytes(whole)
-    with pytest.raises(DataError, match=f"sftx data cache rm {rows.key[:12]}"):
-        rows.verify()
 
 
 def test_nothing_is_kept_when_no_record_can_be_used(template: ChatTemplate) -> None:
     with pytest.raises(DataError, match=r"no row can be trained on. The first of 3: corpus.csv:2: \d+ prompt tokens"):
-        open_rows(corpus(3), FILES, template, EncodePolicy(2))
+        open_rows(CORPUS, corpus(3), template, EncodePolicy(2))
     assert cache.entries() == []
-    assert [p.name for p in (cache.cache_root() / "tokens").iterdir() if p.is_dir()] == []
+    assert [p.name for p in (cache.cache_root() / "corpora").iterdir() if p.is_dir()] == []
 
 
 BUILDER = """
 import os, pickle, sys, time
 from pathlib import Path
-from sftx.data import cache, tokenise
+from sftx.data import tokenise
+from sftx.data.store import open_rows
 from sftx.data.template import ChatTemplate
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
-made, records, files, policy = pickle.loads((folder / "job").read_bytes())
+made, records, policy = pickle.loads((folder / "job").read_bytes())
 encode = tokenise.encode_blocks
 def noted(*arguments):
     with (folder / "builds").open("a") as log:
@@ -297,7 +289,7 @@ template = ChatTemplate(*made)
 (folder / f"ready.{os.getpid()}").touch()
 while not (folder / "go").exists():
     time.sleep(0.02)
-rows = cache.open_rows(records, files, template, policy)
+rows = open_rows('key', records, template, policy)
 print(len(rows), int(rows.lengths.sum()))
 """
 
@@ -306,7 +298,7 @@ print(len(rows), int(rows.lengths.sum()))
 def start_builder(tmp_path: Path, template: ChatTemplate) -> Callable[[float], subprocess.Popen[str]]:
     """Return a function that starts a process that opens `corpus(40)`, and rests after each block."""
     made = template.tokenizer, template.source, template.stop_tokens
-    (tmp_path / "job").write_bytes(pickle.dumps((made, corpus(40), FILES, POLICY)))
+    (tmp_path / "job").write_bytes(pickle.dumps((made, corpus(40), POLICY)))
 
     def start(pause: float) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", BUILDER, str(tmp_path), str(pause)]
@@ -343,7 +335,7 @@ def test_a_killed_builder_leaves_nothing_that_matters(
 ) -> None:
     (tmp_path / "go").touch()
     victim = start_builder(60)
-    folder = tmp_path / "cache" / "tokens"
+    folder = tmp_path / "cache" / "corpora"
     wait_for(lambda: builds(tmp_path) and list(folder.glob(".*/rows.arrow")))
     (key,) = cache.keys()
     assert not cache.remove(key), "a store that is being built is left alone"
@@ -351,8 +343,8 @@ def test_a_killed_builder_leaves_nothing_that_matters(
     victim.communicate()
     assert list(folder.glob(".*"))
     records = corpus(40)
-    rows = open_rows(records, FILES, template, POLICY)
-    assert rows.key == key
+    rows = open_rows("key", records, template, POLICY)
+    assert rows.folder.name == key
     assert len(rows) == len(encoded(template, records)[0])
     assert not list(folder.glob(".*")), "what the killed process left is gone"
     assert cache.remove(key)
@@ -377,9 +369,9 @@ def test_the_bytes_are_the_same_however_many_processes(
     hashes = set()
     for count in counts:
         monkeypatch.setenv("SFTX_CACHE", str(tmp_path / str(count)))
-        rows = open_rows(records, FILES, template, POLICY, workers=count)
-        assert rows.totals.skipped
-        files = [(rows.folder / name).read_bytes() for name in ("rows.arrow", "skipped.jsonl", "store.json")]
+        rows = open_rows(CORPUS, records, template, POLICY, workers=count)
+        assert rows.skipped
+        files = [(rows.folder / name).read_bytes() for name in ("rows.arrow", "skipped.jsonl", "facts.json")]
         hashes.add(hashlib.sha256(b"".join(files)).hexdigest())
     assert len(hashes) == 1
     expected, reasons = encoded(template, records)
@@ -429,11 +421,11 @@ def test_an_error_in_a_process_is_one_error(
 ) -> None:
     before = descendants()
     with pytest.raises(kind, match=said) as caught:
-        open_rows(Records(corpus(200), trouble), FILES, template, POLICY, workers=2)
+        open_rows(CORPUS, Records(corpus(200), trouble), template, POLICY, workers=2)
     assert trouble != "fault" or "__getitem__" in str(caught.value.__cause__), "the place in the other process is told"
     assert descendants() <= before
-    folder = cache.cache_root() / "tokens"
-    assert [p.name for p in folder.iterdir() if p.suffix != ".lock"] == [], "nothing half-written is left"
+    folder = cache.cache_root() / "corpora"
+    assert [p.name for p in folder.iterdir() if not p.name.endswith(".lock")] == [], "nothing half-written is left"
     assert cache.entries() == []
 
 
@@ -447,13 +439,13 @@ def test_an_interrupt_ends_all(template: ChatTemplate) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
     try:
         with pytest.raises(KeyboardInterrupt):
-            open_rows(Records(corpus(200), "hangs"), FILES, template, POLICY, workers=2)
+            open_rows(CORPUS, Records(corpus(200), "hangs"), template, POLICY, workers=2)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, interrupted)
     assert descendants() <= before
-    assert not list((cache.cache_root() / "tokens").glob("*/"))
+    assert not list((cache.cache_root() / "corpora").glob("*/"))
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -464,7 +456,7 @@ def test_workers_end_with_a_process_that_is_killed(template: ChatTemplate) -> No
     cache.mkdir(parents=True)
     child = os.fork()
     if child == 0:
-        open_rows(Records(corpus(200), "hangs"), FILES, template, POLICY, workers=2)
+        open_rows(CORPUS, Records(corpus(200), "hangs"), template, POLICY, workers=2)
         os._exit(1)
     wait_for((cache / "hangs").exists)
     workers = psutil.Process(child).children(recursive=True)
@@ -489,7 +481,7 @@ def test_small_corpora_are_tokenised_here() -> None:
 @pytest.fixture
 def two_stores(template: ChatTemplate) -> list[str]:
     names = Names("corpus.csv", "qwen-tiny", "chatml")
-    return [open_rows(corpus(n), FILES, template, POLICY, names=names).key for n in (30, 20)]
+    return [open_rows(str(n), corpus(n), template, POLICY, names=names).folder.name for n in (30, 20)]
 
 
 def test_ls_and_rm(two_stores: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -510,7 +502,7 @@ def test_ls_and_rm(two_stores: list[str], capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     cli.run(["data", "cache", "ls"])
     assert capsys.readouterr().out == "nothing is kept\n"
-    assert list((cache.cache_root() / "tokens").iterdir()) == []
+    assert list((cache.cache_root() / "corpora").iterdir()) == []
 
 
 def test_ls_imports_nothing_heavy() -> None:

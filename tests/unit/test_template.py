@@ -12,10 +12,10 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sftx.data.cache import RecordFile, open_rows
 from sftx.data.loader import collate
 from sftx.data.policy import EncodePolicy
 from sftx.data.record import Record, pair
+from sftx.data.store import open_rows
 from sftx.data.template import ChatTemplate, Row, template_source
 from sftx.errors import ConfigError, DataError, ModelError
 from sftx.model.builtin import PATTERN, ensure_builtin
@@ -239,14 +239,11 @@ def test_truncation_keeps_part_of_the_answer_or_skips_the_row() -> None:
             assert row.full_length == len(whole.ids_T)
 
 
-FILES = [RecordFile("corpus.csv", "0")]
-
-
 def test_skipped_and_cut_rows_name_their_file_and_line(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SFTX_CACHE", str(tmp_path))
     short, long = record("q", "a", 2), record("word " * 50, "a", 3)
     cut = record("q", "word " * 50, 9)
-    rows = open_rows([short, long, cut], FILES, qwen(), EncodePolicy(45))
+    rows = open_rows("corpus", [short, long, cut], qwen(), EncodePolicy(45))
     assert [r.origin for r in rows] == ["corpus.csv:2", "corpus.csv:9"]
     assert [rows.origin(i) for i in rows.truncated] == ["corpus.csv:9"]
     assert len(rows.skipped) == 1
@@ -256,7 +253,7 @@ def test_skipped_and_cut_rows_name_their_file_and_line(monkeypatch, tmp_path: Pa
 def test_a_corpus_without_one_usable_row_is_an_error_with_the_line_and_the_length(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SFTX_CACHE", str(tmp_path))
     with pytest.raises(DataError, match=r"no row can be trained on.*first of 2: corpus\.csv:4: .*raise max_seq_leng"):
-        open_rows([record("q", "a", 4), record("q", "a", 5)], FILES, qwen(), EncodePolicy(3))
+        open_rows("corpus", [record("q", "a", 4), record("q", "a", 5)], qwen(), EncodePolicy(3))
 
 
 def test_a_tokenizer_file_that_asks_for_truncation_and_padding_is_not_obeyed() -> None:

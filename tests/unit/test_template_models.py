@@ -15,9 +15,9 @@ from tests.unit.test_template_turns import CALL, ROOM, WEATHER, learned, said, t
 from transformers import PreTrainedTokenizerFast
 
 from sftx.config.compose import compose_checked
-from sftx.data.cache import RecordFile, store_key
 from sftx.data.record import Message, Record
 from sftx.data.template import ChatTemplate, template_source
+from sftx.data.token_store import token_key
 from sftx.errors import ConfigError, ModelError, RunFolderError
 from sftx.model.builtin import ensure_builtin
 from sftx.model.family import Family, family_named
@@ -372,7 +372,7 @@ def test_a_date_that_cannot_be_set_is_refused() -> None:
 
 def test_the_date_is_in_the_key_of_the_tokens_where_it_is_written() -> None:
     def key(template: ChatTemplate) -> str:
-        return store_key([RecordFile("f", "0")], 1, template, ROOM)
+        return token_key("corpus", 1, template, ROOM)
 
     assert len({key(dated(d)) for d in ("2025-03-01", "2025-03-02")}) == 2
     assert len({key(dated(d, DATED)) for d in ("2025-03-01", "2025-03-02")}) == 1

@@ -1,4 +1,4 @@
-"""`sftx data cache`: the tokens that are kept."""
+"""`sftx data cache`: the corpora that are kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sftx.errors import DataError, did_you_mean
 
 def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) -> None:
     """Add `data cache ls` and `data cache rm`."""
-    parser = groups["data"].add_parser("cache", help="the tokens that are kept of each corpus")
+    parser = groups["data"].add_parser("cache", help="the corpora that are kept, as records and as tokens")
     actions = parser.add_subparsers(required=True, metavar="ls|rm")
     listing = actions.add_parser("ls", help="list them: key, corpus, model and template, rows, tokens, size, age")
     listing.set_defaults(run=_list)
@@ -27,7 +27,17 @@ def _list(_: argparse.Namespace) -> int:
     for e in entries:
         made_by = " / ".join(name for name in (e.names.model, e.names.template) if name)
         age = _age(time.time() - e.built)
-        table.append((e.key[:12], e.names.corpus, made_by, f"{e.rows:,}", f"{e.tokens:,}", _size(e.bytes), age))
+        table.append(
+            (
+                e.key[:12],
+                e.names.corpus,
+                made_by,
+                f"{e.rows:,}",
+                f"{e.tokens:,}" if e.tokens is not None else "-",
+                _size(e.bytes),
+                age,
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table if entries else []:
         cells = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from sftx.data.record import Record
-from sftx.data.record_store import answer_hash, before_hash, entries_of, origin_of
+from sftx.data.record_store import answer_hash, before_hash, origin_of, stored
 from sftx.errors import ConfigError, DataError, did_you_mean
 
 Duplicates = Literal["keep", "drop_exact", "drop_near"]
@@ -65,7 +65,7 @@ class Choice:
 
 def facts_of(records: Sequence[Record]) -> Facts:
     """Return the facts of records; of those in a store its index knows them."""
-    found = entries_of(records)
+    found = stored(records)
     if found is None:
         return Facts(
             np.array([before_hash(r) for r in records], np.uint64),
@@ -73,12 +73,12 @@ def facts_of(records: Sequence[Record]) -> Facts:
             [r.category for r in records],
             [r.source for r in records],
         )
-    store, entries = found
+    store, places = found
     return Facts(
-        np.ascontiguousarray(entries["before"]),
-        np.ascontiguousarray(entries["answer"]),
-        [store.categories[n] for n in entries["category"].tolist()],
-        [store.sources[n] for n in entries["file"].tolist()],
+        store.column("before")[places],
+        store.column("answer")[places],
+        [store.categories[n] for n in store.column("category")[places].tolist()],
+        [store.sources[n] for n in store.column("file")[places].tolist()],
     )
 
 

@@ -1,45 +1,42 @@
-"""Find the corpus, convert it once to a store of records, and open that."""
+"""Find the corpus, convert it once to records in the cache, and open those."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from sftx.config.bounds import Bounds
+from sftx.data.cache import SKIPPED, Names, entry_folder, open_entry
 from sftx.data.choose import ChoosePolicy
 from sftx.data.columns import FIELDS, RESERVED
-from sftx.data.digests import Stamp, keep_sha256, known_sha256, stamp
+from sftx.data.digests import Stamp, known_sha256, stamp
 from sftx.data.policy import EncodePolicy
-from sftx.data.read import FileReader, How, sha256_file, suffixes
+from sftx.data.read import FileReader, How, suffixes
 from sftx.data.record import Record, origin_text
-from sftx.data.record_store import INDEX, RECORDS, RecordStore, json_line, message_dict, write_store
+from sftx.data.record_store import RECORDS, RecordStore, json_line, message_dict, write_records
 from sftx.data.shapes import said_of_columns
 from sftx.data.sources import Source, fetch, find_file, find_sources
 from sftx.data.split import split
 from sftx.data.stream_files import StreamedFiles, described
 from sftx.errors import DataError
-from sftx.files import cache_root, write_chunks, write_folder, write_text
-from sftx.locks import exclusive
+from sftx.files import write_chunks
 
 __all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources", "split"]
 
-READER_VERSION = 9
+READER_VERSION = 10
 """Part of the cache key: raise it when the same file would be read differently."""
-FACTS, SKIPPED = "facts.json", "skipped.jsonl"
 
 
 @dataclass(frozen=True)
 class LoadedFile:
-    """A corpus as it was read: its records, its JSONL, and what was detected on the way."""
+    """A corpus as it was read: its records, and what was detected on the way."""
 
     path: Path
     """The file, or the folder that holds the files."""
-    jsonl: Path
     sha256: str
     files: tuple[dict[str, Any], ...]
     """Of each file: path, source, sha256, rows, format, encoding, delimiter, shape, and what became of its columns."""
@@ -90,7 +87,7 @@ class LoadedFile:
     def skipped(self) -> Iterator[str]:
         """Yield each reason for which a row was left out, as `file:line: reason`."""
         if self.skipped_rows:
-            with (self.jsonl.parent / SKIPPED).open(encoding="utf-8") as file:
+            with (self.records.folder / SKIPPED).open(encoding="utf-8") as file:
                 for text in file:
                     file_number, line, number, reason = json.loads(text)
                     yield f"{origin_text(self.files[file_number]['path'], line, number)}: {reason}"
@@ -106,7 +103,7 @@ class LoadedFile:
             "delimiter": self.delimiter,
             "shape": self.shape,
             "columns": self.columns,
-            "jsonl": str(self.jsonl),
+            "records": str(self.records.folder / RECORDS),
         }
         if self.skipped_rows:
             made["skipped_rows"] = self.skipped_rows
@@ -162,7 +159,7 @@ class Corpus:
         )
 
     def load(self, folder: str, name: str | Sequence[str], *, key: str, keep_columns: bool) -> LoadedFile:
-        """Read what `name` means in `folder` (or its `csv/`), through a JSONL that is cached by content.
+        """Read what `name` means in `folder` (or its `csv/`), through a copy that is cached by content.
 
         Errors:
             DataError: no such file, found twice, or a file that cannot be read exactly.
@@ -182,7 +179,7 @@ class Corpus:
         return How(self.format, self.encoding, self.delimiter, self.schema, dict(self.columns), tuple(self.fill_down))
 
     def read(self, sources: Sequence[Source], *, keep_columns: bool) -> LoadedFile:
-        """Read files in order, through a JSONL that is cached by their content.
+        """Read files in order, through a copy that is cached by their content.
 
         Errors:
             DataError: a file that cannot be read exactly.
@@ -191,35 +188,22 @@ class Corpus:
         digests = [known_sha256(source.path) for source in sources]
         settings = [*asdict(self._how()).values(), self.on_bad_rows]
         parts = [[digest, *suffixes(source.path)] for digest, source in zip(digests, sources, strict=True)]
-        recipe = json.dumps([READER_VERSION, parts, keep_columns, settings])
-        stem = f"{sources[0].path.stem[:40]}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-        folder = cache_root() / "jsonl" / stem
-        facts = _cached(folder)
-        if facts is None:
-            with exclusive(
-                folder.with_name(f".{stem}.lock"), wait=True
-            ):  # one process converts, the others wait for it
-                facts = _cached(folder)
-                if facts is None:
-                    for left in folder.parent.glob(f".{stem}.*/"):  # of a process that was killed
-                        shutil.rmtree(left, ignore_errors=True)
-                    write_folder(folder, lambda into: self._convert(into, sources, stamps, keep_columns), replace=True)
-                    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-                    keep_sha256(folder / RECORDS, facts["jsonl_sha256"])
-                    keep_sha256(folder / INDEX, facts["index_sha256"])
+        key = hashlib.sha256(json.dumps([READER_VERSION, parts, keep_columns, settings]).encode()).hexdigest()[:32]
+        path = sources[0].path if len(sources) == 1 else sources[0].path.parent
+        facts = open_entry(key, lambda into: self._convert(into, sources, stamps, keep_columns), Names(path.name))
         files = tuple(
             {"path": str(source.path), "source": source.name, "sha256": digest} | told
-            for source, digest, told in zip(sources, digests, facts["files"], strict=True)
+            for source, digest, told in zip(sources, digests, facts["sources"], strict=True)
         )
-        records = RecordStore(
-            folder, [str(source.path) for source in sources], [source.name for source in sources], facts["categories"]
-        )
+        paths, names = [str(source.path) for source in sources], [source.name for source in sources]
+        records = RecordStore(entry_folder(key), paths, names, facts["categories"])
         whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        path = sources[0].path if len(sources) == 1 else sources[0].path.parent
-        return LoadedFile(path, folder / RECORDS, whole, files, records, facts["skipped_rows"])
+        return LoadedFile(path, whole, files, records, facts["skipped_rows"])
 
-    def _convert(self, into: Path, sources: Sequence[Source], stamps: Sequence[Stamp], keep_columns: bool) -> None:
-        """Fill a folder with the records of files, and beside them what else is to be known."""
+    def _convert(
+        self, into: Path, sources: Sequence[Source], stamps: Sequence[Stamp], keep_columns: bool
+    ) -> dict[str, Any]:
+        """Fill a folder with the records of files; return what else is to be known of them."""
         how = self._how()
         files: list[dict[str, Any]] = []
         skipped: set[tuple[int, int, int]] = set()
@@ -246,22 +230,11 @@ class Corpus:
                 )
 
         with (into / SKIPPED).open("wb") as reasons:
-            facts = write_store(into, records())
+            facts = write_records(into, records())
         for source, before in zip(sources, stamps, strict=True):
             if stamp(source.path) != before:  # its hash may be another content's than what was read
                 raise DataError(f"{source.path}: was changed while it was read; run the same command again")
-        facts |= {"files": files, "skipped_rows": len(skipped), "index_sha256": sha256_file(into / INDEX)}
-        write_text(into / FACTS, json.dumps(facts) + "\n")
-
-
-def _cached(folder: Path) -> dict[str, Any] | None:
-    """Return what is known of a store that was made earlier, or None when it is not there as it was left."""
-    try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        whole = facts["jsonl_sha256"] == known_sha256(folder / RECORDS)
-        return facts if whole and facts["index_sha256"] == known_sha256(folder / INDEX) else None
-    except (OSError, ValueError, KeyError, TypeError, DataError):
-        return None
+        return facts | {"sources": files, "skipped_rows": len(skipped)}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from sftx.data.read import sha256_file
+from sftx.data.blob import sha256_file
 from sftx.errors import DataError, SftxError
 from sftx.files import cache_root, write_text
 

@@ -12,12 +12,12 @@ import numpy as np
 from sftx.build import build
 from sftx.config.derive import sequences_per_device
 from sftx.config.schema import TrainConfig
-from sftx.data.cache import Names, RecordFile, open_rows
+from sftx.data.cache import Names
 from sftx.data.choose import Facts, choose, facts_of, mixed
 from sftx.data.corpus import Corpus, LoadedFile
 from sftx.data.record_store import RecordView
 from sftx.data.split import split
-from sftx.data.store import MemoryRows, Rows, rises
+from sftx.data.store import MemoryRows, Rows, open_rows, rises
 from sftx.data.stream_files import StreamedFiles
 from sftx.data.streaming import Encoder, StreamedFeed, StreamOrder
 from sftx.data.template import ChatTemplate
@@ -191,12 +191,11 @@ def rows_of(
         return MemoryRows([]), []
     records = loaded.records[: config.max_train_rows if places.max() < (config.max_train_rows or 0) else None]
     every = open_rows(
+        loaded.records.key,
         records,
-        [RecordFile(str(f["path"]), str(f["sha256"])) for f in loaded.files],
         template,
         corpus.encode_policy(config.max_seq_length),
         workers=corpus.num_workers,
-        selection=loaded.jsonl.parent.name,  # follows from how the files were read
         names=Names(loaded.path.name, config.model_name_or_path, config.template_name or ""),
     )
     chosen = every.of_records(places)

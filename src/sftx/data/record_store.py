@@ -1,38 +1,42 @@
-"""Records on disk: one JSON object a line, of which only those asked for are ever in memory."""
+"""Records on disk: an Arrow file of JSON lines, of which only those asked for are ever in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import struct
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import pyarrow as pa
 
+from sftx.data.arrow import column, to_arrow, to_binary
 from sftx.data.record import Message, Record, origin_text
 from sftx.errors import DataError
 
-RECORDS, INDEX = "records.jsonl", "index.bin"
-ENTRY = np.dtype(
+RECORDS, INDEX = "records.arrow", "index.arrow"
+TEXT = pa.schema([("record", pa.binary())])
+"""A record as a line of JSON."""
+SCHEMA = pa.schema(
     [
-        ("start", "<i8"),
-        ("line", "<i8"),
-        ("number", "<i8"),
-        ("file", "<i4"),
-        ("category", "<i4"),
-        ("prompt", "u1", 32),
-        ("before", "<u8"),
-        ("answer", "<u8"),
+        ("line", pa.int64()),
+        ("number", pa.int64()),
+        ("file", pa.int32()),
+        ("category", pa.int32()),
+        ("prompt", pa.binary(32)),
+        ("before", pa.uint64()),
+        ("answer", pa.uint64()),
     ]
 )
-"""What is known of a record without reading it: where it starts, where it came from, the numbers of its file and its
-category, and the digests by which it is held out (`prompt_digest`) and compared (`before_hash`, `answer_hash`)."""
-_pack = struct.Struct("<qqqii32sQQ").pack
+"""What is known of a record without reading it: where it came from, the numbers of its file and its category, and the
+digests by which it is held out (`prompt_digest`) and compared (`before_hash`, `answer_hash`)."""
+DTYPES = {"line": "i8", "number": "i8", "file": "i4", "category": "i4", "prompt": "V32", "before": "u8", "answer": "u8"}
+BATCH_BYTES = 1 << 20
+"""Text of a batch: the least that is read of the file."""
 
 
 class _Lazy(Sequence[Record]):
@@ -51,7 +55,7 @@ class _Lazy(Sequence[Record]):
 
 
 class RecordStore(_Lazy):
-    """The records of a folder that `write_store` filled; `files` and `sources` say what their numbers mean."""
+    """The records of a folder that `write_records` filled; `files` and `sources` say what their numbers mean."""
 
     def __init__(self, folder: Path, files: Sequence[str], sources: Sequence[str], categories: Sequence[str]) -> None:
         self.folder, self.files, self.sources = folder, tuple(files), tuple(sources)
@@ -59,29 +63,32 @@ class RecordStore(_Lazy):
         self._open()
 
     def _open(self) -> None:
-        path = self.folder / INDEX  # an empty file cannot be mapped
-        self.entries: np.ndarray = np.memmap(path, ENTRY, "r") if path.stat().st_size else np.zeros(0, ENTRY)
-        self._starts = self.entries["start"]
         # Read at an offset, not mapped: where a mapped file is cut short the kernel kills the process.
-        self._file = (self.folder / RECORDS).open("rb", buffering=0)
-        self._size = os.fstat(self._file.fileno()).st_size
+        self._reader = pa.ipc.open_file(pa.OSFile(str(self.folder / RECORDS)))
+        self._batches: dict[int, pa.BinaryArray] = {}
+        lengths = [len(chunk) for chunk in self._chunks("line")]
+        self._first = np.cumsum([0, *lengths])
+
+    @property
+    def key(self) -> str:
+        """What follows from the records and where they lie in their files."""
+        return self.folder.name
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, RecordStore) and self.folder == other.folder:  # a folder's name follows from its content
+        if isinstance(other, RecordStore) and self.key == other.key:
             return (self.files, self.sources) == (other.files, other.sources)
         return super().__eq__(other)
 
     __hash__ = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("entries", "_starts", "_file")}
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.folder, self.files, self.sources, self.categories
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open()
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return int(self._first[-1])
 
     @overload
     def __getitem__(self, place: int) -> Record: ...
@@ -90,20 +97,45 @@ class RecordStore(_Lazy):
     def __getitem__(self, place: int | slice) -> Record | RecordView:
         if isinstance(place, slice):
             return RecordView(self, np.arange(len(self))[place])
-        count = len(self)
-        i = place + count if place < 0 else place
-        if not 0 <= i < count:
+        i = place + len(self) if place < 0 else place
+        if not 0 <= i < len(self):
             raise IndexError(place)
-        start, end = int(self._starts[i]), int(self._starts[i + 1]) if i + 1 < count else self._size
-        line = os.pread(self._file.fileno(), end - start, start)
-        if len(line) < end - start or not line.endswith(b"\n"):
-            raise DataError(f"{self.folder / RECORDS}: was changed while it was used; run the same command again")
-        return _from_line(line, self.files, self.sources)
+        number = int(np.searchsorted(self._first, i, side="right")) - 1
+        return _from_line(self._batch(number)[i - int(self._first[number])].as_py(), self.files, self.sources)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return what is known of every record without reading one: a column of `SCHEMA`."""
+        return column(self._chunks(name), DTYPES[name])
 
     def origin(self, place: int) -> str:
         """Return where a record begins."""
-        entry = self.entries[place]
-        return origin_text(self.files[entry["file"]], entry["line"], entry["number"])
+        lines, numbers_in_lines, files = self._origins
+        return origin_text(self.files[files[place]], lines[place], numbers_in_lines[place])
+
+    @cached_property
+    def _origins(self) -> tuple[np.ndarray, ...]:
+        return tuple(self.column(name) for name in ("line", "number", "file"))
+
+    def _batch(self, number: int) -> pa.BinaryArray:
+        if number not in self._batches:
+            self._batches.clear()
+            with self._explained():
+                self._batches[number] = self._reader.get_batch(number).column("record")
+        return self._batches[number]
+
+    def _chunks(self, name: str) -> list[pa.Array]:
+        options = pa.ipc.IpcReadOptions(included_fields=[SCHEMA.get_field_index(name)])
+        with self._explained(), pa.OSFile(str(self.folder / INDEX)) as file:
+            return pa.ipc.open_file(file, options=options).read_all().column(name).chunks
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{self.folder / RECORDS}: was changed while it was used; run the same command again"
+            ) from error
 
 
 class RecordView(_Lazy):
@@ -137,28 +169,58 @@ def origin_of(records: Sequence[Record], place: int) -> str:
     return records.origin(place) if isinstance(records, _Lazy) else records[place].origin
 
 
-def entries_of(records: Sequence[Record]) -> tuple[RecordStore, np.ndarray] | None:
-    """Return the store that records lie in, and what it knows of each; None when they lie in none."""
+def stored(records: Sequence[Record]) -> tuple[RecordStore, np.ndarray | slice] | None:
+    """Return the store that records lie in, and their places in it; None when they lie in none."""
     base, places = (records.records, records.places) if isinstance(records, RecordView) else (records, slice(None))
-    return (base, base.entries[places]) if isinstance(base, RecordStore) else None
+    return (base, places) if isinstance(base, RecordStore) else None
 
 
-def write_store(folder: Path, records: Iterable[tuple[int, Record]]) -> dict[str, Any]:
+def categories_of(records: Sequence[Record]) -> tuple[np.ndarray, list[str]]:
+    """Return the number of each record's category, and the categories' names."""
+    if found := stored(records):
+        store, places = found
+        return store.column("category")[places], list(store.categories)
+    names: dict[str, int] = {}
+    return np.array([names.setdefault(r.category, len(names)) for r in records], np.int32), list(names)
+
+
+def write_records(folder: Path, records: Iterable[tuple[int, Record]]) -> dict[str, Any]:
     """Write records, each with its file's number, into a folder; return what is to be known of them."""
-    digest, start, rows = hashlib.sha256(), 0, 0
+    rows, size = 0, 0
     categories: dict[str, int] = {}
-    with ExitStack() as files:
-        out, index = (files.enter_context((folder / n).open("wb", buffering=1 << 20)) for n in (RECORDS, INDEX))
+    lines: list[bytes] = []
+    known: list[tuple[Any, ...]] = []
+    with _writing(folder / RECORDS, TEXT) as texts, _writing(folder / INDEX, SCHEMA) as index:
         for number, record in records:
             line = _to_line(record, number)
-            out.write(line)
-            digest.update(line)
             category = categories.setdefault(record.category, len(categories))
             digests = prompt_digest(record), before_hash(record), answer_hash(record)
-            index.write(_pack(start, record.line, record.number, number, category, *digests))
-            start += len(line)
-            rows += 1
-    return {"jsonl_sha256": digest.hexdigest(), "rows": rows, "categories": list(categories)}
+            lines.append(line)
+            known.append((record.line, record.number, number, category, *digests))
+            rows, size = rows + 1, size + len(line)
+            if size >= BATCH_BYTES:
+                _write_batch(texts, index, lines, known)
+                lines, known, size = [], [], 0
+        if lines:
+            _write_batch(texts, index, lines, known)
+    return {"rows": rows, "categories": list(categories)}
+
+
+@contextmanager
+def _writing(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatchWriter]:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        yield writer
+
+
+def _write_batch(
+    texts: pa.RecordBatchWriter, index: pa.RecordBatchWriter, lines: list[bytes], known: list[tuple[Any, ...]]
+) -> None:
+    texts.write_batch(pa.record_batch([to_binary(lines)], schema=TEXT))
+    columns = [
+        to_arrow(np.array(values, dtype), field.type)
+        for values, dtype, field in zip(zip(*known, strict=True), DTYPES.values(), SCHEMA, strict=True)
+    ]
+    index.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
 
 def prompt_digest(record: Record) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sftx.data.record import Record
-from sftx.data.record_store import RecordView, entries_of, prompt_digest
+from sftx.data.record_store import RecordView, categories_of, prompt_digest, stored
 
 
 def split(records: Sequence[Record], ratio: float, max_rows: int) -> tuple[RecordView, RecordView]:
@@ -32,16 +32,12 @@ def split(records: Sequence[Record], ratio: float, max_rows: int) -> tuple[Recor
 
 def _keys(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Return each record's prompt digest and category number, and the categories' names."""
-    found = entries_of(records)
-    if found is not None:
-        store, entries = found
-        return entries["prompt"], entries["category"], list(store.categories)
-    names: dict[str, int] = {}
-    digests, numbers = bytearray(), []
-    for record in records:
-        digests += prompt_digest(record)
-        numbers.append(names.setdefault(record.category, len(names)))
-    return np.frombuffer(digests, "u1").reshape(-1, 32), np.array(numbers), list(names)
+    if found := stored(records):
+        store, places = found
+        digests = store.column("prompt")[places]
+    else:
+        digests = np.array([prompt_digest(record) for record in records], "V32")
+    return digests.view("u1").reshape(-1, 32), *categories_of(records)
 
 
 def _groups(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

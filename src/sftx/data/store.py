@@ -6,25 +6,49 @@ size only those, and the pages that are being read, lie in memory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 
-from sftx.data.block import Origin, Skipped, to_block
-from sftx.data.record import origin_text
+from sftx.data.arrow import column, numbers
+from sftx.data.cache import SKIPPED, Names, entry_folder, open_entry
+from sftx.data.policy import EncodePolicy
+from sftx.data.record import Record
+from sftx.data.record_store import categories_of, origin_of
 from sftx.data.rows import Row
-from sftx.data.writer import COLUMNS, Totals
+from sftx.data.template import ChatTemplate
+from sftx.data.token_store import ROWS, to_batch, token_key, write_rows
 from sftx.errors import DataError
 
 OPEN_BATCHES = 4096
 """So many record batches of a file are kept unwrapped; each is some twenty small Python objects."""
+KINDS = {
+    "length": np.int32,
+    "full_length": np.int32,
+    "supervised": np.int32,
+    "record": np.int64,
+    "loss_weight": np.float64,
+}
+"""The columns that are known of every row."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that gave no row: its place in the corpus, where it begins, and why."""
+
+    record: int
+    origin: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}"
 
 
 class Rows(Sequence[Row]):
@@ -127,16 +151,13 @@ class SelectedRows(Rows):
 class MemoryRows(Rows):
     """A list of rows in memory."""
 
-    def __init__(
-        self, rows: Sequence[Row], skipped: Sequence[Skipped] = (), records: Sequence[int] | None = None
-    ) -> None:
-        self._rows, self._skipped = list(rows), list(skipped)
-        numbers = list(range(len(rows)) if records is None else records)
-        block = to_block(self._rows, [Origin(n, "", 0) for n in numbers], [])
-        self.lengths, self.full_lengths = block.lengths_R, block.full_lengths_R
-        self.loss_weights, self.supervised = block.loss_weights_R, block.supervised_R
-        self.categories, self.category_numbers = block.categories
-        self.records = block.records_R
+    def __init__(self, rows: Sequence[Row], records: Sequence[int] | None = None) -> None:
+        self._rows = list(rows)
+        batch = to_batch(self._rows, range(len(rows)) if records is None else records)
+        _set_columns(self, {name: [batch.column(name)] for name in KINDS})
+        names: dict[str, int] = {}
+        self.category_numbers = np.array([names.setdefault(row.category, len(names)) for row in rows], np.int32)
+        self.categories = list(names)
 
     def row(self, index: int) -> Row:
         """Return a row."""
@@ -148,8 +169,8 @@ class MemoryRows(Rows):
 
     @property
     def skipped(self) -> list[Skipped]:
-        """The records that gave no row, and why."""
-        return self._skipped
+        """None: the rows were chosen."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -165,48 +186,29 @@ class _Batch:
 
 
 class TokenRows(Rows):
-    """The rows in a folder that a StoreWriter filled; `files` are the corpus's, as they are called now.
+    """The rows in a folder that `write_rows` filled, and the records they were made of."""
 
-    Errors:
-        DataError: the file is not the one that was written there, or not all of it.
-    """
-
-    def __init__(self, folder: Path, key: str, files: Sequence[str], totals: Totals) -> None:
-        self.folder, self.key, self.files, self.totals = folder, key, list(files), totals
+    def __init__(self, folder: Path, records: Sequence[Record]) -> None:
+        self.folder, self._corpus = folder, records
         self._open()
 
     def _open(self) -> None:
-        path = self.folder / "rows.arrow"
+        path = self.folder / ROWS
         try:
-            if path.stat().st_size != self.totals.bytes:
-                raise DataError(f"{path}: is {path.stat().st_size} bytes long, was {self.totals.bytes}.")
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
-        marked = (table.schema.metadata or {}).get(b"sftx", b"").decode("utf-8", "replace")
-        if marked != self.key or not table.schema.equals(pa.schema(COLUMNS)) or table.num_rows != self.totals.rows:
-            raise DataError(f"{path}: holds other rows (expected key {self.key}, got {marked or 'none'}).")
-        self._table = table
         self._batches: dict[int, _Batch] = {}
-        self._first_rows = np.cumsum([0, *(len(c) for c in table["ids"].chunks)])
-        self.lengths, self.full_lengths, self.supervised, self._file = (
-            _column(table, name, np.int32) for name in ("length", "full_length", "supervised", "file")
-        )
-        self.records, self._line, self._number = (
-            _column(table, name, np.int64) for name in ("record", "line", "number")
-        )
-        self.loss_weights = _column(table, "loss_weight", np.float64)
-        chunks = table["category"].chunks
-        self.categories = max((c.dictionary for c in chunks), key=len).to_pylist() if chunks else []
-        self.category_numbers = np.concatenate(
-            [np.zeros(0, np.int32), *(_numbers(c.indices, np.int32) for c in chunks)]
-        )
+        self._first_rows = np.cumsum([0, *(len(chunk) for chunk in self._table["ids"].chunks)])
+        _set_columns(self, {name: self._table[name].chunks for name in KINDS})
+        numbers_of_records, self.categories = categories_of(self._corpus)
+        self.category_numbers = numbers_of_records[self.records]
 
-    def __getstate__(self) -> tuple[Path, str, list[str], Totals]:
-        return self.folder, self.key, self.files, self.totals
+    def __getstate__(self) -> tuple[Path, Sequence[Record]]:
+        return self.folder, self._corpus
 
-    def __setstate__(self, state: tuple[Path, str, list[str], Totals]) -> None:
-        self.folder, self.key, self.files, self.totals = state
+    def __setstate__(self, state: tuple[Path, Sequence[Record]]) -> None:
+        self.folder, self._corpus = state
         self._open()
 
     def row(self, index: int) -> Row:
@@ -222,55 +224,71 @@ class TokenRows(Rows):
 
     def origin(self, index: int) -> str:
         """Return where the record of a row begins."""
-        return origin_text(self.files[self._file[index]], self._line[index], self._number[index])
+        return origin_of(self._corpus, int(self.records[index]))
 
     @property
     def skipped(self) -> list[Skipped]:
         """The records that gave no row, and why; read anew each time."""
-        lines = (self.folder / "skipped.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        told = [json.loads(line) for line in lines]
-        return [Skipped(**t | {"file": self.files[t["file"]]}) for t in told]
-
-    def verify(self) -> None:
-        """Compare every byte with what was written.
-
-        Errors:
-            DataError: they differ.
-        """
-        with (self.folder / "rows.arrow").open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.totals.sha256:
-            raise DataError(
-                f"{self.folder / 'rows.arrow'}: is damaged (its hash is not the one written). "
-                f"Remove it: sftx data cache rm {self.key[:12]}"
-            )
+        lines = (self.folder / SKIPPED).read_text(encoding="utf-8").split("\n")[:-1]
+        return [Skipped(place, origin_of(self._corpus, place), reason) for place, reason in map(json.loads, lines)]
 
     def _batch(self, number: int) -> _Batch:
         batch = self._batches.get(number)
         if batch is None:
             if len(self._batches) >= OPEN_BATCHES:
                 self._batches.clear()
-            ids, learned = self._table["ids"].chunk(number), self._table["learned"].chunk(number)
-            start, end, weight = (learned.values.field(i) for i in range(3))
+            ids, spans = self._table["ids"].chunk(number), self._table["supervised_spans"].chunk(number)
+            start, end, weight = (spans.values.field(i) for i in range(3))
             batch = _Batch(
-                ids_N=_numbers(ids.values, np.int32),
-                offsets_R=_numbers(ids.offsets, np.int32),
-                starts_S=_numbers(start, np.int32),
-                ends_S=_numbers(end, np.int32),
-                weights_S=_numbers(weight, np.float32),
-                span_offsets_R=_numbers(learned.offsets, np.int32),
+                ids_N=numbers(ids.values, np.int32),
+                offsets_R=numbers(ids.offsets, np.int32),
+                starts_S=numbers(start, np.int32),
+                ends_S=numbers(end, np.int32),
+                weights_S=numbers(weight, np.float32),
+                span_offsets_R=numbers(spans.offsets, np.int32),
             )
             self._batches[number] = batch
         return batch
 
 
-def _numbers(array: pa.Array, dtype: type) -> np.ndarray:
-    """Return the numbers that an Arrow array holds, where they lie."""
-    data = array.buffers()[1]
-    if data is None or not len(array):
-        return np.zeros(0, dtype)
-    return np.frombuffer(data, dtype, len(array), array.offset * np.dtype(dtype).itemsize)
+def open_rows(
+    corpus: str,
+    records: Sequence[Record],
+    template: ChatTemplate,
+    policy: EncodePolicy,
+    *,
+    workers: int | None = None,
+    names: Names | None = None,
+) -> TokenRows:
+    """Return the rows of the first records of a corpus, tokenising it when no process has done so before.
+
+    Args:
+        corpus: the key of the corpus: records of the same key are the same.
+
+    Raises:
+        DataError: no record can be learned from, or the policy refuses one.
+        SftxError: a process that tokenises was ended; or the cache cannot be written.
+    """
+
+    def fill(into: Path) -> dict[str, Any]:
+        from sftx.data.tokenise import encode_blocks
+
+        with closing(encode_blocks(records, template, policy, workers)) as blocks:
+            facts = write_rows(into, blocks)
+        if len(records) and not facts["rows"]:
+            place, reason = json.loads((into / SKIPPED).read_text(encoding="utf-8").partition("\n")[0])
+            raise DataError(
+                f"no row can be trained on. The first of {len(records)}: {origin_of(records, place)}: {reason}"
+            )
+        return facts
+
+    key = token_key(corpus, len(records), template, policy)
+    open_entry(key, fill, names or Names())
+    return TokenRows(entry_folder(key), records)
 
 
-def _column(table: pa.Table, name: str, dtype: type) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *(_numbers(chunk, dtype) for chunk in table[name].chunks)])
+def _set_columns(rows: Rows, columns: Mapping[str, Sequence[pa.Array]]) -> None:
+    """Give rows what is known of all of them."""
+    rows.lengths, rows.full_lengths, rows.supervised, rows.records, rows.loss_weights = (
+        column(columns[name], kind) for name, kind in KINDS.items()
+    )

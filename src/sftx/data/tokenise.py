@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 
-from sftx.data.block import Block, Origin, Skipped, to_block
 from sftx.data.policy import EncodePolicy
 from sftx.data.record import Record
 from sftx.data.rows import Row
 from sftx.data.template import ChatTemplate
+from sftx.data.token_store import Block, to_batch
 from sftx.errors import ConfigError, SftxError
 from sftx.processes import serve_parent
 
@@ -66,16 +66,15 @@ def encode_blocks(
 def encode_chunk(records: Sequence[Record], template: ChatTemplate, policy: EncodePolicy, chunk: range) -> Block:
     """Return the block of some records."""
     rows: list[Row] = []
-    origins: list[Origin] = []
-    skipped: list[Skipped] = []
-    batch = [records[number] for number in chunk]
-    for number, record, encoded in zip(chunk, batch, template.encode_batch(batch, policy), strict=True):
+    places: list[int] = []
+    skipped: list[tuple[int, str]] = []
+    for place, encoded in zip(chunk, template.encode_batch([records[i] for i in chunk], policy), strict=True):
         if isinstance(encoded, str):
-            skipped.append(Skipped(number, record.file, record.line, encoded, record.number))
+            skipped.append((place, encoded))
         else:
             rows += encoded
-            origins += [Origin(number, record.file, record.line, record.number)] * len(encoded)
-    return to_block(rows, origins, skipped)
+            places += [place] * len(encoded)
+    return Block(to_batch(rows, places), skipped)
 
 
 @contextmanager
