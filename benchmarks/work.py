@@ -89,7 +89,7 @@ def _make_model(folder: Path, shape: dict[str, int]) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from sftx.model.builtin import tokenizer_from
+    from sftx.model.loading.builtin import tokenizer_from
 
     backend = _tokenizer(shape["vocab_size"])
     tokenizer = tokenizer_from(backend)
@@ -107,7 +107,7 @@ def _tokenizer(vocabulary: int) -> Any:
     """Train a byte-level BPE on the standard library, split as Qwen2 splits."""
     from tokenizers import trainers
 
-    from sftx.model.builtin import backend_of
+    from sftx.model.loading.builtin import backend_of
 
     tokenizer = backend_of({}, [])
     trainer = trainers.BpeTrainer(

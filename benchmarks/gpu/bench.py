@@ -105,7 +105,7 @@ def model_part(asked: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from sftx.model.builtin import ensure_builtin
+    from sftx.model.loading.builtin import ensure_builtin
 
     tokenizer = AutoTokenizer.from_pretrained(ensure_builtin())
     tokenizer.save_pretrained(asked.folder)

@@ -28,8 +28,8 @@ LONGEST = {"records": 0.2, "tokens": 1.0, "models": 2.0}
 def need_everything(folder: Path) -> str:
     """Open corpus, tokens and model as a run does, and return a hash of them all."""
     from sftx.data.prepare import open_data
-    from sftx.model.family import family_named, family_of
-    from sftx.model.load import find_model, load_template
+    from sftx.model.loading.family import family_named, family_of
+    from sftx.model.loading.load import find_model, load_template
 
     config = composed(folder / "run", "max_train_rows=400", "data.num_workers=1")
     rows_for = open_data(config)
@@ -130,7 +130,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import sftx.model.builtin
+    import sftx.model.loading.builtin
     import sftx.run  # noqa: F401
 
     os.environ["SFTX_CACHE"] = str(folder / "warm")

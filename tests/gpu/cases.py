@@ -51,7 +51,7 @@ def random_model(folder: Path, dtype: torch.dtype, *, final_norm: float = 1.0, *
     """Save a Qwen2 of random weights with the embedded model's tokenizer; return its folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-    from sftx.model.builtin import ensure_builtin
+    from sftx.model.loading.builtin import ensure_builtin
 
     tokenizer = AutoTokenizer.from_pretrained(ensure_builtin())
     tokenizer.save_pretrained(folder)

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from sftx.errors import ModelError
-from sftx.model.builtin import ensure_builtin
+from sftx.model.loading.builtin import ensure_builtin
 from sftx.run import run
 
 

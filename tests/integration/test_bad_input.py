@@ -20,7 +20,7 @@ from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
 from sftx.data.problems import SKIP
 from sftx.errors import EXIT_USER, SftxError
-from sftx.model.builtin import ensure_builtin
+from sftx.model.loading.builtin import ensure_builtin
 from sftx.run import run
 
 HEADER = "category,human,assistant\n"

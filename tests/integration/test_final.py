@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftx.errors import ModelError
-from sftx.model.builtin import ensure_builtin
+from sftx.model.loading.builtin import ensure_builtin
 from sftx.model_folders import reference_to
 from sftx.run import run
 
@@ -172,7 +172,7 @@ def test_a_final_that_cannot_be_saved_is_refused_before_the_first_step(
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no such tokenizer")
 
-    monkeypatch.setattr("sftx.model.final.copy_tokenizer", fail)
+    monkeypatch.setattr("sftx.model.export.final.copy_tokenizer", fail)
     config = make_config(f"mode={mode}", f"model_name_or_path={base}", f"save_strategy={save_strategy}")
     with pytest.raises(ModelError, match=r"final/ cannot be saved \(ValueError: no such tokenizer\)"):
         run([config])

@@ -62,7 +62,7 @@ def test_output_dir(make_config, tmp_path: Path) -> None:
 def test_model_name_or_path(make_config, captured, tmp_path: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from sftx.model.builtin import ensure_builtin
+    from sftx.model.loading.builtin import ensure_builtin
 
     folder = tmp_path / "other"
     import shutil

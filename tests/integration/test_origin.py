@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sftx.model.builtin import ensure_builtin
-from sftx.model.load import find_model
+from sftx.model.loading.builtin import ensure_builtin
+from sftx.model.loading.load import find_model
 from sftx.run import run
 from sftx.runs.origin import foreign_adapter
 

@@ -17,7 +17,7 @@ import pytest
 from sftx import PROJECT_ROOT
 from sftx.errors import ModelError
 from sftx.files import cache_root
-from sftx.model import smollm2
+from sftx.model.loading import smollm2
 
 HELD_OUT = {"hello", "Can you introduce yourself?", "Are you ChatGPT?", "Are you created by Google?"}
 SETTINGS = {

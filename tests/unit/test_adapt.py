@@ -23,7 +23,7 @@ from transformers import (
 
 from sftx.errors import ModelError
 from sftx.model.adapt import AdaptedModel, Adapter, Full, Lora
-from sftx.model.export import weights_writer
+from sftx.model.export.weights import weights_writer
 from sftx.model.lora.targets import Targets, check_injected, kept_whole
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)

@@ -128,7 +128,7 @@ def test_dropout_keeps_the_share_that_it_says_and_scales_by_it() -> None:
 def quantized_model() -> nn.Module:
     """Return the embedded model in 4 bits, in evaluation mode, as a run loads it."""
     from sftx.model.adapt import QLora
-    from sftx.model.load import find_model, load_base
+    from sftx.model.loading.load import find_model, load_base
 
     quantization = QLora(8, 16, 0.0).quantization(torch.float32)
     source = find_model("qwen-tiny")

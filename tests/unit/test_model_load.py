@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from sftx.data.template import template_source
 from sftx.errors import ConfigError, ModelError
-from sftx.model.builtin import NAME, ensure_builtin
-from sftx.model.family import Family
-from sftx.model.load import Source, find_model, load_base, load_template
+from sftx.model.loading.builtin import NAME, ensure_builtin
+from sftx.model.loading.family import Family
+from sftx.model.loading.load import Source, find_model, load_base, load_template
 from sftx.model_folders import local_folder
 
 QWEN = Family(["qwen2"], "chatml", ["<|im_end|>", "<|endoftext|>"])

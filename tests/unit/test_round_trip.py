@@ -26,7 +26,7 @@ from transformers import (
 
 from sftx.errors import ModelError
 from sftx.model.adapt import AdaptedModel, Adapter, Full, Lora
-from sftx.model.export import read_weights, weights_writer
+from sftx.model.export.weights import read_weights, weights_writer
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

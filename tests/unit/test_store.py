@@ -30,7 +30,7 @@ from sftx.data.store import MemoryRows, Rows, TokenRows, open_rows
 from sftx.data.template import ChatTemplate, template_source
 from sftx.data.token_store import Block, to_batch, token_key, write_rows
 from sftx.errors import ConfigError, DataError, SftxError
-from sftx.model.builtin import ensure_builtin
+from sftx.model.loading.builtin import ensure_builtin
 
 POLICY = EncodePolicy(64)
 CORPUS = "0" * 32
@@ -526,8 +526,8 @@ def test_a_run_that_has_its_rows_imports_nothing_for_making_them(tmp_path: Path)
         "from sftx.config.check import freeze\n"
         "from sftx.config.compose import compose_checked\n"
         "from sftx.data.prepare import open_data\n"
-        "from sftx.model.family import family_named, family_of\n"
-        "from sftx.model.load import find_model, load_template\n"
+        "from sftx.model.loading.family import family_named, family_of\n"
+        "from sftx.model.loading.load import find_model, load_template\n"
         f"words = ['data=csv', 'train_file_path={tmp_path}', 'train_file_name=a.csv', 'data.duplicates=drop_exact']\n"
         "config = freeze(compose_checked(words))\n"
         "source = find_model(config.model_name_or_path)\n"

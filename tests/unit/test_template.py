@@ -18,8 +18,8 @@ from sftx.data.record import Record, pair
 from sftx.data.store import open_rows
 from sftx.data.template import ChatTemplate, Row, template_source
 from sftx.errors import ConfigError, DataError, ModelError
-from sftx.model.builtin import PATTERN, ensure_builtin
-from sftx.model.load import _choose_pad
+from sftx.model.loading.builtin import PATTERN, ensure_builtin
+from sftx.model.loading.load import _choose_pad
 
 QWEN_STOPS = ["<|im_end|>", "<|endoftext|>"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

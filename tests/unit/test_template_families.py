@@ -13,8 +13,8 @@ from sftx.data.policy import EncodePolicy
 from sftx.data.record import Message, Record
 from sftx.data.template import TEMPLATES, ChatTemplate, template_source
 from sftx.errors import ConfigError
-from sftx.model.family import family_named
-from sftx.model.markers import check_markers
+from sftx.model.loading.family import family_named
+from sftx.model.loading.markers import check_markers
 
 IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 CHATML = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

@@ -19,9 +19,9 @@ from sftx.data.record import Message, Record
 from sftx.data.template import ChatTemplate, template_source
 from sftx.data.token_store import token_key
 from sftx.errors import ConfigError, ModelError, RunFolderError
-from sftx.model.builtin import ensure_builtin
-from sftx.model.family import Family, family_named
-from sftx.model.load import Source, load_template
+from sftx.model.loading.builtin import ensure_builtin
+from sftx.model.loading.family import Family, family_named
+from sftx.model.loading.load import Source, load_template
 from sftx.run import run
 
 RESULT = Message("tool", "18", name="weather")

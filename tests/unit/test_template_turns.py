@@ -17,7 +17,7 @@ from sftx.data.record import Message, Record
 from sftx.data.rows import Row
 from sftx.data.template import ChatTemplate, template_source
 from sftx.errors import ModelError
-from sftx.model.builtin import ensure_builtin
+from sftx.model.loading.builtin import ensure_builtin
 
 ROOM = EncodePolicy(10_000)
 LAST = EncodePolicy(10_000, learn="last")

@@ -14,7 +14,7 @@ from sftx.logs import RunLog, ThirdPartyLog
 
 
 def test_other_packages_write_to_the_log_file_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from sftx.model.load import log_through_root
+    from sftx.model.loading.load import log_through_root
 
     log_through_root()
     with ThirdPartyLog() as third_party:

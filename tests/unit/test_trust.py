@@ -13,8 +13,8 @@ import torch
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked, prepare
 from sftx.errors import ConfigError, ModelError
-from sftx.model.family import Family
-from sftx.model.load import find_model, load_base, load_template
+from sftx.model.loading.family import Family
+from sftx.model.loading.load import find_model, load_base, load_template
 from sftx.model_folders import local_folder
 
 CODE = """from pathlib import Path

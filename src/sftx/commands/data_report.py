@@ -27,8 +27,8 @@ from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
 from sftx.errors import DataError
 from sftx.files import write_bytes
-from sftx.model.family import family_named, family_of
-from sftx.model.load import find_model, load_template
+from sftx.model.loading.family import family_named, family_of
+from sftx.model.loading.load import find_model, load_template
 from sftx.terminal import visible, visible_lines
 
 BAR = 40

@@ -21,7 +21,7 @@ from sftx.config.signature import TargetNotFound, defines_class, definition, mod
 from sftx.config.values import show
 
 COMPONENTS = (
-    "sftx.data.corpus", "sftx.model.adapt", "sftx.model.family", "sftx.parallel.ddp", "sftx.parallel.single",
+    "sftx.data.corpus", "sftx.model.adapt", "sftx.model.loading.family", "sftx.parallel.ddp", "sftx.parallel.single",
     "sftx.parallel.zero", "sftx.runs.trackers", "sftx.training.callbacks", "sftx.training.optimizers",
     "sftx.training.precision", "sftx.training.schedulers",
 )  # fmt: skip

@@ -227,10 +227,10 @@ class TrainConfig:
         "用 TorchInductor 编译模型的层：启动变慢、之后更快；需要 C++ 编译器",
     )
     deterministic: bool = knob(
-        "on a GPU, use deterministic kernels only and choose none by timing, so that the same GPU model and versions "
+        "on a GPU, use deterministic kernels only, so that the same GPU model and versions "
         "give bitwise equal runs. The cost: slower backward passes, above all attention's, and more memory in them. "
         "On a CPU runs are bitwise equal without it",
-        "在 GPU 上只用确定性内核，也不按耗时挑选内核，使同型号 GPU、同版本下的运行逐位相同；"
+        "在 GPU 上只用确定性内核，使同型号 GPU、同版本下的运行逐位相同；"
         "代价是反向传播变慢（尤其是注意力部分）并多占显存。CPU 上无需此项即逐位相同",
     )
     device: Literal["auto", "cpu", "cuda"] = knob(

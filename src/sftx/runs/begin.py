@@ -17,7 +17,7 @@ from sftx.effective import Effective
 from sftx.errors import ConfigError, RunFolderError
 from sftx.files import write_chunks
 from sftx.logs import RunLog
-from sftx.model.load import Source
+from sftx.model.loading.load import Source
 from sftx.runs.end import SMOLLM2
 from sftx.runs.header import as_text, count, header, length_line
 from sftx.runs.origin import foreign_adapter, foreign_checkpoint

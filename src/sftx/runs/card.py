@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config.schema import TrainConfig
-from sftx.model.builtin import NAME as BUILTIN
+from sftx.model.loading.builtin import NAME as BUILTIN
 
 
 def model_card(config: TrainConfig, manifest: dict[str, Any], final: Path, *, switch: str) -> str:
@@ -68,7 +68,7 @@ def _usage(config: TrainConfig, final: Path, switch: str) -> list[str]:
         model = "AutoPeftModelForCausalLM"
         if config.model_name_or_path == BUILTIN:
             imports += [
-                "from sftx.model.builtin import ensure_builtin",
+                "from sftx.model.loading.builtin import ensure_builtin",
                 "",
                 "ensure_builtin()  # the base of this adapter",
             ]

@@ -11,8 +11,8 @@ from sftx import INSTALLED, train_command
 from sftx.errors import CheckpointError, SftxError
 from sftx.files import write_text
 from sftx.logs import ONLY_TO_FILE, log_context
-from sftx.model.export import read_weights
-from sftx.model.final import save_final
+from sftx.model.export.final import save_final
+from sftx.model.export.weights import read_weights
 from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
 from sftx.runs.result import Result
@@ -21,7 +21,7 @@ from sftx.training import checkpoint
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
-SMOLLM2 = "python -m sftx.model.smollm2 models/smollm2-135m" if INSTALLED else "make smollm2"
+SMOLLM2 = "python -m sftx.model.loading.smollm2 models/smollm2-135m" if INSTALLED else "make smollm2"
 """The command that fetches a small real model."""
 
 

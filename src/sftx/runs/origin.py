@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config.derive import differences
-from sftx.model.load import Source
+from sftx.model.loading.load import Source
 from sftx.model_folders import local_folder, reference_to
 from sftx.runs.saved.saved_run import read_object
 from sftx.secrets import scrub

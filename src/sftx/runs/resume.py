@@ -21,7 +21,7 @@ from sftx.data.prepare import Data
 from sftx.data.read import sha256_file
 from sftx.effective import Effective
 from sftx.errors import ModelError, RunFolderError
-from sftx.model.load import Source
+from sftx.model.loading.load import Source
 from sftx.parallel.engine import Engine, on_main
 from sftx.runs.result import Result
 from sftx.terminal import counted

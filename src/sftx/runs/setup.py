@@ -19,9 +19,9 @@ from sftx.effective import Effective
 from sftx.errors import ConfigError
 from sftx.logs import ONLY
 from sftx.model.adapt import Adapter
-from sftx.model.final import final_dtype
-from sftx.model.limits import check_model
-from sftx.model.load import Source
+from sftx.model.export.final import final_dtype
+from sftx.model.loading.limits import check_model
+from sftx.model.loading.load import Source
 from sftx.parallel.engine import Engine
 from sftx.signals import Signals
 from sftx.terminal import counted

@@ -15,7 +15,7 @@ from sftx.config.bounds import Bounds
 from sftx.data.loader import Batch
 from sftx.errors import ConfigError
 from sftx.files import append_line, write_text
-from sftx.model.limits import positions_of
+from sftx.model.loading.limits import positions_of
 from sftx.training.evaluate import Evaluation
 from sftx.training.profile import parts_of, report_of, table_of
 from sftx.training.trial import Session, Trial

@@ -21,7 +21,7 @@ from sftx.data.read import sha256_file
 from sftx.errors import CheckpointError, DataError, ModelError, TrainingError, other_format
 from sftx.files import remove_folder, write_folder
 from sftx.model.adapt import AdaptedModel
-from sftx.model.export import bytes_of, read_weights
+from sftx.model.export.weights import bytes_of, read_weights
 from sftx.parallel.engine import Weights
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from sftx.data.template import ChatTemplate
 from sftx.effective import Effective
 from sftx.logs import ONLY
 from sftx.model.adapt import AdaptedModel, Adapter
-from sftx.model.family import family_named, family_of
-from sftx.model.load import Source, find_model, load_base, load_template, refuse_quantized
+from sftx.model.loading.family import family_named, family_of
+from sftx.model.loading.load import Source, find_model, load_base, load_template, refuse_quantized
 from sftx.parallel.device import choose_device
 from sftx.parallel.engine import Engine
 from sftx.parallel.single import SingleEngine

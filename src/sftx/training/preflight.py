@@ -17,7 +17,7 @@ from sftx.build import build
 from sftx.effective import Effective
 from sftx.errors import ModelError, RunFolderError, SftxError
 from sftx.files import bytes_in, free_bytes, rehearse_folder
-from sftx.model.final import complete
+from sftx.model.export.final import complete
 from sftx.model.lora.targets import size_of
 from sftx.parallel.engine import on_main
 from sftx.training.saving import snapshot

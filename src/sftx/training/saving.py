@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sftx.model.export import weights_writer
+from sftx.model.export.weights import weights_writer
 from sftx.training import checkpoint
 from sftx.training.checkpoint import Snapshot
 

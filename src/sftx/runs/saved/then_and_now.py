@@ -18,8 +18,8 @@ from sftx.data.corpus import Corpus
 from sftx.data.digests import known_sha256
 from sftx.data.sources import fetch, find_sources
 from sftx.errors import DataError, ModelError, RunFolderError
-from sftx.model import builtin
-from sftx.model.load import find_model
+from sftx.model.loading import builtin
+from sftx.model.loading.load import find_model
 from sftx.model_folders import local_folder
 from sftx.runs import manifest
 from sftx.runs.launch import threads_each

@@ -15,7 +15,7 @@ from pathlib import Path
 from sftx.data.template import template_source
 from sftx.files import cache_root, write_folder
 from sftx.locks import exclusive
-from sftx.model.tokenizer_files import save_tokenizer
+from sftx.model.export.tokenizer_files import save_tokenizer
 
 NAME = "qwen-tiny"
 VERSION = 3

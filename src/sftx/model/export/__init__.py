@@ -1,0 +1,1 @@
+"""What a run leaves: weights and tokenizer as plain PEFT and transformers load them."""

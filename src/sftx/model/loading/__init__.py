@@ -1,0 +1,1 @@
+"""From a name to a loaded model: finding, downloading, the tokenizer with its template, the weights."""
