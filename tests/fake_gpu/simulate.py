@@ -116,8 +116,9 @@ def _model(case: Case, gpu: FakeGpu) -> tuple[Any, Any]:
     from torch.utils._python_dispatch import _disable_current_modes
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    from sftx.model.adapt import AdaptedModel, Full, Lora, QLora
+    from sftx.model.adapt import AdaptedModel
     from sftx.model.kernels.attention import register
+    from sftx.model.modes import Full, Lora, QLora
 
     kinds: dict[str, tuple[Any, Any]] = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),

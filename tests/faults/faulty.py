@@ -14,8 +14,8 @@ from typing import Any
 
 from sftx.data.loader import Batch
 from sftx.errors import DataError
-from sftx.parallel.ddp import Ddp
 from sftx.parallel.engine import Engine
+from sftx.parallel.settings import Ddp
 from sftx.training.callbacks import Callback
 from sftx.training.trial import Session, Trial
 

@@ -109,7 +109,7 @@ def refused(*words: str) -> list[str]:
         (["scheduler._target_=json.dumps"], "not a component of `scheduler`: it has no method `at`"),
         (["callback=[log_batches]", "callback.log_batches._target_=my_parts.Table"], "it has no method `on_start`"),
         (["tracker.tensorboard._target_=my_parts.StopBelow"], "it has no method `start`"),
-        (["mode._target_=my_parts.NAdam"], "derive from sftx.model.adapt.Lora"),
+        (["mode._target_=my_parts.NAdam"], "derive from sftx.model.modes.Lora"),
     ],
 )  # fmt: skip
 def test_what_is_no_component_is_answered_with_what_one_must_be(here: Path, words: list[str], said: str) -> None:

@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from sftx.errors import ModelError
-from sftx.model.adapt import AdaptedModel, Adapter, Full, Lora
+from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.model.export.weights import weights_writer
 from sftx.model.lora.targets import Targets, check_injected, kept_whole
+from sftx.model.modes import Full, Lora
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 MODULES, FACTORS = 7, 2

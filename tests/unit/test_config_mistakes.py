@@ -263,7 +263,7 @@ def test_what_only_a_file_can_hold(tmp_path, body, said):
 def test_a_components_file_cannot_choose_another_group(tmp_path):
     (tmp_path / "mode").mkdir()
     (tmp_path / "mode/mine.yaml").write_text(
-        "# @package _global_\noptim: sgd\nmode: {_target_: sftx.model.adapt.Full}\n"
+        "# @package _global_\noptim: sgd\nmode: {_target_: sftx.model.modes.Full}\n"
     )
     [found] = problems(["--config-dir", str(tmp_path), "mode=mine"])
     assert "mode/mine.yaml:2: `optim` is for the command line" in found

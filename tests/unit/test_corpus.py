@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from sftx import PROJECT_ROOT
 from sftx.data import corpus as corpus_module
-from sftx.data.corpus import Corpus, LoadedFile, find_file, split
+from sftx.data.corpus import Corpus, LoadedFile, find_file
 from sftx.data.record import Record, pair
+from sftx.data.split import split
 from sftx.errors import DataError
 
 HEADER = "category,human,assistant"

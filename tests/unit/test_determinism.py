@@ -64,7 +64,7 @@ def test_it_is_on_before_the_device_is_looked_at(make_config, monkeypatch: pytes
         found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get(CUBLAS)))
         raise ConfigError("far enough")
 
-    monkeypatch.setattr("sftx.parallel.single.Single.start", start)
+    monkeypatch.setattr("sftx.parallel.settings.Single.start", start)
     for typed in ("true", "false"):
         with pytest.raises(ConfigError, match="far enough"):
             run([make_config(f"deterministic={typed}")])

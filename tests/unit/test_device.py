@@ -12,7 +12,7 @@ from sftx.errors import ConfigError
 from sftx.parallel import watch
 from sftx.parallel.ddp import leave_out_peer_access
 from sftx.parallel.device import choose_device
-from sftx.parallel.single import Single
+from sftx.parallel.settings import Single
 
 WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 

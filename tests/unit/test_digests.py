@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sftx.data import corpus as corpus_module
 from sftx.data import digests
+from sftx.data import record_store as record_store_module
 from sftx.data.corpus import Corpus
 from sftx.data.digests import known_sha256
 from sftx.errors import DataError
@@ -131,7 +131,7 @@ def test_a_warm_corpus_is_not_read_and_a_changed_one_is(tmp_path: Path, reads: l
 def test_a_corpus_that_changes_while_it_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.csv"
     path.write_text("category,human,assistant\nc,one,a\n", encoding="utf-8")
-    whole = corpus_module.write_records
+    whole = record_store_module.write_records
 
     def slow(into: Path, records: object) -> object:
         facts = whole(into, records)  # type: ignore[arg-type]
@@ -139,6 +139,6 @@ def test_a_corpus_that_changes_while_it_is_converted(tmp_path: Path, monkeypatch
         path.write_text("category,human,assistant\nc,two,a\n", encoding="utf-8")
         return facts
 
-    monkeypatch.setattr(corpus_module, "write_records", slow)
+    monkeypatch.setattr(record_store_module, "write_records", slow)
     with pytest.raises(DataError, match="was changed while it was read"):
         Corpus().load(str(tmp_path), "a.csv", key="k", keep_columns=True)

@@ -20,7 +20,6 @@ ALLOWED_SETTINGS = {
     "data/hub.py sets datasets.config.HF_HUB_OFFLINE",
     "model/kernels/compiled.py sets torch._dynamo.config.recompile_limit",
     "parallel/ddp.py sets os.environ",  # by `|=`
-    "parallel/zero.py sets os.environ",
     "runs/trackers.py sets sys.argv",
 }
 """Documented switches of other packages."""

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sftx.errors import ModelError
-from sftx.model.adapt import AdaptedModel, Full, Lora, lora_layers, read_adapter
+from sftx.model.adapt import AdaptedModel, lora_layers, read_adapter
 from sftx.model.lora.dropout import Clock, KeyedDropout
 from sftx.model.lora.layer import LoraLinear, RoutedLora
 from sftx.model.lora.layer_4bit import LoraLinear4bit
 from sftx.model.lora.routing import Span
+from sftx.model.modes import Full, Lora
 
 ROWS, INNER, OUTER = 50, 24, 40
 
@@ -127,8 +128,8 @@ def test_dropout_keeps_the_share_that_it_says_and_scales_by_it() -> None:
 
 def quantized_model() -> nn.Module:
     """Return the embedded model in 4 bits, in evaluation mode, as a run loads it."""
-    from sftx.model.adapt import QLora
     from sftx.model.loading.load import find_model, load_base
+    from sftx.model.modes import QLora
 
     quantization = QLora(8, 16, 0.0).quantization(torch.float32)
     source = find_model("qwen-tiny")

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from sftx.data import corpus as corpus_module
+from sftx.data import record_store as record_store_module
 from sftx.data.choose import ChoosePolicy, choose, facts_of
-from sftx.data.corpus import Corpus, LoadedFile, convert, split
+from sftx.data.corpus import Corpus, LoadedFile, convert
 from sftx.data.record import Message, Record
 from sftx.data.record_store import RecordStore, RecordView, write_records
+from sftx.data.split import split
 from sftx.errors import DataError
 
 HEADER = "category,human,assistant\n"
@@ -148,14 +149,14 @@ def test_skipped_rows_are_handed_back(tmp_path: Path) -> None:
 
 
 def _convert(path: Path, start: object, out: object, built: object) -> None:
-    whole = corpus_module.write_records
+    whole = record_store_module.write_records
 
     def counting(*arguments: object) -> object:
         with built.get_lock():  # type: ignore[attr-defined]
             built.value += 1  # type: ignore[attr-defined]
         return whole(*arguments)  # type: ignore[arg-type]
 
-    corpus_module.write_records = counting  # type: ignore[assignment]
+    record_store_module.write_records = counting  # type: ignore[assignment]
     start.wait()  # type: ignore[attr-defined]
     loaded = load(path)
     out.put((len(loaded.records), loaded.records[-1].human))  # type: ignore[attr-defined]
@@ -180,9 +181,9 @@ def test_sixteen_processes_convert_a_file_once(tmp_path: Path, cache: Path) -> N
 def test_a_converter_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path, cache: Path) -> None:
     path = put(tmp_path / "a.csv", "c,q,a\n")
     code = (
-        "import os, sys, time; from pathlib import Path; from sftx.data import corpus\n"
+        "import os, sys, time; from pathlib import Path; from sftx.data import corpus, record_store\n"
         "def hang(into, records): (into / 'records.arrow').write_text('half'); print('in', flush=True); time.sleep(60)\n"
-        "corpus.write_records = hang\n"
+        "record_store.write_records = hang\n"
         f"corpus.Corpus().load({str(tmp_path)!r}, 'a.csv', key='k', keep_columns=True)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -223,7 +224,8 @@ with (gzip.open(path, "wt", encoding="utf-8", newline="") if path.suffix == ".gz
         out.write("]")
     else:
         out.writelines(json.dumps(r, ensure_ascii=False) + "\\n" for r in rows())
-from sftx.data.corpus import Corpus, split
+from sftx.data.corpus import Corpus
+from sftx.data.split import split
 before = peak()
 loaded = Corpus().load(str(path.parent), path.name, key="k", keep_columns=False)
 training, held = split(loaded.records, 0.05, 500)

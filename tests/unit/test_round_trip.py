@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from sftx.errors import ModelError
-from sftx.model.adapt import AdaptedModel, Adapter, Full, Lora
+from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.model.export.weights import read_weights, weights_writer
+from sftx.model.modes import Full, Lora
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

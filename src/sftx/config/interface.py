@@ -24,7 +24,7 @@ class Interface:
 
 _SCHEDULE = "derive from sftx.training.schedulers.Schedule and define `shape(step, total)`"
 _CALLBACK = "derive from sftx.training.callbacks.Callback"
-_MODE = "derive from sftx.model.adapt.Lora, QLora or Full"
+_MODE = "derive from sftx.model.modes.Lora, QLora or Full"
 INTERFACES = {
     "optimizer": Interface(
         ("build",), "define `build(parameters, learning_rate, effective)`, which returns a torch.optim.Optimizer"

@@ -21,9 +21,9 @@ from sftx.config.signature import TargetNotFound, defines_class, definition, mod
 from sftx.config.values import show
 
 COMPONENTS = (
-    "sftx.data.corpus", "sftx.model.adapt", "sftx.model.loading.family", "sftx.parallel.ddp", "sftx.parallel.single",
-    "sftx.parallel.zero", "sftx.runs.trackers", "sftx.training.callbacks", "sftx.training.optimizers",
-    "sftx.training.precision", "sftx.training.schedulers",
+    "sftx.data.corpus", "sftx.model.loading.family", "sftx.model.modes", "sftx.parallel.settings",
+    "sftx.runs.trackers", "sftx.training.callbacks", "sftx.training.optimizers", "sftx.training.precision",
+    "sftx.training.schedulers",
 )  # fmt: skip
 """Modules whose own public classes are sftx's components."""
 LAUNCHERS = frozenset({

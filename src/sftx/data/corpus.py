@@ -7,25 +7,26 @@ import json
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sftx.config.bounds import Bounds
 from sftx.data.cache import SKIPPED, Names, entry_folder, open_entry
-from sftx.data.choose import ChoosePolicy
 from sftx.data.columns import FIELDS, RESERVED
 from sftx.data.digests import Stamp, known_sha256, stamp
 from sftx.data.policy import EncodePolicy
-from sftx.data.read import FileReader, How, suffixes
+from sftx.data.read import FileReader, How, described, suffixes
 from sftx.data.record import Record, origin_text
-from sftx.data.record_store import RECORDS, RecordStore, json_line, message_dict, write_records
 from sftx.data.shapes import said_of_columns
 from sftx.data.sources import Source, fetch, find_file, find_sources
-from sftx.data.split import split
-from sftx.data.stream_files import StreamedFiles, described
 from sftx.errors import DataError
 from sftx.files import write_chunks
 
-__all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources", "split"]
+__all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources"]
+
+if TYPE_CHECKING:  # numpy and torch are imported when a corpus is read, not when its settings are checked
+    from sftx.data.choose import ChoosePolicy
+    from sftx.data.record_store import RecordStore
+    from sftx.data.stream_files import StreamedFiles
 
 READER_VERSION = 10
 """Part of the cache key: raise it when the same file would be read differently."""
@@ -103,7 +104,7 @@ class LoadedFile:
             "delimiter": self.delimiter,
             "shape": self.shape,
             "columns": self.columns,
-            "records": str(self.records.folder / RECORDS),
+            "records": str(self.records.path),
         }
         if self.skipped_rows:
             made["skipped_rows"] = self.skipped_rows
@@ -114,7 +115,6 @@ class LoadedFile:
 class Corpus:
     """How a corpus is read; group `data`."""
 
-    # The types stand here in full: they are read from this text to check `conf/`.
     format: Literal["auto", "csv", "jsonl", "json", "parquet", "arrow", "xlsx"] = "auto"
     encoding: str = "auto"
     delimiter: str = "auto"
@@ -147,6 +147,8 @@ class Corpus:
 
     def choose_policy(self) -> ChoosePolicy:
         """Return which of its records are used, and how often."""
+        from sftx.data.choose import ChoosePolicy
+
         return ChoosePolicy(
             self.duplicates,
             self.near_threshold,
@@ -172,6 +174,8 @@ class Corpus:
         Errors:
             DataError: no such file, or found twice.
         """
+        from sftx.data.stream_files import StreamedFiles
+
         sources = find_sources(folder, name, key="train_file_name")
         return StreamedFiles(sources, self._how(), keep_columns, self.on_bad_rows == "skip", limit)
 
@@ -184,6 +188,8 @@ class Corpus:
         Errors:
             DataError: a file that cannot be read exactly.
         """
+        from sftx.data.record_store import RecordStore
+
         stamps = [stamp(source.path) for source in sources]
         digests = [known_sha256(source.path) for source in sources]
         settings = [*asdict(self._how()).values(), self.on_bad_rows]
@@ -204,6 +210,8 @@ class Corpus:
         self, into: Path, sources: Sequence[Source], stamps: Sequence[Stamp], keep_columns: bool
     ) -> dict[str, Any]:
         """Fill a folder with the records of files; return what else is to be known of them."""
+        from sftx.data.record_store import json_line, write_records
+
         how = self._how()
         files: list[dict[str, Any]] = []
         skipped: set[tuple[int, int, int]] = set()
@@ -253,6 +261,8 @@ def convert(files: Sequence[Path], out: Path, corpus: Corpus | None = None, *, k
         DataError: a file that cannot be read exactly, or a column that has a name of the new form.
         RunFolderError: the result cannot be written.
     """
+    from sftx.data.record_store import json_line
+
     if Path(out).resolve() in {Path(file).resolve() for file in files}:
         raise DataError(f"{out}: is one of the files to convert; give another name for the result")
     sources = [s for file in files for s in find_sources(".", str(file), key="")]
@@ -272,6 +282,8 @@ def _is_plain(record: Record) -> bool:
 
 
 def _row(record: Record, reserved: Set[str], *, plain: bool) -> dict[str, object]:
+    from sftx.data.record_store import message_dict
+
     made: dict[str, object] = {"category": record.category}
     if plain:
         made |= {"human": record.human, "assistant": record.assistant}

@@ -230,3 +230,9 @@ def read_file(path: Path, **how: object) -> Reading:
     reader = FileReader(path, How(**how))  # type: ignore[arg-type]
     records = list(reader)
     return Reading(records, reader.encoding, reader.delimiter, reader.format, reader.shape)
+
+
+def described(form: str | None, encoding: str | None, delimiter: str | None) -> str:
+    """Say how a file is read: csv, utf-8, `,`."""
+    mark = f"`{delimiter}`" if delimiter else None
+    return ", ".join(part for part in (form, encoding, mark) if part)

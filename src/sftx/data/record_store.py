@@ -62,9 +62,14 @@ class RecordStore(_Lazy):
         self.categories = tuple(categories)
         self._open()
 
+    @property
+    def path(self) -> Path:
+        """The file of the records' texts."""
+        return self.folder / RECORDS
+
     def _open(self) -> None:
         # Read at an offset, not mapped: where a mapped file is cut short the kernel kills the process.
-        self._reader = pa.ipc.open_file(pa.OSFile(str(self.folder / RECORDS)))
+        self._reader = pa.ipc.open_file(pa.OSFile(str(self.path)))
         self._batches: dict[int, pa.BinaryArray] = {}
         lengths = [len(chunk) for chunk in self._chunks("line")]
         self._first = np.cumsum([0, *lengths])
@@ -133,9 +138,7 @@ class RecordStore(_Lazy):
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{self.folder / RECORDS}: was changed while it was used; run the same command again"
-            ) from error
+            raise DataError(f"{self.path}: was changed while it was used; run the same command again") from error
 
 
 class RecordView(_Lazy):

@@ -12,7 +12,7 @@ from typing import Any
 
 from sftx.data.hub import hub_rows
 from sftx.data.problems import Problems
-from sftx.data.read import FileReader, How, sha256_file
+from sftx.data.read import FileReader, How, described, sha256_file
 from sftx.data.record import Record, origin_text
 from sftx.data.shapes import Shaper, UsedColumns, said_of_columns
 from sftx.data.sources import Source
@@ -115,12 +115,6 @@ class StreamedFiles:
             unsound.clear()
             yield record
         yield from unsound
-
-
-def described(form: str | None, encoding: str | None, delimiter: str | None) -> str:
-    """Say how a file is read: csv, utf-8, `,`."""
-    mark = f"`{delimiter}`" if delimiter else None
-    return ", ".join(part for part in (form, encoding, mark) if part)
 
 
 class HubReader:

@@ -12,21 +12,17 @@ import datetime
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
 from sftx import train_command
-from sftx.config.bounds import Bounds
 from sftx.errors import ConfigError
 from sftx.parallel import watch
-from sftx.parallel.device import choose_device
-from sftx.parallel.engine import Engine, Stepper
+from sftx.parallel.engine import Stepper
 from sftx.parallel.replicated import ReplicatedStepper
-from sftx.parallel.single import SingleEngine
 
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
@@ -34,34 +30,6 @@ if TYPE_CHECKING:
 BUCKET_ELEMENTS = 25 * 2**20
 """Gradients exchanged in one message (100 MB of fp32)."""
 LATER = datetime.timedelta(seconds=60)
-
-
-@dataclass(frozen=True)
-class Ddp:
-    """Several processes, one device each; `num_processes` are started on this machine, null: one for each GPU.
-
-    `hang_seconds`: how long the others wait for a rank that does nothing; `timeout_seconds`: for one that works.
-    """
-
-    num_processes: Annotated[int | None, Bounds(at_least=1, at_most=1024)]
-    hang_seconds: Annotated[int | None, Bounds(at_least=1, at_most=31_536_000)]
-    timeout_seconds: Annotated[int, Bounds(at_least=1, at_most=31_536_000)]
-
-    def start(self, device: str) -> Engine:
-        """Join the other ranks, if there are any.
-
-        Errors:
-            ConfigError: there should be several, and this process is alone.
-        """
-        if "RANK" not in os.environ:
-            refuse_alone("ddp", self.num_processes)
-            return SingleEngine(choose_device(device, 0))
-        local = choose_device(device, int(os.environ["LOCAL_RANK"]))
-        if os.environ["WORLD_SIZE"] == "1":
-            return SingleEngine(local)
-        remarks = join(local, self.timeout_seconds)
-        check_complete("ddp")
-        return DdpEngine(local, remarks)
 
 
 def refuse_alone(option: str, asked: int | None) -> None:

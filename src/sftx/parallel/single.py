@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
-from sftx.parallel.device import choose_device
-from sftx.parallel.engine import Engine, Stepper
+from sftx.parallel.engine import Stepper
 from sftx.parallel.replicated import ReplicatedStepper
 
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
-
-
-@dataclass(frozen=True)
-class Single:
-    """Trains alone."""
-
-    def start(self, device: str) -> Engine:
-        """Return the engine of the only rank."""
-        chosen = choose_device(device, 0)
-        gpus = torch.cuda.device_count() if chosen.type == "cuda" else 1
-        unused = [f"parallel=single: trains on 1 of {gpus} GPUs; parallel=ddp trains on all"] if gpus > 1 else []
-        return SingleEngine(chosen, unused)
 
 
 class SingleEngine:

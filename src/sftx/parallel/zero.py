@@ -6,27 +6,23 @@ files as any other run's, so a checkpoint may be gone on with on another number 
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
-from sftx.config.bounds import Bounds
 from sftx.errors import ConfigError, TrainingError
 from sftx.parallel import watch
-from sftx.parallel.ddp import DdpEngine, check_complete, join, refuse_alone
-from sftx.parallel.device import choose_device
-from sftx.parallel.engine import Engine, Regularizer, Stepper, Weights
+from sftx.parallel.ddp import DdpEngine
+from sftx.parallel.engine import Regularizer, Stepper, Weights
 
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
+    from sftx.parallel.settings import Zero3
 
 NO_OVERFLOW = "Use bf16=true, or precision=fp32."
 MASTER = "master"
@@ -35,45 +31,7 @@ STEP = "step"
 """State key of AdamW's counter: one value for all parameters."""
 
 
-@dataclass(frozen=True)
-class Zero3:
-    """Several processes that share one model; `offload_*` keep what a GPU has no room for in host memory.
-
-    The other settings are those of `Ddp`.
-    """
-
-    num_processes: Annotated[int | None, Bounds(at_least=1, at_most=1024)]
-    offload_parameters: bool
-    offload_optimizer: bool
-    bucket_elements: Annotated[int, Bounds(at_least=1)]
-    hang_seconds: Annotated[int | None, Bounds(at_least=1, at_most=31_536_000)]
-    timeout_seconds: Annotated[int, Bounds(at_least=1, at_most=31_536_000)]
-
-    def start(self, device: str) -> Engine:
-        """Join the other ranks, or be a group of one.
-
-        Errors:
-            ConfigError: DeepSpeed is not installed, or ranks are missing.
-        """
-        local = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-        os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # its kernels are not used: torch's optimizers are
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        try:
-            import deepspeed
-        except ImportError as error:
-            raise ConfigError("`parallel=zero3` needs DeepSpeed: pip install -c constraints.txt deepspeed.") from error
-        if "RANK" not in os.environ:
-            refuse_alone("zero3", self.num_processes)
-            os.environ |= _group_of_one()
-        if local.type == "cuda":
-            os.environ["LOCAL_RANK"] = str(local.index)  # DeepSpeed takes it for the number of the GPU
-        remarks = join(local, self.timeout_seconds)
-        deepspeed.init_distributed(dist_backend="gloo" if local.type == "cpu" else "nccl", verbose=False)
-        check_complete("zero3")
-        return Zero3Engine(local, self, remarks)
-
-
-def _group_of_one() -> dict[str, str]:
+def group_of_one() -> dict[str, str]:
     """Return torchrun's variables for a process that is alone."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -7,18 +7,16 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-import torch
+from typing import TYPE_CHECKING, Annotated, Any
 
 from sftx.config.bounds import Bounds
-from sftx.data.loader import Batch
 from sftx.errors import ConfigError
 from sftx.files import append_line, write_text
-from sftx.model.loading.limits import positions_of
-from sftx.training.evaluate import Evaluation
-from sftx.training.profile import parts_of, report_of, table_of
-from sftx.training.trial import Session, Trial
+
+if TYPE_CHECKING:  # imported when a callback acts, not when its settings are checked
+    from sftx.data.loader import Batch
+    from sftx.training.evaluate import Evaluation
+    from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
 
@@ -119,9 +117,12 @@ class GenerateSamples(Callback):
         return [r.ids_T[: int(r.supervised_T.argmax())].tolist() for r in rows[: self.count]]
 
 
-@torch.no_grad()
 def generate(session: Session, prompt_ids: list[int], max_new_tokens: int) -> str:
     """Return the active adapter's greedy answer to a prompt, without control tokens, up to the model's positions."""
+    import torch
+
+    from sftx.model.loading.limits import positions_of
+
     module = session.model.module
     if (positions := positions_of(module)) is not None:
         max_new_tokens = min(max_new_tokens, positions - len(prompt_ids))
@@ -129,7 +130,7 @@ def generate(session: Session, prompt_ids: list[int], max_new_tokens: int) -> st
             return f"(none: the prompt has {len(prompt_ids)} tokens, the model {positions} positions)"
     module.eval()
     ids_BT = torch.tensor([prompt_ids], device=session.engine.device)
-    with session.numerics.autocast():
+    with torch.no_grad(), session.numerics.autocast():
         out_BT = module.generate(
             input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),
@@ -181,6 +182,10 @@ class Profile(Callback):
 
     def on_step(self, session: Session, trial: Trial) -> None:
         """Start and stop the profiler."""
+        import torch
+
+        from sftx.training.profile import parts_of
+
         if trial.step == self.first_step - 1 or (self.first_step <= 1 and trial.step == 1):
             self.profiler = torch.profiler.profile(record_shapes=True)
             self.profiler.start()
@@ -193,6 +198,8 @@ class Profile(Callback):
 
     def on_end(self, session: Session, trial: Trial) -> None:
         """Write what the time went to."""
+        from sftx.training.profile import report_of, table_of
+
         if session.engine.is_main and self.shares:
             report = report_of(self.shares, session, trial)
             write_text(trial.folder.path / "profile" / "summary.json", json.dumps(report, indent=1) + "\n")
@@ -202,6 +209,8 @@ class Profile(Callback):
             log.info("profile: %s", trial.folder.path / "profile")
 
     def _write_trace(self, trial: Trial) -> None:
+        import torch
+
         folder = trial.folder.path / "profile"
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         write_text(folder / "table.txt", self.profiler.key_averages().table(sort_by=by, row_limit=40))

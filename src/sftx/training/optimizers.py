@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-import torch
-from torch.nn import Parameter
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sftx.config.bounds import Bounds
 from sftx.effective import Effective
 
-Parameters = Mapping[str, Parameter]
+if TYPE_CHECKING:  # imported when an optimizer is built, not when its settings are checked
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    Parameters = Mapping[str, Parameter]
 
 
 def groups_of(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
@@ -31,6 +31,8 @@ def groups_of(parameters: Parameters, weight_decay: float) -> list[dict[str, Any
 
 
 def _paged(asked: bool, key: str, effective: Effective) -> bool:
+    import torch
+
     if asked and not torch.cuda.is_available():
         effective.fall_back("optim", key, key.removeprefix("paged_"), "paging needs CUDA")
         return False
@@ -49,6 +51,8 @@ class AdamW:
 
     def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
         """Return the optimizer of these parameters."""
+        import torch
+
         groups = groups_of(parameters, self.weight_decay)
         betas = (self.betas[0], self.betas[1])
         name = "paged_adamw_32bit" if self.bits == 32 else "paged_adamw_8bit"
@@ -93,6 +97,8 @@ class Adafactor:
 
     def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
         """Return the optimizer of these parameters."""
+        import torch
+
         effective.settings["optimizer"] = "torch.optim.Adafactor"
         groups = groups_of(parameters, self.weight_decay)
         return torch.optim.Adafactor(groups, lr=learning_rate, beta2_decay=self.beta2_decay, d=self.d)
@@ -108,6 +114,8 @@ class Sgd:
 
     def build(self, parameters: Parameters, learning_rate: float, effective: Effective) -> Optimizer:
         """Return the optimizer of these parameters."""
+        import torch
+
         effective.settings["optimizer"] = "torch.optim.SGD"
         groups = groups_of(parameters, self.weight_decay)
         return torch.optim.SGD(groups, lr=learning_rate, momentum=self.momentum, nesterov=self.nesterov)

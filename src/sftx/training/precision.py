@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from sftx.effective import Effective
 from sftx.errors import ConfigError
+
+if TYPE_CHECKING:  # imported when the format is resolved, not when its settings are checked
+    import torch
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Numerics:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context that the forward pass runs in."""
+        import torch
+
         if self.sharded or self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -41,6 +44,8 @@ class Precision:
         Raises:
             ConfigError: the GPU has no bfloat16.
         """
+        import torch
+
         asked: torch.dtype = getattr(torch, self.dtype)
         key = {"float16": "fp16", "bfloat16": "bf16"}.get(self.dtype, "precision")
         if device.type == "cpu" and asked != torch.float32:
