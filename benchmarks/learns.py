@@ -23,7 +23,7 @@ from typing import Any
 
 from sftx import PROJECT_ROOT
 from sftx.errors import ModelError, SftxError, reported
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 QUESTION = {"identity.csv": "Who are you?"}
 """What is asked after training on a file; otherwise its first row's `human`."""

@@ -60,7 +60,7 @@ class Watched:
         from sftx.config.check import freeze
         from sftx.config.compose import compose_checked
         from sftx.training import loop
-        from sftx.training.flops import work_of
+        from sftx.training.measure.flops import work_of
 
         launch = loop._launch
 

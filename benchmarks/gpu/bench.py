@@ -325,8 +325,8 @@ def _of_steps(model: Any, times: list[float], tokens: list[tuple[Any, int]], fir
     import torch
 
     from sftx.model.adapt import AdaptedModel
-    from sftx.training.flops import work_of
-    from sftx.training.perf import peak_flops, peak_memory
+    from sftx.training.measure.flops import work_of
+    from sftx.training.measure.perf import peak_flops, peak_memory
 
     work = work_of(AdaptedModel(model, trained_dtype=torch.float32, gradient_checkpointing=False))
     assert work is not None

@@ -14,7 +14,7 @@ from sftx.errors import ConfigError, SftxError
 def build(node: Node, **arguments: Any) -> Any:
     """Let Hydra build a component from its node.
 
-    Errors:
+    Raises:
         ConfigError: its class cannot be imported or refuses the values.
     """
     target = str(node.get("_target_"))

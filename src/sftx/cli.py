@@ -37,16 +37,16 @@ def parser() -> argparse.ArgumentParser:
 def run(words: Sequence[str]) -> int:
     """Run one command and return its exit code.
 
-    Errors:
+    Raises:
         SftxError: what the command's own errors are.
     """
     top = parser()
-    asked, rest = top.parse_known_args(words)
-    if rest and (not hasattr(asked, "words") or any(word.startswith("-") for word in rest)):
+    arguments, rest = top.parse_known_args(words)
+    if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        asked.words += rest  # files and settings may stand between options
-    code: int = asked.run(asked)
+        arguments.words += rest  # files and settings may stand between options
+    code: int = arguments.run(arguments)
     sys.stdout.flush()
     return code
 

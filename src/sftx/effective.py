@@ -1,4 +1,4 @@
-"""What a run really does, beside what was asked: every fallback is printed once and stored."""
+"""The settings in force, and how they differ from the requested ones: each fallback is printed once and stored."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class Fallback:
     """A setting that this machine cannot honour, what is done instead, and why."""
 
     key: str
-    asked: str
+    requested: str
     effective: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.key}={self.asked} -> {self.effective}: {self.reason}"
+        return f"{self.key}={self.requested} -> {self.effective}: {self.reason}"
 
 
 @dataclass
@@ -31,9 +31,11 @@ class Effective:
         """Return a copy to which one trial adds what is its own."""
         return Effective(dict(self.settings), list(self.fallbacks), list(self.remarks))
 
-    def fall_back(self, key: str, asked: object, effective: str, reason: str) -> None:
+    def fall_back(self, key: str, requested: object, effective: str, reason: str) -> None:
         """Record a fallback, once."""
-        new = Fallback(key, str(asked).lower() if isinstance(asked, bool) else str(asked), effective, reason)
+        new = Fallback(
+            key, str(requested).lower() if isinstance(requested, bool) else str(requested), effective, reason
+        )
         if new not in self.fallbacks:
             self.fallbacks.append(new)
 

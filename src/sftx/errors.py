@@ -19,7 +19,7 @@ from sftx.terminal import visible_lines
 EXIT_FAULT = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75
-"""The run was asked to end and can go on: `EX_TEMPFAIL` of sysexits.h, on which a scheduler may requeue."""
+"""The run was stopped by a signal and can be resumed: `EX_TEMPFAIL` of sysexits.h, on which a scheduler may requeue."""
 EXIT_PIPE = 141
 LISTED_FOLDERS = 8
 """Most folders that a message names."""
@@ -88,7 +88,7 @@ class RankError(SftxError):
 
 
 class StoppedError(SftxError):
-    """A signal asked the run to end."""
+    """A signal stopped the run."""
 
     exit_code = EXIT_STOPPED
 

@@ -1,4 +1,4 @@
-"""The one module that writes files: everything is written beside, flushed to disk, then renamed."""
+"""The one module that writes files: everything is written under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _existing(path: Path) -> Path:
 def check_writable(folder: Path) -> None:
     """Raise if a folder could not be made and written, leaving nothing behind.
 
-    Errors:
+    Raises:
         RunFolderError: read-only, no permission, or a file in the way.
     """
     parent = _existing(folder)
@@ -95,7 +95,7 @@ def check_writable(folder: Path) -> None:
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes], *, needed: int | None = None) -> None:
-    """Write a file whole or not at all, from pieces that need not fit into memory together; see `write_folder`."""
+    """Write a file atomically, from chunks that need not fit into memory together; see `write_folder`."""
     with explained(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
@@ -113,24 +113,24 @@ def write_chunks(path: Path, chunks: Iterable[bytes], *, needed: int | None = No
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     write_chunks(path, [data], needed=len(data))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
+    """Write UTF-8 text atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON whole or not at all."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n")
 
 
 def write_folder(
     folder: Path, fill: Callable[[Path], None], *, replace: bool = False, needed: int | None = None
 ) -> None:
-    """Let `fill` write a folder beside, then publish it under its name in one rename.
+    """Let `fill` write a temporary folder, then publish it under its name in one rename.
 
     `needed` is about how many bytes that are, for the message when the disk is full.
     Of two processes that publish the same folder at once, one wins and the other's copy is dropped,
@@ -181,7 +181,7 @@ def rehearse_folder(folder: Path, fill: Callable[[Path], None], needed: int) -> 
 
 @contextmanager
 def _filled(folder: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
-    """Yield a folder beside another, written and flushed to disk; what is not renamed is removed."""
+    """Yield a temporary folder, written and flushed to disk; it is removed unless it was renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
     try:

@@ -84,7 +84,7 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
             return
         self.setLevel(logging.CRITICAL + 1)
-        logging.getLogger("sftx").warning("%s: cannot be written (%s): goes on without", self.baseFilename, error)
+        logging.getLogger("sftx").warning("%s: cannot be written (%s): continuing without it", self.baseFilename, error)
 
 
 class RunLog:

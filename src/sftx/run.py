@@ -16,7 +16,7 @@ from sftx.config.schema import TrainConfig
 from sftx.effective import Effective
 from sftx.errors import StoppedError
 from sftx.logs import RunLog, ThirdPartyLog
-from sftx.parallel import watch
+from sftx.parallel import supervised
 from sftx.parallel.engine import Engine
 from sftx.runs import manifest
 from sftx.runs.begin import Setting, open_trial
@@ -26,14 +26,14 @@ from sftx.runs.resume import identity_of, kernels_of, open_folders, resume_comma
 from sftx.runs.setup import check_shared, open_session, open_trials
 from sftx.signals import Signals
 from sftx.training.determinism import deterministic_kernels
-from sftx.training.flops import work_of
 from sftx.training.loop import train
+from sftx.training.measure.flops import work_of
+from sftx.training.measure.perf import reset_peak_memory
 from sftx.training.memory import memory_explained
-from sftx.training.perf import reset_peak_memory
-from sftx.training.preflight import check_room
 from sftx.training.probing import compile_limits_noted, compile_model, probe
-from sftx.training.run_folder import RunFolder
-from sftx.training.saving import Saver
+from sftx.training.saving.preflight import check_room
+from sftx.training.saving.run_folder import RunFolder
+from sftx.training.saving.saver import Saver
 from sftx.training.trial import Session, Trial
 
 
@@ -81,7 +81,7 @@ class _Run:
             return results
         except BaseException as error:
             stopped = isinstance(error, StoppedError) or self.signals.received is not None
-            if stopped or not watch.failed_by_another(error):
+            if stopped or not supervised.failed_by_another(error):
                 note_failure(self.trials, self.engine, error, stopped=stopped)
             raise
         finally:
@@ -129,7 +129,7 @@ class _Run:
             with trial.active(session):
                 if (finished := open_trial(trial, session, setting, who)) is not None:
                     outcomes[trial.name], trial.ended = finished, True
-        watch.tell(folders=[str(trial.folder.path) for trial in self.trials])
+        supervised.send(folders=[str(trial.folder.path) for trial in self.trials])
         self.engine.barrier()  # the main rank has made folders and started trackers
         gc.enable()  # disabled at startup
         if unfinished := [trial for trial in self.trials if not trial.ended]:

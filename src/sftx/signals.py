@@ -18,34 +18,34 @@ class EndNow(BaseException):
 
 
 class Signals:
-    """Notes the first signal that asks for the end; `at_once` raises, later ones change nothing.
+    """Notes the first stop signal; with `raise_immediately` it raises; later ones change nothing.
 
     `whole_program`: nothing comes after the block, so that later signals change nothing until the process is gone.
 
-    Errors:
+    Raises:
         StoppedError: in place of what the block raised after a signal.
     """
 
     def __init__(self, *, whole_program: bool = False) -> None:
         self.received: str | None = None
-        self.at_once = True
-        self.seen_to = False
-        """A block inside this one has received it, and has said what became of it."""
+        self.raise_immediately = True
+        self.handled = False
+        """A block inside this one has received it, and has reported the outcome."""
         self._whole_program = whole_program
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            self._before = take(self._note)
+            self._before = install(self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        give_back(self._before, self.received, deaf=self._whole_program)
-        if self.received is None or self.seen_to or error is None or isinstance(error, StoppedError):
+        restore(self._before, self.received, ignore_later=self._whole_program)
+        if self.received is None or self.handled or error is None or isinstance(error, StoppedError):
             return
-        if self.at_once:
+        if self.raise_immediately:
             raise StoppedError(f"{self.received}: stopped before the first step; there was nothing to save.") from error
         # The checkpoint failed, or a process that the same signal had ended was missed first.
         raise StoppedError(f"{self.received}: stopped without a checkpoint of the last step: {error}") from error
@@ -54,29 +54,29 @@ class Signals:
         if self.received is not None:
             return
         self.received = signal.Signals(number).name
-        if self.at_once:
+        if self.raise_immediately:
             raise EndNow(self.received)
 
 
-def take(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+def install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Set a handler of the signals and return those of before.
 
-    Errors:
+    Raises:
         EndNow: a surrounding block has received a signal, and what it raised was lost on the way.
     """
     before: dict[int, Any] = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     for owner in _owners(before):
-        if owner.received is not None and not owner.seen_to:
+        if owner.received is not None and not owner.handled:
             raise EndNow(owner.received)
     return before
 
 
-def give_back(before: Mapping[int, Any], received: str | None, *, deaf: bool = False) -> None:
-    """Set the handlers of before, whose owner learns what was received; `deaf`: after a signal, let none be heard."""
+def restore(before: Mapping[int, Any], received: str | None, *, ignore_later: bool = False) -> None:
+    """Restore the handlers, and note in their owner what was received; `ignore_later`: after a signal, ignore all."""
     for owner in _owners(before) if received is not None else ():
-        owner.received, owner.seen_to = owner.received or received, True
+        owner.received, owner.handled = owner.received or received, True
     for number, handler in before.items():
-        signal.signal(number, signal.SIG_IGN if deaf and received is not None else handler)
+        signal.signal(number, signal.SIG_IGN if ignore_later and received is not None else handler)
 
 
 def _owners(handlers: Mapping[int, Any]) -> list[Signals]:
@@ -85,8 +85,8 @@ def _owners(handlers: Mapping[int, Any]) -> list[Signals]:
 
 
 @contextmanager
-def put_off() -> Iterator[None]:
-    """Let the signals wait until the block is left; processes that are started inside let them wait as well."""
+def blocked() -> Iterator[None]:
+    """Block the signals until the block is left; processes that are started inside block them as well."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -95,8 +95,8 @@ def put_off() -> Iterator[None]:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Let the signals come in, those that have waited first, in a process that was started in `put_off`."""
+def unblocked() -> Iterator[None]:
+    """Unblock the signals, pending ones first, in a process that was started in `blocked`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -105,11 +105,11 @@ def heard() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_unmoved() -> None:
-    """Let signals change nothing outside of `Signals`' blocks, in a process that was started in `put_off`.
+def disregard() -> None:
+    """Handle signals outside of `Signals`' blocks by doing nothing, in a process that was started in `blocked`.
 
-    Those that wait already are not lost, as they would be if they were ignored. A signal that comes after the block
-    ends a process that handles none, by any of its threads that does not put it off.
+    Pending signals are not lost, as they would be if signals were ignored. Without a handler, a signal after the block
+    would end the process, through any thread that does not block it.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)

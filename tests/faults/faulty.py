@@ -75,7 +75,7 @@ class Fault(Callback):
         if self.moment == "step":
             befall(self.kind, self.mark)
         elif self.moment == "evaluation":
-            from sftx.training import evaluate
+            from sftx.training.measure import evaluate
 
             self._in_place_of(evaluate, "token_losses")
         elif self.rank == 0:  # the main rank writes

@@ -122,8 +122,8 @@ class Watch:
         import sftx.files
         import sftx.run
         import sftx.runs.end
-        import sftx.training.evaluate
         import sftx.training.loop
+        import sftx.training.measure.evaluate
 
         def of_folder(phase: str) -> Callable[..., str | None]:
             def chosen(folder: Path, *_: Any) -> str | None:
@@ -135,7 +135,7 @@ class Watch:
 
         for function, phase in (
             (sftx.training.loop.train, lambda *_: "stepping"),
-            (sftx.training.evaluate.evaluate, lambda *_: "evaluating"),
+            (sftx.training.measure.evaluate.evaluate, lambda *_: "evaluating"),
             (sftx.files.write_folder, of_folder("saving")),
             (sftx.files.remove_folder, of_folder("rotating")),
             (sftx.runs.end.finish_trial, lambda *_: "ending"),

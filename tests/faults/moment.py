@@ -31,10 +31,10 @@ PLACES = {
     "tokenising": ["sftx.data.prepare.open_rows"],
     "stepping": ["sftx.training.loop._advance"],
     "evaluating": ["sftx.training.loop.evaluate"],
-    "saving": ["sftx.training.checkpoint.publish"],
+    "saving": ["sftx.training.saving.checkpoint.publish"],
 }
 """The phases, and the functions whose calls are visits of them, by the names under which sftx calls them."""
-SHARED = ["sftx.training.saving.snapshot"]
+SHARED = ["sftx.training.saving.saver.snapshot"]
 """A save as a rank sees it that writes nothing."""
 
 
@@ -189,7 +189,8 @@ class ForkedRank:
 
 def fork_ranks(moment: Mapping[str, Any]) -> None:
     """Let the supervisor of this process fork its ranks."""
-    from sftx.parallel import started
+
+    from sftx.parallel import rank_process
 
     ForkedRank.moment = moment
-    started.subprocess = SimpleNamespace(Popen=ForkedRank, PIPE=subprocess.PIPE)  # type: ignore[assignment]
+    rank_process.subprocess = SimpleNamespace(Popen=ForkedRank, PIPE=subprocess.PIPE)  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from tests.conftest import SMALL, over
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
 from sftx.config.schema import TrainConfig
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 FAULTY = over(
     SMALL, "mode=lora", "lora_dropout=0.2", "max_train_rows=16", "eval_max_rows=3", "max_seq_length=64", "max_steps=6",

@@ -17,9 +17,10 @@ from tests.faults.runs import composed, leftovers, outcome
 
 from sftx.errors import CheckpointError, RunFolderError, SftxError
 from sftx.run import run
-from sftx.training import checkpoint, loop
-from sftx.training.metrics import read_metrics
-from sftx.training.run_folder import RunFolder
+from sftx.training import loop
+from sftx.training.saving import checkpoint
+from sftx.training.saving.metrics import read_metrics
+from sftx.training.saving.run_folder import RunFolder
 
 MODES = ("lora", "full")
 
@@ -233,7 +234,7 @@ def test_when_all_are_damaged_the_run_refuses_to_start_over(copy: Path, mode: st
         DAMAGE["a bit in the middle"](folder / "manifest.json")
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint of this run is whole(.|\n)*step-000004(.|\n)*step-000002"
+        CheckpointError, match=r"no checkpoint of this run is intact(.|\n)*step-000004(.|\n)*step-000002"
     ):
         run([composed(copy, f"mode={mode}")])
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before

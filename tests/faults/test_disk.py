@@ -22,7 +22,7 @@ from tests.faults.test_kill import straight as straight
 from sftx.errors import RunFolderError
 from sftx.files import check_writable, remove_folder, write_folder, write_text
 from sftx.logs import RunLog, ThirdPartyLog
-from sftx.training import checkpoint
+from sftx.training.saving import checkpoint
 
 CAUSES = {
     "ENOSPC+": r"the disk is full.*bytes free",

@@ -26,7 +26,7 @@ from tests.faults.kill import FINAL, RUN, SAVE, Zygote
 from tests.faults.runs import leftovers, outcome, words
 
 from sftx.files import sweep
-from sftx.training import checkpoint
+from sftx.training.saving import checkpoint
 
 KINDS = {
     "lora": [],

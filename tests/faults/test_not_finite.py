@@ -16,9 +16,9 @@ from tests.conftest import over
 from sftx.errors import TrainingError
 from sftx.run import run
 from sftx.training import loop, recovery
-from sftx.training.evaluate import Evaluation
 from sftx.training.loss import TokenLosses, token_losses
-from sftx.training.metrics import read_metrics
+from sftx.training.measure.evaluate import Evaluation
+from sftx.training.saving.metrics import read_metrics
 from sftx.training.schedulers import ReduceOnPlateau
 
 SHARED = ["mode=lora", "lora_dropout=0", "eval_ratio=0", "max_steps=6", "save_strategy=steps", "save_steps=2"]

@@ -60,7 +60,7 @@ def test_the_micro_batch_is_halved_and_the_steps_are_the_same(
     assert "aspcoder_train.csv:" in log.partition("out of memory")[2]
     effective = json.loads((other / "manifest.json").read_text())["effective"]
     assert effective["settings"]["micro_batch"] == captured.trial.micro_batch
-    assert any(f["asked"] == "auto" for f in effective["fallbacks"])
+    assert any(f["requested"] == "auto" for f in effective["fallbacks"])
 
 
 def test_a_resumed_run_begins_with_what_fitted(make_config, monkeypatch, captured, one_thread: None) -> None:
@@ -112,7 +112,7 @@ def test_memory_that_is_out_elsewhere_is_a_short_message(make_config, monkeypatc
     def refuse(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore.")
 
-    monkeypatch.setattr("sftx.training.evaluate.token_losses", refuse)
+    monkeypatch.setattr("sftx.training.measure.evaluate.token_losses", refuse)
     with pytest.raises(TrainingError, match=r"^out of memory: CUDA out of memory. Tried to allocate 20 GiB. gradient_"):
         run([make_config(*SHARED)])
 

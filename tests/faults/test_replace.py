@@ -19,7 +19,7 @@ from tests.faults.test_signals import interrupt
 from sftx.errors import RunFolderError, StoppedError
 from sftx.files import sweep, write_folder
 from sftx.run import run
-from sftx.training import checkpoint
+from sftx.training.saving import checkpoint
 
 
 def filled(text: str) -> Callable[[Path], None]:
@@ -90,7 +90,7 @@ def test_a_postponed_evaluation_saves_nothing_again(tmp_path: Path, one_thread: 
     run([composed(straight, *typed)])
     for call in (2, 1):  # the second evaluation, that of step 1, then the same again
         with pytest.MonkeyPatch.context() as patch:
-            interrupt(patch, "sftx.training.evaluate", "token_losses", call, signal.SIGTERM)
+            interrupt(patch, "sftx.training.measure.evaluate", "token_losses", call, signal.SIGTERM)
             with pytest.raises(StoppedError, match="after step 1 of 6"):
                 run([composed(folder, *typed)])
         before = inodes(folder)
@@ -108,7 +108,7 @@ def test_an_evaluation_that_a_kill_made_postponed_twice_is_recorded_once(tmp_pat
     straight, folder = tmp_path / "straight", tmp_path / "run"
     run([composed(straight)])
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, "sftx.training.evaluate", "token_losses", 2, signal.SIGTERM)
+        interrupt(patch, "sftx.training.measure.evaluate", "token_losses", 2, signal.SIGTERM)
         with pytest.raises(StoppedError, match="after step 2 of 6"):
             run([composed(folder)])
     for _ in range(2):  # it is made and recorded, and the run ends before another checkpoint is there

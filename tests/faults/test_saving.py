@@ -16,8 +16,10 @@ from tests.invariance.test_invariance import assert_same_weights, curve
 from sftx.errors import RunFolderError, TrainingError
 from sftx.files import bytes_in, write_folder
 from sftx.run import run
-from sftx.training import checkpoint, loop, preflight, saving
-from sftx.training.saving import MAX_SAVE_OVERHEAD, SaveInterval
+from sftx.training import loop
+from sftx.training.saving import checkpoint, preflight
+from sftx.training.saving import saver as saving
+from sftx.training.saving.saver import MAX_SAVE_OVERHEAD, SaveInterval
 
 SHARED = [
     "mode=lora", "eval_ratio=0", "max_steps=6", "save_strategy=steps", "save_steps=2", "save_total_limit=null",

@@ -32,8 +32,8 @@ from sftx.errors import EXIT_STOPPED, RunFolderError, StoppedError
 from sftx.processes import STOP_SIGNALS
 from sftx.run import run
 from sftx.signals import EndNow, Signals
-from sftx.training.metrics import read_metrics
 from sftx.training.pending import StopVote
+from sftx.training.saving.metrics import read_metrics
 
 SHARED = [
     "mode=lora", "lora_dropout=0.2", "save_strategy=steps", "save_steps=100", "eval_steps=2", "max_train_rows=24",
@@ -89,7 +89,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     [
         ("sftx.training.loop", 10, 2),  # in the second micro-batch of the third step
         ("sftx.training.loop", 12, 3),  # in its fourth and last one: the step is complete
-        ("sftx.training.evaluate", 5, 2),  # in the second evaluation: the one before the first step has four batches
+        (
+            "sftx.training.measure.evaluate",
+            5,
+            2,
+        ),  # in the second evaluation: the one before the first step has four batches
     ],
     ids=["stepping", "at the end of a step", "evaluating"],
 )
@@ -161,7 +165,7 @@ def test_two_ranks_discard_a_step_of_which_one_has_made_a_part(zygote: Zygote, t
 def test_the_last_evaluation_is_not_lost(straight: Path, tmp_path: Path, one_thread: None) -> None:
     config = composed(f"output_dir={tmp_path}")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, "sftx.training.evaluate", "token_losses", 14, signal.SIGTERM)  # four batches each time
+        interrupt(patch, "sftx.training.measure.evaluate", "token_losses", 14, signal.SIGTERM)  # four batches each time
         with pytest.raises(StoppedError, match=r"stopped after step 6 of 6"):
             run([config])
     assert not (tmp_path / "final").exists()
@@ -174,7 +178,7 @@ def test_the_last_evaluation_is_not_lost(straight: Path, tmp_path: Path, one_thr
 def test_a_signal_in_a_save_changes_nothing_of_it(straight: Path, tmp_path: Path, one_thread: None) -> None:
     config = composed("save_steps=3", f"output_dir={tmp_path}")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, "sftx.training.checkpoint", "write_folder", 1, signal.SIGTERM)
+        interrupt(patch, "sftx.training.saving.checkpoint", "write_folder", 1, signal.SIGTERM)
         with pytest.raises(StoppedError, match=r"stopped after step [34] of 6"):
             run([config])
     run([config])
@@ -215,7 +219,7 @@ def test_one_signal_is_heard_once_by_blocks_inside_each_other() -> None:
 
     def run_ends() -> None:
         with Signals() as inner:
-            inner.at_once = False
+            inner.raise_immediately = False
             os.kill(os.getpid(), signal.SIGTERM)
             raise RuntimeError("the run")
 
@@ -316,7 +320,7 @@ def test_a_signal_to_the_whole_group_ends_it_in_order(tmp_path: Path, workers: i
 def test_a_second_run_in_a_folder_is_refused_while_the_first_is_there(tmp_path: Path) -> None:
     config = composed(f"output_dir={tmp_path}")
     code = (
-        "import sys; from pathlib import Path; from sftx.training.run_folder import RunFolder; "
+        "import sys; from pathlib import Path; from sftx.training.saving.run_folder import RunFolder; "
         "folder = RunFolder(Path(sys.argv[1])); folder.lock(); print(1, flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -392,12 +396,12 @@ def test_ranks_agree_although_one_alone_is_asked(tmp_path: Path, rank: str) -> N
 RANK = """
 import os, signal, threading, time
 from sftx.errors import StoppedError
-from sftx.signals import Signals, end_unmoved, heard, put_off
+from sftx.signals import Signals, disregard, unblocked, blocked
 
-with put_off():  # as a rank is started
-    end_unmoved()
+with blocked():  # as a rank is started
+    disregard()
     try:
-        with Signals(), heard():
+        with Signals(), unblocked():
             threading.Thread(target=threading.Event().wait, daemon=True).start()  # a run leaves some: they put off none
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(10)

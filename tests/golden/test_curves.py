@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sftx.run import run
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 FILE = Path(__file__).with_name("curves.json")
 CASES = {

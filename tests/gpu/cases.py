@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 DRY_RUN = os.environ.get("SFTX_GPU_DRY_RUN") == "1"
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.gpu.cases import DEVICE, DRY_RUN, HALF
 
-from sftx.parallel.single import SingleEngine
+from sftx.parallel.engine import Engine
 from sftx.training.precision import Numerics, Precision
 
 
@@ -20,4 +20,4 @@ def _dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return Numerics(dtype, DEVICE) if dtype else resolve(self, device, effective, **settings)
 
     monkeypatch.setattr(Precision, "resolve", half)
-    monkeypatch.setattr(SingleEngine, "defers_loss", True)
+    monkeypatch.setattr(Engine, "defers_loss", True)

@@ -11,7 +11,7 @@ import pytest
 from sftx.model.kernels import compiled
 from sftx.run import run
 from sftx.training import loop
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 STEPS = 6
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")

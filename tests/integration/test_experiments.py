@@ -68,7 +68,7 @@ def test_overfit_learns_eight_rows_by_heart(make_config, captured) -> None:
         "debug=overfit", "mode=full", "learning_rate=3e-3", "report_to=none", "disable_tqdm=true", small=False
     )
     run([config])
-    from sftx.training.metrics import read_metrics
+    from sftx.training.saving.metrics import read_metrics
 
     losses = [r["train/loss"] for r in read_metrics(Path(config.output_dir) / "metrics.jsonl")]
     assert len(captured.session.rows) == 8

@@ -16,7 +16,7 @@ import torch
 from tests.conftest import ROOT
 
 from sftx.run import run
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 MANUAL = {
     "output_dir", "model_name_or_path", "train_file_path", "train_file_name", "template_name", "train_mode",

@@ -160,7 +160,7 @@ def test_keep_best_puts_the_best_state_into_final(make_config, captured) -> None
         "keep_best=true", "save_total_limit=1",
     )  # fmt: skip
     result = run([config])[0]
-    from sftx.training.metrics import read_metrics
+    from sftx.training.saving.metrics import read_metrics
 
     losses = {
         r["step"]: r["eval/loss"] for r in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "eval/loss" in r

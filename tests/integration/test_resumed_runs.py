@@ -22,7 +22,7 @@ from sftx.config.compose import compose_checked
 from sftx.config.schema import TrainConfig
 from sftx.errors import EXIT_STOPPED, RunFolderError, StoppedError
 from sftx.run import run
-from sftx.training.run_folder import LOCK
+from sftx.training.saving.run_folder import LOCK
 
 WORDS = over(SMALL, "mode=lora", "save_strategy=steps", "save_steps=2", "eval_steps=2", "max_steps=4",
              "max_train_rows=24", "scheduler=constant", f"train_file_path={ROOT / 'data'}")  # fmt: skip

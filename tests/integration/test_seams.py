@@ -14,13 +14,13 @@ from tests.conftest import over
 
 import sftx.run
 from sftx.errors import TrainingError
-from sftx.parallel.single import SingleEngine
+from sftx.parallel.engine import Engine
 from sftx.run import run
 from sftx.runs.result import Failure, Result
 from sftx.training import loop
 from sftx.training.callbacks import Callback
-from sftx.training.evaluate import evaluate
 from sftx.training.loss import TokenLosses, token_losses
+from sftx.training.measure.evaluate import evaluate
 from sftx.training.opening import open_model
 
 SHORT = ["mode=lora", "optimizer=sgd", "max_steps=3", "logging_steps=1"]
@@ -51,21 +51,21 @@ def test_an_engine_shards_the_model_before_any_optimizer_is_built(make_config, m
     """Every adapter is there by then, and an optimizer holds the parameters that sharding has left."""
     replaced: list[torch.nn.Parameter] = []
 
-    def shard(self: SingleEngine, model: Any) -> None:
+    def shard(self: Engine, model: Any) -> None:
         for adapter in model.adapters.values():
             assert all(p.grad is None for p in adapter.parameters.values())
             replaced.extend(adapter.parameters.values())
 
     held: list[torch.Tensor] = []
-    build_stepper = SingleEngine.stepper
+    build_stepper = Engine.stepper
 
-    def stepper(self: SingleEngine, model: Any, adapter: Any, optimizer: Any, *rest: Any) -> Any:
+    def stepper(self: Engine, model: Any, adapter: Any, optimizer: Any, *rest: Any) -> Any:
         assert replaced, "the model is sharded before"
         held.extend(p for group in optimizer.param_groups for p in group["params"])
         return build_stepper(self, model, adapter, optimizer, *rest)
 
-    monkeypatch.setattr(SingleEngine, "shard", shard)
-    monkeypatch.setattr(SingleEngine, "stepper", stepper)
+    monkeypatch.setattr(Engine, "shard", shard)
+    monkeypatch.setattr(Engine, "stepper", stepper)
     run([make_config(*SHORT, output="a"), make_config(*SHORT, "seed=7", output="b")])
     assert {id(p) for p in held} == {id(p) for p in replaced}
 

@@ -13,7 +13,7 @@ from sftx.data.loader import collate
 from sftx.data.rows import Row
 from sftx.model.kernels import attention
 from sftx.run import run
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 
 @pytest.mark.parametrize(

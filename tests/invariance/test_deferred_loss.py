@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from tests.conftest import over
 
 from sftx.errors import TrainingError
-from sftx.parallel.single import SingleEngine
+from sftx.parallel.engine import Engine
 from sftx.run import run
 from sftx.training import loop
 from sftx.training.loss import TokenLosses, token_losses
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 SHARED = [
     "mode=lora", "optimizer=adamw", "max_steps=9", "logging_steps=4", "eval_steps=6", "save_strategy=steps",
@@ -50,7 +50,7 @@ def late(monkeypatch: pytest.MonkeyPatch, deferred: list[int]) -> Callable[[bool
     """Return a function that defers the reading of losses, or not."""
 
     def switch(on: bool) -> None:
-        monkeypatch.setattr(SingleEngine, "defers_loss", on)
+        monkeypatch.setattr(Engine, "defers_loss", on)
         deferred.clear()
 
     return switch

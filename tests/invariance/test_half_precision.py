@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import SMALL, TWO_RANKS, over
 
 from sftx.run import run
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 LARGE = [
     "max_seq_length=384", "per_device_train_batch_size=8", "gradient_accumulation_steps=1", "max_steps=2", "eval_steps=2",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.conftest import SMALL, TWO_RANKS, over
 
 from sftx.run import run
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 CLIPS = "max_grad_norm=0.05"  # far below the norms that occur: a gradient wrong by a factor would show
 

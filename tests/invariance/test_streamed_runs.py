@@ -11,7 +11,7 @@ from tests.invariance.test_invariance import assert_same_weights, curve
 
 from sftx.errors import ConfigError, DataError
 from sftx.run import run
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from sftx.training.allocator import keep_freed_memory
+from sftx.training.memory import keep_freed_memory
 assert keep_freed_memory() is True
 for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -27,7 +27,7 @@ def test_no_page_is_asked_for_again() -> None:
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sftx.training import allocator
+    from sftx.training import memory
 
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
-    assert allocator.keep_freed_memory() is False
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert memory.keep_freed_memory() is False

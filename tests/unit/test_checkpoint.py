@@ -13,7 +13,7 @@ import pytest
 from sftx.data.read import sha256_file
 from sftx.errors import CheckpointError, RunFolderError
 from sftx.run import run
-from sftx.training import checkpoint
+from sftx.training.saving import checkpoint
 
 
 def damage(path: Path, how: str) -> None:
@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(finished, m
 def test_when_all_are_damaged_the_run_refuses_to_start_over(finished, make_config) -> None:
     for folder in checkpoint.listed(Path(finished.output_dir) / "checkpoints"):
         damage(folder / "state.json", "zero")
-    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is intact"):
         run(
             [make_config("save_strategy=steps", "save_steps=1", "max_steps=3", "eval_ratio=0", "save_total_limit=null")]
         )

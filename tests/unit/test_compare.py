@@ -18,7 +18,7 @@ from sftx.errors import RunFolderError
 from sftx.files import write_json, write_text
 from sftx.runs.saved.comparison import ABSENT, Difference, compare, compare_records, first_change, judge, same
 from sftx.runs.saved.saved_run import open_run
-from sftx.training.run_folder import RunFolder
+from sftx.training.saving.run_folder import RunFolder
 
 MANIFEST: dict[str, Any] = {
     "command": "python train.py",
@@ -112,7 +112,7 @@ def test_time_folder_and_speed_are_no_difference(leave: Leave, capsys: pytest.Ca
         ("data", {"rows": {"train": 8, "eval": 2}}, "rows.train: 9 -> 8"),
         ("model", {"identity.model": "e" * 16}, "fingerprint: ffffffffffffffff -> eeeeeeeeeeeeeeee"),
         ("effective", {"effective.settings": {"compute_dtype": "bfloat16"}}, "compute_dtype: float32 -> bfloat16"),
-        ("effective", {"effective.fallbacks": [{"key": "fp16", "asked": "true", "effective": "fp32", "reason": "r"}]}, "fallback of fp16: (not there) -> true -> fp32: r"),
+        ("effective", {"effective.fallbacks": [{"key": "fp16", "requested": "true", "effective": "fp32", "reason": "r"}]}, "fallback of fp16: (not there) -> true -> fp32: r"),
         ("result", {"result": {"steps": 2, "eval_loss": 3.5}}, "eval_loss: 3.0 -> 3.5"),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from sftx.config.derive import differences, identity
 from sftx.errors import ConfigError
 from sftx.run import run
 from sftx.training.determinism import CUBLAS, deterministic_kernels
-from sftx.training.metrics import read_metrics
+from sftx.training.saving.metrics import read_metrics
 
 COMPARED = ("step", "train/loss", "train/grad_norm", "eval/loss")
 
@@ -24,12 +24,12 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_on_while_asked_for_and_off_again() -> None:
-    with deterministic_kernels(asked=True):
+    with deterministic_kernels(requested=True):
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ[CUBLAS] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled()
     assert CUBLAS not in os.environ
-    with deterministic_kernels(asked=False):
+    with deterministic_kernels(requested=False):
         assert not torch.are_deterministic_algorithms_enabled()
         assert CUBLAS not in os.environ
 
@@ -37,22 +37,22 @@ def test_it_is_on_while_asked_for_and_off_again() -> None:
 @pytest.mark.parametrize(("set_to", "used"), [(":16:8", ":16:8"), (":4096:2:16:8", ":4096:8")])
 def test_a_users_own_workspace_is_kept_if_it_is_reproducible(monkeypatch, set_to: str, used: str) -> None:
     monkeypatch.setenv(CUBLAS, set_to)
-    with deterministic_kernels(asked=True):
+    with deterministic_kernels(requested=True):
         assert os.environ[CUBLAS] == used
     assert os.environ[CUBLAS] == set_to
 
 
 def test_it_is_off_again_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), deterministic_kernels(asked=True):
+    with pytest.raises(ZeroDivisionError), deterministic_kernels(requested=True):
         raise ZeroDivisionError
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
     with pytest.raises(ConfigError, match=r"deterministic=true.*aten::kthvalue.*deterministic=false"), \
-            deterministic_kernels(asked=True):  # fmt: skip
+            deterministic_kernels(requested=True):  # fmt: skip
         raise RuntimeError("aten::kthvalue does not have a deterministic implementation, but you set 'torch.use_...'")
-    with pytest.raises(RuntimeError, match="another"), deterministic_kernels(asked=True):
+    with pytest.raises(RuntimeError, match="another"), deterministic_kernels(requested=True):
         raise RuntimeError("another")
 
 

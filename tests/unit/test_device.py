@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sftx.errors import ConfigError
-from sftx.parallel import watch
+from sftx.parallel import supervised
 from sftx.parallel.ddp import leave_out_peer_access
 from sftx.parallel.device import choose_device
 from sftx.parallel.settings import Single
@@ -53,7 +53,7 @@ def test_ranks_that_see_one_gpu_together_are_refused(gpus, monkeypatch: pytest.M
         torchrun.setenv("TORCHELASTIC_RUN_ID", "none")
         assert choose_device("auto", 0) == torch.device("cuda", 0)
         choose_device("auto", 1)
-    monkeypatch.setattr(watch, "current", object())
+    monkeypatch.setattr(supervised, "current", object())
     with refused:
         choose_device("auto", 1)
 

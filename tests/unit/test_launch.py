@@ -17,7 +17,7 @@ from sftx.errors import ConfigError, RankError
 from sftx.parallel import supervisor
 from sftx.run import run
 from sftx.runs import launch, rank
-from sftx.training.run_folder import RunFolder
+from sftx.training.saving.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +142,8 @@ def test_each_rank_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> No
         nothing = {name: lambda *_: None for name in ("kill", "reap", "close", "read")}
         return SimpleNamespace(number=number, runs=False, told={}, ended=0, finished=True, **nothing)
 
-    monkeypatch.setattr(supervisor, "Started", started)
-    supervisor.Supervisor(2, module="sftx.runs.rank", hang_seconds=None, timeout_seconds=60).run(
+    monkeypatch.setattr(supervisor, "RankProcess", started)
+    supervisor.Supervisor(2, module="sftx.runs.rank", hang_seconds=None, timeout_seconds=60).supervise(
         {}, {"CUDA_VISIBLE_DEVICES": "2,3"}
     )
     assert [one["LOCAL_RANK"] for one in environments] == ["0", "1"]

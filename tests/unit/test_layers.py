@@ -29,10 +29,10 @@ UNDERSCORED: set[str] = {
 """Underscore modules of other packages that may be imported."""
 STEPS = {"parallel/replicated.py"}
 """The only module in which an optimizer of a run makes a step."""
-PROBED_STEPS = {"training/preflight.py", "training/saving/preflight.py"}
+PROBED_STEPS = {"training/saving/preflight.py"}
 """An optimizer of one parameter is tried there, to see how much state it keeps."""
 
-CROWDED = {"config", "data", "model", "training"}
+CROWDED = {"config", "data", "model"}
 
 
 def sources() -> list[Path]:

@@ -13,7 +13,7 @@ import pytest
 from sftx import cli
 from sftx.errors import RunFolderError
 from sftx.runs.saved.listing import list_runs
-from sftx.training.run_folder import LATEST, RunFolder, point_latest
+from sftx.training.saving.run_folder import LATEST, RunFolder, point_latest
 
 
 @pytest.fixture(autouse=True)

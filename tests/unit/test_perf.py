@@ -16,10 +16,10 @@ from sftx.data.loader import Batch
 from sftx.model.head import HEAD
 from sftx.run import run
 from sftx.training import loop
-from sftx.training.metrics import read_metrics
-from sftx.training.perf import Window, _of_gpu, peak_memory, reset_peak_memory
-from sftx.training.profile import PRODUCTS as LAYERS
-from sftx.training.profile import parts_of
+from sftx.training.measure.perf import Window, _of_gpu, peak_memory, reset_peak_memory
+from sftx.training.measure.profile import PRODUCTS as LAYERS
+from sftx.training.measure.profile import parts_of
+from sftx.training.saving.metrics import read_metrics
 
 PRODUCTS = ("aten.mm", "aten.addmm")
 IN_PLACE = {torch.ops.aten.addmm_: lambda into, left, right, **_: 2 * left[0] * left[1] * right[1]}

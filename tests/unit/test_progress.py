@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tests.conftest import SMALL, over
 
-import sftx.training.progress as progress
+import sftx.training.measure.progress as progress
 from sftx.run import run
-from sftx.training.progress import Progress
+from sftx.training.measure.progress import Progress
 
 
 def trial(step: int = 0, total: int = 120, tokens: int = 0, loss: float | None = None) -> Any:

@@ -20,7 +20,7 @@ from sftx.files import REPLACED
 from sftx.locks import Locked, exclusive
 from sftx.runs.resume import choose_folder, refuse_shorter, remark_on_length, resume_command
 from sftx.training.recovery import Faults
-from sftx.training.run_folder import FORMAT, LOCK, RunFolder
+from sftx.training.saving.run_folder import FORMAT, LOCK, RunFolder
 from sftx.training.schedulers import Constant, Cosine, Schedule, WarmupStableDecay
 
 WHO = {"config": {"seed": 42}, "data": ["a"], "model": "m", "adapter": None}

@@ -20,7 +20,7 @@ from sftx.logs import RunLog, ThirdPartyLog
 from sftx.runs import trackers
 from sftx.runs.trials import _scrub_record
 from sftx.secrets import HIDDEN, known_secrets, scrub, scrub_text
-from sftx.training.run_folder import RunFolder
+from sftx.training.saving.run_folder import RunFolder
 
 WANDB = "0123456789abcdef0123456789abcdef01234567"
 SECRETS = {

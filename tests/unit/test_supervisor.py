@@ -1,4 +1,4 @@
-"""Which rank ended a run, and when the others are ended: with ranks that are only told of."""
+"""Which rank ended a run, and when the others are ended: with ranks that have no processes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from sftx.errors import EXIT_STOPPED, EXIT_USER, RankError, StoppedError, printed
-from sftx.parallel.board import TOGETHER
-from sftx.parallel.started import first_frame
+from sftx.parallel.rank_process import first_frame
+from sftx.parallel.shared_state import ALL_RANKS
 from sftx.parallel.supervisor import DOUBT_SECONDS, GRACE_SECONDS, SETTLE_SECONDS, Supervisor
 
 
 @dataclass
-class Told:
+class FakeRank:
     """A rank without a process."""
 
     number: int
-    told: dict[str, Any] = field(default_factory=dict)
+    messages: dict[str, Any] = field(default_factory=dict)
     tail: list[str] = field(default_factory=list)
     ended: int | None = None
     ended_at: float = 0.0
@@ -33,7 +33,7 @@ class Told:
 
     @property
     def finished(self) -> bool:
-        return "finished" in self.told
+        return "finished" in self.messages
 
     def kill(self) -> None:
         self.killed = True
@@ -43,7 +43,7 @@ class Told:
 
     def fail(self, time: float, summary: str, *, is_cause: bool = True, stopped: bool = False, code: int = 1) -> None:
         said = f"sftx: {summary}" if stopped else f"Traceback\n{summary}"
-        self.told["failed"] = {
+        self.messages["failed"] = {
             "time": time, "is_cause": is_cause, "stopped": stopped, "exit_code": code, "summary": summary,
             "printed": said,
         }  # fmt: skip
@@ -53,9 +53,9 @@ class Told:
 
 
 @pytest.fixture
-def three() -> tuple[Supervisor, list[Told]]:
+def three() -> tuple[Supervisor, list[FakeRank]]:
     supervisor = Supervisor(3, module="", hang_seconds=None, timeout_seconds=1800)
-    ranks = [Told(n) for n in range(3)]
+    ranks = [FakeRank(n) for n in range(3)]
     supervisor.ranks = ranks  # type: ignore[assignment]
     return supervisor, ranks
 
@@ -74,7 +74,7 @@ def test_what_came_out_of_a_meeting_is_not_the_cause(three) -> None:
     assert verdict(supervisor) is None
     supervisor._decide(10.1 + SETTLE_SECONDS)
     assert (verdict(supervisor) or "").startswith("rank 2 was killed by SIGKILL (perhaps by the kernel")
-    assert supervisor.board.culprit == 2
+    assert supervisor.state.root_cause == 2
 
 
 def test_the_first_of_several_causes_is_the_one(three) -> None:
@@ -108,7 +108,7 @@ def test_a_rank_must_say_that_it_has_finished(three, code: int) -> None:
 def test_what_comes_after_the_end_of_the_work_is_no_failure(three) -> None:
     supervisor, ranks = three
     for rank in ranks:
-        rank.told["finished"] = {}
+        rank.messages["finished"] = {}
         rank.end(10.0, -11)
     supervisor._decide(20.0)
     assert supervisor.failure is None
@@ -118,7 +118,7 @@ def test_the_last_rank_to_end_is_heard(three) -> None:
     """Nobody comes back to decide when no rank runs any more."""
     supervisor, ranks = three
     for rank in ranks[:2]:
-        rank.told["finished"] = {}
+        rank.messages["finished"] = {}
         rank.end(10.0, 0)
     ranks[2].end(10.0, 0)
     supervisor._decide(10.0)
@@ -144,7 +144,7 @@ def test_after_a_signal_nobody_is_killed_who_may_still_save(three) -> None:
         supervisor._decide(now)
     assert not any(rank.killed for rank in ranks)
     assert [len(rank.sent) for rank in ranks] == [1, 1, 1], "the others are asked too, once"
-    supervisor.board.come(2, TOGETHER)  # to which rank 1 will not come
+    supervisor.state.enter(2, ALL_RANKS)  # to which rank 1 will not come
     supervisor._decide(1000)
     supervisor._decide(1000 + GRACE_SECONDS)
     assert [rank.killed for rank in ranks] == [False, False, True]

@@ -22,15 +22,15 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
     parser.set_defaults(run=_diff)
 
 
-def _diff(asked: argparse.Namespace) -> int:
+def _diff(arguments: argparse.Namespace) -> int:
     from sftx.commands.run_report import headings, section_lines
     from sftx.runs.saved.comparison import compare
     from sftx.runs.saved.saved_run import open_run
 
-    a, b = open_run(asked.a), open_run(asked.b)
+    a, b = open_run(arguments.a), open_run(arguments.b)
     sections = compare(a, b)
     differs = any(section.differs for section in sections)
-    if asked.json:
+    if arguments.json:
         facts = {"a": str(a.path), "b": str(b.path), "differs": differs}
         print(json.dumps(facts | {s.name: s.as_dict() for s in sections}, ensure_ascii=True, indent=2))
         return int(differs)

@@ -31,19 +31,19 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
     parser.set_defaults(run=_ls)
 
 
-def _ls(asked: argparse.Namespace) -> int:
+def _ls(arguments: argparse.Namespace) -> int:
     from sftx.runs.saved.listing import list_runs
 
-    if not asked.folder.is_dir():
-        raise RunFolderError(f"{asked.folder}: no such folder. Name the folder that holds the runs: sftx ls FOLDER")
-    runs = list_runs(asked.folder)
-    if asked.json:
+    if not arguments.folder.is_dir():
+        raise RunFolderError(f"{arguments.folder}: no such folder. Name the folder that holds the runs: sftx ls FOLDER")
+    runs = list_runs(arguments.folder)
+    if arguments.json:
         plain = [asdict(run) | {"path": str(run.path)} for run in runs]
         print(json.dumps(plain, ensure_ascii=True, indent=2))
     elif runs:
         print("\n".join(_lines(runs)))
     else:
-        print(f"{asked.folder}: no runs", file=sys.stderr)
+        print(f"{arguments.folder}: no runs", file=sys.stderr)
     return 0
 
 

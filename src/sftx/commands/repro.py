@@ -1,4 +1,4 @@
-"""`sftx repro RUN`: run a run again, and tell whether it comes to the same bits."""
+"""`sftx repro RUN`: run a run again, and compare the two bit by bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
     """Add `repro`."""
     parser = groups[""].add_parser(
         "repro",
-        help="run a run again from its folder, and tell whether it comes to the same bits",
+        help="run a run again from its folder, and compare the two bit by bit",
         description="Say what differs between a run and now (code, versions, hardware, data, model), run its "
         "config.yaml again in a new folder, and compare metrics and weights to the last bit. The exit code is 0 for "
         "the same bits, 1 otherwise. They are expected on a CPU, and on a GPU if the run had deterministic=true; both "
@@ -46,30 +46,30 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
     parser.set_defaults(run=_repro)
 
 
-def _repro(asked: argparse.Namespace) -> int:
+def _repro(arguments: argparse.Namespace) -> int:
     from sftx.runs.saved.rerun import check_ranks, command, from_its_directory, ranks_here, rerun_config
     from sftx.runs.saved.saved_run import open_run
 
     beside = str(Path.cwd() if INSTALLED else PROJECT_ROOT)  # the user's own modules are found as training finds them
     if beside not in sys.path:
         sys.path.append(beside)
-    run = open_run(asked.folder)
-    if not asked.check:
+    run = open_run(arguments.folder)
+    if not arguments.check:
         check_ranks(run, ranks_here())  # first: the rules would ask for another `parallel`, which is not to be changed
-    as_stored = rerun_config(run, asked.words)
-    if not asked.check:
+    as_stored = rerun_config(run, arguments.words)
+    if not arguments.check:
         check_ranks(run, ranks_here(as_stored))
-    config = from_its_directory(as_stored, run, asked.words, Path.cwd())
+    config = from_its_directory(as_stored, run, arguments.words, Path.cwd())
     from sftx.runs.saved.then_and_now import output_of, then_and_now
 
     is_main = os.environ.get("RANK", "0") == "0"
-    found = then_and_now(run, config, download=not asked.check)
+    found = then_and_now(run, config, download=not arguments.check)
     if is_main:
         _print(_found_lines(run, found, moved=config != as_stored))
-    if asked.check:
+    if arguments.check:
         return int(bool(found))
-    folder = output_of(run, asked.output_dir)
-    if found.content and not asked.anyway:
+    folder = output_of(run, arguments.output_dir)
+    if found.content and not arguments.anyway:
         if is_main:
             _print(
                 ["Not started: with other settings, data or model it is another run. To train all the same: --anyway"]
@@ -78,8 +78,8 @@ def _repro(asked: argparse.Namespace) -> int:
     from sftx.runs.launch import launch
     from sftx.runs.result import single
 
-    extra = [f"--output_dir={asked.output_dir}"] if asked.output_dir else []
-    again = command(run, *asked.words, *(["--anyway"] if asked.anyway else []), *extra)
+    extra = [f"--output_dir={arguments.output_dir}"] if arguments.output_dir else []
+    again = command(run, *arguments.words, *(["--anyway"] if arguments.anyway else []), *extra)
     result = single(launch([replace(config, output_dir=str(folder))], [], again))
     return _judged(run, result.output_dir, found.expected) if is_main else 0
 

@@ -71,7 +71,7 @@ def main(words: Sequence[str]) -> None:
     if any(word.split("=")[0] in ("--info", "-i") for word in words):
         logging.raiseExceptions = False  # Hydra logs what it shows, and `| head` ends that early
     sys.argv[1:] = request.argv
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to `reported`, not to Hydra's printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `reported`, not Hydra's printer
     if request.multirun:
         with suppress(trials.TrialFailed):
             by_hydra.run_by_hydra(job)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +19,10 @@ from torch.optim import Optimizer
 
 from sftx import train_command
 from sftx.errors import ConfigError
-from sftx.parallel import watch
-from sftx.parallel.engine import Stepper
+from sftx.parallel import supervised
+from sftx.parallel.engine import Engine
 from sftx.parallel.replicated import ReplicatedStepper
+from sftx.parallel.stepper import Stepper
 
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
@@ -32,16 +32,16 @@ BUCKET_ELEMENTS = 25 * 2**20
 LATER = datetime.timedelta(seconds=60)
 
 
-def refuse_alone(option: str, asked: int | None) -> None:
+def refuse_alone(option: str, requested: int | None) -> None:
     """Raise if a process that nobody started as a rank should be one of several.
 
-    Errors:
+    Raises:
         ConfigError: it should.
     """
-    if asked is not None and asked > 1:
+    if requested is not None and requested > 1:
         raise ConfigError(
-            f"`parallel.num_processes={asked}`: this process trains alone. {train_command()} parallel={option} starts "
-            f"{asked} processes; in a program of your own, use parallel=single."
+            f"`parallel.num_processes={requested}`: this process trains alone. {train_command()} parallel={option} "
+            f"starts {requested} processes; in a program of your own, use parallel=single."
         )
 
 
@@ -52,13 +52,13 @@ def join(device: torch.device, timeout_seconds: int) -> list[str]:
     remarks = leave_out_peer_access() if device.type == "cuda" else []
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     group: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_seconds)}
-    with watch.meeting():
-        if watch.current is not None:
+    with supervised.collective():
+        if supervised.current is not None:
             # The supervisor, which can name the rank that others wait for, is to be the first to lose patience.
             group["timeout"] += LATER
             store = dist.TCPStore(
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, rank == 0,
-                group["timeout"], master_listen_fd=watch.current.door,
+                group["timeout"], master_listen_fd=supervised.current.rendezvous,
             )  # fmt: skip
             group |= {"store": store, "rank": rank, "world_size": world_size}
         PartialState(cpu=device.type == "cpu", **group)
@@ -82,7 +82,7 @@ def leave_out_peer_access() -> list[str]:
 def check_complete(option: str) -> None:
     """Raise if the process group does not hold every rank that was started: Accelerate once fell back to one.
 
-    Errors:
+    Raises:
         ConfigError: ranks are missing.
     """
     started = os.environ["WORLD_SIZE"]
@@ -90,33 +90,20 @@ def check_complete(option: str) -> None:
         raise ConfigError(f"`parallel={option}`: {dist.get_world_size()} ranks joined, {started} were started.")
 
 
-class DdpEngine:
-    """One rank of several."""
+class DdpEngine(Engine):
+    """One rank of several, each with the whole model."""
 
-    sharded = False
-    defers_loss = False  # ranks agree on what a step came to before they go on
+    defers_loss = False  # ranks agree on a step's result before the next one
 
     def __init__(self, device: torch.device, remarks: Sequence[str] = ()) -> None:
-        self.device, self.remarks = device, remarks
+        super().__init__(device, remarks)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-
-    @property
-    def is_main(self) -> bool:
-        """True on rank 0."""
-        return self.rank == 0
-
-    def loading(self, dtype: torch.dtype) -> AbstractContextManager[object]:
-        """Return a context that changes nothing: every rank holds the whole model."""
-        return nullcontext()
-
-    def shard(self, model: AdaptedModel) -> None:
-        """Do nothing: every rank holds the whole model."""
 
     def stepper(
         self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
     ) -> Stepper:
-        """Return the stepper of whole parameters, whose gradients are summed over ranks."""
+        """Return the stepper of replicated parameters, whose gradients are summed over ranks."""
         return ReplicatedStepper(adapter.parameters, optimizer, dtype, max_grad_norm, self.sum_gradients, self.is_main)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -136,20 +123,20 @@ class DdpEngine:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor summed over ranks."""
         total = tensor.clone()
-        with watch.meeting():
+        with supervised.collective():
             dist.all_reduce(total)
         return total
 
     def from_main(self, value: Any) -> Any:
         """Return rank 0's value."""
         box = [value]
-        with watch.meeting(for_main=True):
+        with supervised.collective(for_main=True):
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        with watch.meeting(for_main=True):
+        with supervised.collective(for_main=True):
             dist.barrier()
 
     def close(self, *, together: bool) -> None:
@@ -163,7 +150,7 @@ def _sum_bucket(bucket: list[torch.Tensor]) -> None:
     if not bucket:
         return
     flat = torch.cat([g.flatten() for g in bucket])
-    with watch.meeting():
+    with supervised.collective():
         dist.all_reduce(flat)
     for gradient, piece in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
         gradient.copy_(piece.view_as(gradient))

@@ -8,18 +8,18 @@ import re
 import torch
 
 from sftx.errors import ConfigError
-from sftx.parallel import watch
+from sftx.parallel import supervised
 
 
-def choose_device(asked: str, local_rank: int) -> torch.device:
+def choose_device(requested: str, local_rank: int) -> torch.device:
     """Return the device of a rank: `auto` takes a GPU when there is one.
 
     Raises:
-        ConfigError: a GPU was asked for and there is none, none that is this rank's own, or one that torch cannot use.
+        ConfigError: a GPU was requested and there is none, none that is this rank's own, or one that torch cannot use.
     """
-    if asked == "cuda" and not torch.cuda.is_available():
+    if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError("`device=cuda`: torch sees no GPU here. Use device=auto, or install torch's CUDA build.")
-    if asked == "cpu" or not torch.cuda.is_available():
+    if requested == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it finds it
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
@@ -41,7 +41,7 @@ def _shares_environment() -> bool:
     torchrun and sftx's supervisor start all ranks with one environment. Other launchers may show each task only its
     own GPU (`srun --gpus-per-task=1`), which is then `cuda:0` whatever LOCAL_RANK is.
     """
-    return "TORCHELASTIC_RUN_ID" in os.environ or watch.current is not None
+    return "TORCHELASTIC_RUN_ID" in os.environ or supervised.current is not None
 
 
 def _check_architecture(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Optimizer steps on parameters that every rank holds whole."""
+"""Optimizer steps on replicated parameters: every rank holds all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from sftx.errors import CheckpointError
-from sftx.parallel.engine import Regularizer, Weights
+from sftx.parallel.stepper import Regularizer, Weights
 
 CLIP = "sftx: gradient norm and clipping"
 """Name of this part of a step in a profile."""
@@ -19,7 +19,7 @@ SumGradients = Callable[[Iterable[torch.nn.Parameter]], None]
 
 
 def _nothing_to_sum(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Leave gradients as they are: one rank has the whole sum."""
+    """Leave gradients as they are: one rank has the full sum."""
 
 
 def _norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
@@ -141,7 +141,7 @@ class ReplicatedStepper:
     def load_state(self, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
         """Take back the state of optimizer and scaler.
 
-        Errors:
+        Raises:
             CheckpointError: it is another optimizer's.
         """
         if rest.get("optimizer", self._kind) != self._kind:

@@ -26,12 +26,12 @@ class Single:
         import torch
 
         from sftx.parallel.device import choose_device
-        from sftx.parallel.single import SingleEngine
+        from sftx.parallel.engine import Engine
 
         chosen = choose_device(device, 0)
         gpus = torch.cuda.device_count() if chosen.type == "cuda" else 1
         unused = [f"parallel=single: trains on 1 of {gpus} GPUs; parallel=ddp trains on all"] if gpus > 1 else []
-        return SingleEngine(chosen, unused)
+        return Engine(chosen, unused)
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Ddp:
         """
         from sftx.parallel.ddp import DdpEngine, check_complete, join, refuse_alone
         from sftx.parallel.device import choose_device
-        from sftx.parallel.single import SingleEngine
+        from sftx.parallel.engine import Engine
 
         if "RANK" not in os.environ:
             refuse_alone("ddp", self.num_processes)
-            return SingleEngine(choose_device(device, 0))
+            return Engine(choose_device(device, 0))
         local = choose_device(device, int(os.environ["LOCAL_RANK"]))
         if os.environ["WORLD_SIZE"] == "1":
-            return SingleEngine(local)
+            return Engine(local)
         remarks = join(local, self.timeout_seconds)
         check_complete("ddp")
         return DdpEngine(local, remarks)

@@ -1,8 +1,8 @@
 """Starts the ranks of a run on this machine, watches them, and says which one ended it and why.
 
-A rank that fails takes the others with it: they would wait for it in their next meeting, or fail there
-with an error that names only the connection. So the first error in time that did not come out of a
-meeting is the cause; a rank that was killed, or ended before its work was done, has none to tell.
+A rank that fails takes the others with it: they would wait for it in their next collective, or fail there
+with an error that names only the connection. So the root cause is the first error that was not raised by a
+collective; a rank that was killed, or ended before its work was done, reports none.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from types import FrameType
 from typing import Any
 
 from sftx.errors import EXIT_FAULT, RankError, SftxError, StoppedError
-from sftx.parallel.board import Board
 from sftx.parallel.hang import Hang, HangWatch
-from sftx.parallel.started import Started, first_frame
-from sftx.signals import give_back, put_off, take
+from sftx.parallel.rank_process import RankProcess, first_frame
+from sftx.parallel.shared_state import SharedState
+from sftx.signals import blocked, install, restore
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5
 """After the first end, until the cause is chosen: another one may have been earlier, and be noticed later."""
 DOUBT_SECONDS = 2.0
-"""The same, while all that is known came out of meetings."""
+"""The same, while all known errors were raised by collectives."""
 GRACE_SECONDS = 4.0
 """What the others get to end by themselves, once one has ended the run."""
 LOOPBACK = "127.0.0.1"
@@ -42,12 +42,12 @@ class Failure:
     rank: int
     time: float
     doubt: int
-    """0: it is a cause; 1: it may follow from another's end; 2: it came out of a meeting."""
+    """0: it is a cause; 1: it may follow from another's end; 2: it was raised by a collective."""
     text: str
     exit_code: int = EXIT_FAULT
     printed: str = ""
     stopped: bool = False
-    """A signal asked for it."""
+    """By a signal."""
 
 
 class Supervisor:
@@ -56,24 +56,24 @@ class Supervisor:
     def __init__(self, count: int, *, module: str, hang_seconds: float | None, timeout_seconds: float) -> None:
         self.count = count
         self._module = module
-        self.ranks: list[Started] = []
+        self.ranks: list[RankProcess] = []
         self.failure: Failure | None = None
         """What ended the run, once it is known."""
-        self.board, self._board = Board.make(count)
-        self._hangs = HangWatch(self.board, hang_seconds, timeout_seconds)
+        self.state, self._state_descriptor = SharedState.make(count)
+        self._hangs = HangWatch(self.state, hang_seconds, timeout_seconds)
         self._selector = DefaultSelector()
-        self._asked: int | None = None
+        self._forwarded: int | None = None
         self._handlers: dict[int, Any] = {}
         self._noticed: float | None = None
         """When the first rank ended that did not finish."""
-        self._in_vain: dict[int, float] = {}
+        self._waiting_since: dict[int, float] = {}
 
-    def run(self, order: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-        """Start the ranks, see them to their end and return what the main one told.
+    def supervise(self, order: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+        """Start the ranks, watch them to their end and return the main rank's messages.
 
-        Errors:
+        Raises:
             RankError: a rank failed, was killed, hung or ended too early.
-            StoppedError: a signal asked for the end.
+            StoppedError: a signal stopped the run.
         """
         self._take_signals()
         try:
@@ -88,28 +88,30 @@ class Supervisor:
             self._close()
         if self.failure is not None:
             raise self._error(self.failure)
-        return self.main.told
+        return self.main.messages
 
     @property
-    def main(self) -> Started:
+    def main(self) -> RankProcess:
         """The rank that writes files and has the terminal."""
         return self.ranks[0]
 
     def _start(self, order: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         sys.stdout.flush()  # the main rank prints to the same place
         sys.stderr.flush()
-        with put_off(), socket.socket() as door:  # held until the main rank has it: no other run can take its port
-            door.bind((LOOPBACK, 0))
-            door.listen(self.count)
+        with blocked(), socket.socket() as rendezvous:  # no other run can take its port
+            rendezvous.bind((LOOPBACK, 0))
+            rendezvous.listen(self.count)
             shared = {
                 **environment, "WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(self.count),
-                "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(door.getsockname()[1]),
+                "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(rendezvous.getsockname()[1]),
             }  # fmt: skip
             for number in range(self.count):
                 own = shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
-                handed = door.fileno() if number == 0 else None
+                handed = rendezvous.fileno() if number == 0 else None
                 self.ranks.append(
-                    Started(self._module, number, self.count, order, own, self._board, handed, self._selector)
+                    RankProcess(
+                        self._module, number, self.count, order, own, self._state_descriptor, handed, self._selector
+                    )
                 )
 
     def _close(self) -> None:
@@ -119,26 +121,26 @@ class Supervisor:
                 rank.reap(self._selector)
                 time.sleep(POLL_SECONDS)
             rank.close()
-        give_back(self._handlers, None if self._asked is None else signal.Signals(self._asked).name)
+        restore(self._handlers, None if self._forwarded is None else signal.Signals(self._forwarded).name)
         self._selector.close()
-        os.close(self._board)
+        os.close(self._state_descriptor)
 
     def _take_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():  # no other thread may set handlers
             return
-        self._handlers = take(self._ask)
+        self._handlers = install(self._forward)
         if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             self._handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _forward(self, number: int, frame: FrameType | None) -> None:
         """Ask every rank to end; they agree on a step, save and end by themselves."""
-        if self._asked is None:
-            self._asked = number
+        if self._forwarded is None:
+            self._forwarded = number
             for rank in self.ranks:
                 rank.send(number)
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
-        """Stop with all ranks, which are in no terminal's foreground, and go on with them."""
+        """Stop with all ranks, which are in no terminal's foreground, and continue with them."""
         for rank in self.ranks:
             rank.suspend(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -151,12 +153,12 @@ class Supervisor:
         if found and self.failure is None:
             self._noticed = self._noticed or now
             cause = min(found, key=lambda f: (f.doubt, f.time))
-            all_told = len(found) == self.count or not any(rank.runs for rank in self.ranks)
-            if all_told or now - self._noticed >= (DOUBT_SECONDS if cause.doubt else SETTLE_SECONDS):
+            all_known = len(found) == self.count or not any(rank.runs for rank in self.ranks)
+            if all_known or now - self._noticed >= (DOUBT_SECONDS if cause.doubt else SETTLE_SECONDS):
                 self.failure = cause
-                self.board.culprit = cause.rank
+                self.state.root_cause = cause.rank
                 if self.failure.stopped:
-                    self._ask(signal.SIGTERM, None)
+                    self._forward(signal.SIGTERM, None)
         if self._noticed is None or (self.failure and self.failure.stopped):
             running = {rank.number: rank.process.pid for rank in self.ranks if rank.runs}
             hang = self._hangs.look(now, running)
@@ -169,24 +171,24 @@ class Supervisor:
         if self.failure is None or self._noticed is None or now - self._noticed < GRACE_SECONDS:
             return
         for rank in self.ranks:
-            if rank.runs and (not self.failure.stopped or self._waits_in_vain(rank, now)):
+            if rank.runs and (not self.failure.stopped or self._waits_forever(rank, now)):
                 rank.kill()
 
-    def _waits_in_vain(self, rank: Started, now: float) -> bool:
-        """True when a rank has been at a meeting for a while to which one that has ended will never come."""
-        ended = (self.board.meetings(other.number) for other in self.ranks if not other.runs)
-        if self.board.meetings(rank.number) <= min(ended, default=sys.maxsize):
-            self._in_vain.pop(rank.number, None)
+    def _waits_forever(self, rank: RankProcess, now: float) -> bool:
+        """Return True if a rank has waited for a while in a collective that an ended rank will never enter."""
+        ended = (self.state.entered(other.number) for other in self.ranks if not other.runs)
+        if self.state.entered(rank.number) <= min(ended, default=sys.maxsize):
+            self._waiting_since.pop(rank.number, None)
             return False
-        return now - self._in_vain.setdefault(rank.number, now) >= GRACE_SECONDS
+        return now - self._waiting_since.setdefault(rank.number, now) >= GRACE_SECONDS
 
-    def _failure_of(self, rank: Started) -> Failure | None:
-        """Return how a rank failed, from what it told or from how it ended."""
-        told = rank.told.get("failed")
-        if told is not None:
+    def _failure_of(self, rank: RankProcess) -> Failure | None:
+        """Return how a rank failed, from what it reported or from how it ended."""
+        reported = rank.messages.get("failed")
+        if reported is not None:
             return Failure(
-                rank.number, told["time"], 0 if told["is_cause"] else 2, f"failed: {told['summary']}",
-                told["exit_code"], told["printed"], told["stopped"],
+                rank.number, reported["time"], 0 if reported["is_cause"] else 2, f"failed: {reported['summary']}",
+                reported["exit_code"], reported["printed"], reported["stopped"],
             )  # fmt: skip
         if rank.ended is None or rank.finished:
             return None
@@ -216,6 +218,6 @@ class Supervisor:
             ours = self._failure_of(self.main)
             text = (ours if ours is not None and ours.stopped else failure).printed
             return StoppedError(text.removeprefix("sftx: "))
-        said = [] if failure.rank == 0 else [f"[rank {failure.rank}] {line}" for line in self.ranks[failure.rank].tail]
-        printed = "\n".join([*said, *([failure.printed] if failure.printed else [])])
+        tail = [] if failure.rank == 0 else [f"[rank {failure.rank}] {line}" for line in self.ranks[failure.rank].tail]
+        printed = "\n".join([*tail, *([failure.printed] if failure.printed else [])])
         return RankError(f"rank {failure.rank} {failure.text}", failure.exit_code, printed)

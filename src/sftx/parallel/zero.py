@@ -1,7 +1,7 @@
 """ZeRO-3 (arXiv:1910.02054) by DeepSpeed: parameters, gradients and optimizer split over ranks; option `zero3`.
 
-Loss, gradient norm and weights equal those of one process. What is saved is whole and in the same
-files as any other run's, so a checkpoint may be gone on with on another number of ranks.
+Loss, gradient norm and weights equal those of one process. What is saved is unsharded and in the
+same files as any other run's, so a run may be resumed on another number of ranks.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch.optim import Optimizer
 
 from sftx.errors import ConfigError, TrainingError
-from sftx.parallel import watch
+from sftx.parallel import supervised
 from sftx.parallel.ddp import DdpEngine
-from sftx.parallel.engine import Regularizer, Stepper, Weights
+from sftx.parallel.stepper import Regularizer, Stepper, Weights
 
 if TYPE_CHECKING:
     from sftx.model.adapt import AdaptedModel, Adapter
@@ -88,7 +88,7 @@ class Zero3Engine(DdpEngine):
     ) -> Stepper:
         """Let DeepSpeed split what is trained.
 
-        Errors:
+        Raises:
             ConfigError: there is a trial already: DeepSpeed trains one set of parameters a process.
         """
         import deepspeed
@@ -104,7 +104,7 @@ class Zero3Engine(DdpEngine):
         trained = self.trained
 
         def forward(*arguments: Any, **named: Any) -> Any:
-            with watch.meeting():  # each layer's parameters are gathered from all ranks
+            with supervised.collective():  # each layer's parameters are gathered from all ranks
                 return trained(*arguments, **named)
 
         model.call_through(forward)
@@ -141,7 +141,7 @@ class Zero3Stepper:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add and split the gradients; DeepSpeed's mean over ranks is made the sum that the loop wants."""
         self.trained.set_gradient_accumulation_boundary(last)
-        with watch.meeting():
+        with supervised.collective():
             self.trained.backward(loss * self.engine.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, *, apply: bool | torch.Tensor = True) -> torch.Tensor:
@@ -158,7 +158,7 @@ class Zero3Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         skipped = self.trained.skipped_steps
-        with watch.meeting():
+        with supervised.collective():
             try:
                 self.trained.step()
             except Exception as error:
@@ -179,7 +179,7 @@ class Zero3Stepper:
 
         out: Weights = {}
         for name, parameter in self.parameters.items():
-            with watch.meeting(), deepspeed.zero.GatheredParameters([parameter]):
+            with supervised.collective(), deepspeed.zero.GatheredParameters([parameter]):
                 if self.engine.is_main:
                     out[name] = parameter.detach().cpu().clone()
         return out
@@ -190,7 +190,7 @@ class Zero3Stepper:
         import deepspeed
 
         for name, parameter in self.parameters.items():
-            with watch.meeting(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            with supervised.collective(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if self.engine.is_main:
                     parameter.copy_(weights[name])
             self._set_own_part(parameter, weights[name])
@@ -203,14 +203,14 @@ class Zero3Stepper:
         first: Mapping[str, Any] = next(iter(self.optimizer.state.values()), {})
         split = sorted(k for k, v in first.items() if isinstance(v, torch.Tensor) and v.ndim > 0)  # alike on all ranks
         for name, parameter in self.parameters.items():
-            with watch.meeting():
-                whole = {k: safe_get_full_optimizer_state(parameter, k) for k in split}
+            with supervised.collective():
+                full = {k: safe_get_full_optimizer_state(parameter, k) for k in split}
             if STEP in first:
-                whole[STEP] = first[STEP]
+                full[STEP] = first[STEP]
             if parameter.dtype != torch.float32:
-                whole[MASTER] = safe_get_full_fp32_param(parameter)
+                full[MASTER] = safe_get_full_fp32_param(parameter)
             if self.engine.is_main:
-                out |= {f"{name}|{k}": v.detach().cpu().clone() for k, v in whole.items()}
+                out |= {f"{name}|{k}": v.detach().cpu().clone() for k, v in full.items()}
         return out, {"scalars": {}, "zero_scaler": self._scaler_numbers()}
 
     @torch.no_grad()
@@ -234,14 +234,14 @@ class Zero3Stepper:
             return {}
         return {k: v for k, v in vars(self.trained.optimizer.loss_scaler).items() if isinstance(v, int | float)}
 
-    def _set_own_part(self, parameter: Any, whole: torch.Tensor, key: str | None = None) -> None:
+    def _set_own_part(self, parameter: Any, full: torch.Tensor, key: str | None = None) -> None:
         """Set this rank's part of a state, or of the fp32 copy; the last part is padded."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = parameter.ds_tensor.numel()
         start = size * self.engine.rank
         part = torch.zeros(size)
-        own = whole.flatten()[start : start + size].float()
+        own = full.flatten()[start : start + size].float()
         part[: own.numel()] = own
         if key is None:
             safe_set_local_fp32_param(parameter, part)

@@ -1,4 +1,4 @@
-"""The start of a trial: its folder is made, or an earlier attempt is gone on with, and all is said."""
+"""The start of a trial: its folder is created, or an earlier attempt is resumed, and the header is printed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from sftx.runs.result import Result
 from sftx.runs.resume import finished, refuse_shorter, remark_on_length
 from sftx.secrets import scrub
 from sftx.terminal import counted
-from sftx.training import checkpoint
-from sftx.training.metrics import Recorder, Tracker, drop_after
-from sftx.training.preflight import rehearse
-from sftx.training.run_folder import RunFolder, point_latest
-from sftx.training.saving import MAX_SAVE_OVERHEAD
+from sftx.training.saving import checkpoint
+from sftx.training.saving.metrics import Recorder, Tracker, drop_after
+from sftx.training.saving.preflight import rehearse
+from sftx.training.saving.run_folder import RunFolder, point_latest
+from sftx.training.saving.saver import MAX_SAVE_OVERHEAD
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
 
@@ -108,34 +108,34 @@ def open_trial(trial: Trial, session: Session, setting: Setting, who: dict[str, 
 
 
 def _resume(trial: Trial, session: Session, earlier: dict[str, Any] | None) -> str | None:
-    """Restore the newest whole checkpoint, if there is one; return what to say."""
-    asked = trial.config.resume
+    """Restore the newest intact checkpoint, if there is one; return what to log."""
+    resume = trial.config.resume
     chosen: Path | None
-    if asked not in ("auto", "never"):
-        chosen, problems = checkpoint.named(Path(asked))
+    if resume not in ("auto", "never"):
+        chosen, problems = checkpoint.named(Path(resume))
     elif earlier is None:
         return None
     else:
         chosen, problems = checkpoint.newest_verified(trial.folder.checkpoints)
-    said = [f"damaged, not used: {p}" for p in problems]
+    lines = [f"damaged, not used: {p}" for p in problems]
     if chosen is None:
-        return "\n".join([*said, f"resume: {trial.folder.path} holds no checkpoint: starting from step 0"])
+        return "\n".join([*lines, f"resume: {trial.folder.path} holds no checkpoint: starting from step 0"])
     state = checkpoint.restore(chosen, session.model, trial)
     refuse_shorter(trial, trial.step, str(chosen))
     remark_on_length(trial, state.get("total"), trial.effective)
-    if asked == "auto":  # killed after it had stopped early: it is only to be finished
+    if resume == "auto":  # killed after it had stopped early: it is only to be finished
         trial.stop_reason = state.get("stop_reason")
     if chosen.resolve().parent == trial.folder.checkpoints.resolve():
         trial.saved_step = trial.step
-    return "\n".join([*said, f"resumed from {chosen} (step {trial.step} of {trial.steps.total})"])
+    return "\n".join([*lines, f"resumed from {chosen} (step {trial.step} of {trial.steps.total})"])
 
 
 def _remark_on_origin(config: TrainConfig, source: Source, who: dict[str, Any], effective: Effective) -> None:
     """State where an adapter or a checkpoint comes from that another run made, with another base or other data."""
-    if config.adapter and (said := foreign_adapter(Path(config.adapter), source, who["model"])):
-        effective.remark(said)
-    if config.resume not in ("auto", "never") and (said := foreign_checkpoint(Path(config.resume), who)):
-        effective.remark(said)
+    if config.adapter and (remark := foreign_adapter(Path(config.adapter), source, who["model"])):
+        effective.remark(remark)
+    if config.resume not in ("auto", "never") and (remark := foreign_checkpoint(Path(config.resume), who)):
+        effective.remark(remark)
 
 
 def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effective: Effective) -> None:
@@ -154,7 +154,7 @@ def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effectiv
     if invalid or skipped:
         reasons = chain((reason for file in data.files for reason in file.skipped()), skipped)
         write_chunks(folder.path / SKIPPED_ROWS, (f"{reason}\n".encode() for reason in reasons))
-    known = (data.held_out,) if data.stream else (data.train, data.held_out)  # of a stream it is said when it happens
+    known = (data.held_out,) if data.stream else (data.train, data.held_out)  # of a stream it is logged when it happens
     cut = [(rows.full_lengths[i], rows.origin(i)) for rows in known for i in rows.truncated]
     if cut:
         longest = max(length for length, _ in cut)
@@ -167,7 +167,7 @@ def _remark_on_rows(data: Data, folder: RunFolder, config: TrainConfig, effectiv
 def _trackers(trial: Trial) -> list[Tracker]:
     """Start the trackers.
 
-    Errors:
+    Raises:
         ConfigError: one cannot start and `on_tracker_error` is `stop`.
     """
     started: list[Tracker] = []
@@ -220,7 +220,7 @@ def _facts(trial: Trial, session: Session, data: Data, source: Source) -> list[t
         ("model", f"{source.name} ({kind})"),
         ("trained", f"{count(model['trained_parameters'])} parameters ({share:.1%} of the base), {config.train_mode}"),
         ("data", f"{train_file.path} ({train_file.how_read}): {many}, {held}"),
-        ("columns", " | ".join(dict.fromkeys(said for file in data.files for said in file.columns))),
+        ("columns", " | ".join(dict.fromkeys(column for file in data.files for column in file.columns))),
         ("template", session.template.origin),
         ("length", lengths),
         ("steps", trial.steps.formula),

@@ -11,7 +11,7 @@ from sftx.model.loading.builtin import NAME as BUILTIN
 
 
 def model_card(config: TrainConfig, manifest: dict[str, Any], final: Path, *, switch: str) -> str:
-    """Return the card of a finished run as Markdown; `switch` is what the template was told about thinking."""
+    """Return the card of a finished run as Markdown; `switch` is the template's argument about thinking."""
     result = manifest["result"]
     kind = "model" if config.train_mode == "full" else "LoRA adapter"
     rows = [

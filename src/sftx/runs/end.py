@@ -17,7 +17,7 @@ from sftx.parallel.engine import Engine
 from sftx.runs.card import model_card
 from sftx.runs.result import Result
 from sftx.terminal import counted
-from sftx.training import checkpoint
+from sftx.training.saving import checkpoint
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
@@ -102,7 +102,7 @@ def note_failure(trials: Sequence[Trial], engine: Engine, error: BaseException, 
     status = "stopped" if stopped else "failed"
     for trial in trials:
         if trial.folder.manifest and not trial.ended:
-            with suppress(SftxError):  # a disk that ended the run may refuse this too: its first refusal is said
+            with suppress(SftxError):  # a disk that ended the run may refuse this too: its first refusal is reported
                 trial.folder.update(status=status, error=f"{type(error).__name__}: {error}")
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             with log_context(trial.name):

@@ -14,7 +14,7 @@ from sftx.config.schema import TrainConfig
 from sftx.errors import SftxError, StoppedError
 from sftx.parallel.supervisor import Supervisor
 from sftx.runs.result import Result, Results
-from sftx.training.run_folder import RunFolder
+from sftx.training.saving.run_folder import RunFolder
 
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
@@ -37,10 +37,10 @@ def count_ranks(config: TrainConfig) -> int:
     """Return how many processes are to be started: one when a launcher has started this one already."""
     if "RANK" in os.environ or "num_processes" not in config.parallel:
         return 1
-    asked: int | None = config.parallel["num_processes"]
-    if asked is None:
+    requested: int | None = config.parallel["num_processes"]
+    if requested is None:
         return max(1, 0 if config.device == "cpu" else _count_gpus())
-    return asked
+    return requested
 
 
 def _count_gpus() -> int:
@@ -85,9 +85,9 @@ def _as_ranks(configs: Sequence[TrainConfig], count: int, notes: list[str], comm
     # Ranks of one machine need no other address than its own, and its name may not lead to it.
     defaults = {"OMP_NUM_THREADS": str(threads_each(count)), "GLOO_SOCKET_IFNAME": "lo"}
     try:
-        told = supervisor.run(order, defaults | os.environ)
+        messages = supervisor.supervise(order, defaults | os.environ)
     except SftxError as error:
-        for folder in supervisor.main.told.get("folders", ()):
+        for folder in supervisor.main.messages.get("folders", ()):
             RunFolder(Path(folder)).note_end("stopped" if isinstance(error, StoppedError) else "failed", error)
         raise
-    return [Result.of(plain) for plain in told["finished"]]
+    return [Result.of(plain) for plain in messages["finished"]]

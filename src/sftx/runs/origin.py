@@ -11,7 +11,7 @@ from sftx.model.loading.load import Source
 from sftx.model_folders import local_folder, reference_to
 from sftx.runs.saved.saved_run import read_object
 from sftx.secrets import scrub
-from sftx.training.run_folder import MANIFEST
+from sftx.training.saving.run_folder import MANIFEST
 
 NAMED = 5
 """So many differences are named."""

@@ -25,8 +25,8 @@ from sftx.model.loading.load import Source
 from sftx.parallel.engine import Engine, on_main
 from sftx.runs.result import Result
 from sftx.terminal import counted
-from sftx.training import checkpoint
-from sftx.training.run_folder import MANIFEST, RunFolder
+from sftx.training.saving import checkpoint
+from sftx.training.saving.run_folder import MANIFEST, RunFolder
 from sftx.training.trial import Trial
 
 log = logging.getLogger("sftx")

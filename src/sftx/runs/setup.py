@@ -25,11 +25,11 @@ from sftx.model.loading.load import Source
 from sftx.parallel.engine import Engine
 from sftx.signals import Signals
 from sftx.terminal import counted
-from sftx.training.allocator import keep_freed_memory
-from sftx.training.metrics import SilentRecorder
+from sftx.training.memory import keep_freed_memory
 from sftx.training.opening import adapted, open_adapter, open_base, open_numerics, open_template
-from sftx.training.run_folder import RunFolder
-from sftx.training.saving import SaveInterval, Saver
+from sftx.training.saving.metrics import SilentRecorder
+from sftx.training.saving.run_folder import RunFolder
+from sftx.training.saving.saver import SaveInterval, Saver
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
 

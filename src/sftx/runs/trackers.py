@@ -12,7 +12,7 @@ from typing import Any
 
 from sftx.errors import ConfigError
 from sftx.secrets import scrub, scrub_text
-from sftx.training.metrics import Tracker
+from sftx.training.saving.metrics import Tracker
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Wandb:
         """Start a run named after the run folder; a resumed run goes on under the same id.
 
         Raises:
-            ConfigError: wandb does not start; how it does without an account is said.
+            ConfigError: wandb does not start; the message says how it works without an account.
         """
         import wandb
 

@@ -1,4 +1,4 @@
-"""One Hydra job, and what is said at the end of several.
+"""One Hydra job, and the table at the end of several.
 
 Each trial of a multirun leaves `trial.json` in its folder, whatever became of it; the table at the
 end is made from those, so that it does not matter which launcher ran the trials.
@@ -32,7 +32,7 @@ from sftx.runs.launch import launch
 from sftx.runs.result import Result, single
 from sftx.secrets import scrub, scrub_text
 from sftx.terminal import counted, visible
-from sftx.training.run_folder import RunFolder
+from sftx.training.saving.run_folder import RunFolder
 
 log = logging.getLogger("sftx")
 TRIAL = "trial.json"
@@ -85,7 +85,7 @@ def _run_job(composed: DictConfig, request: Request) -> float | None:
         code = say(error)
         outcome |= {"status": "failed", "exit_code": code, "error": f"{type(error).__name__}: {error}"}
         _leave(sweep_dir, outcome)
-        if isinstance(error, StoppedError):  # Hydra would go on with the next trial after any `Exception`
+        if isinstance(error, StoppedError):  # Hydra would start the next trial after any `Exception`
             raise SystemExit(end_of_sweep()) from error
         raise TrialFailed(str(error)) from error
     outcome |= {"status": "completed", "eval_loss_before": result.eval_loss_before, "eval_loss": result.eval_loss}

@@ -15,7 +15,7 @@ from sftx.files import append_line, write_text
 
 if TYPE_CHECKING:  # imported when a callback acts, not when its settings are checked
     from sftx.data.loader import Batch
-    from sftx.training.evaluate import Evaluation
+    from sftx.training.measure.evaluate import Evaluation
     from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
@@ -57,7 +57,7 @@ class EarlyStopping(Callback):
     waited: int = field(init=False, default=0)
 
     def on_evaluate(self, session: Session, trial: Trial, result: Evaluation) -> None:
-        """Count evaluations without progress; one that is not finite tells nothing."""
+        """Count evaluations without progress; one that is not finite is ignored."""
         if not math.isfinite(result.loss):
             return
         if result.loss < self.best - self.min_delta:
@@ -111,8 +111,8 @@ class GenerateSamples(Callback):
     def _prompts(self, session: Session) -> list[list[int]]:
         if self.prompts:
             thinking = session.template.thinking_of(session.rows)
-            asked = [[{"role": "user", "content": p}] for p in self.prompts]
-            return [session.template.prompt_ids(messages, thinking=thinking) for messages in asked]
+            prompts = [[{"role": "user", "content": p}] for p in self.prompts]
+            return [session.template.prompt_ids(messages, thinking=thinking) for messages in prompts]
         rows = session.eval_rows or session.rows
         return [r.ids_T[: int(r.supervised_T.argmax())].tolist() for r in rows[: self.count]]
 
@@ -184,7 +184,7 @@ class Profile(Callback):
         """Start and stop the profiler."""
         import torch
 
-        from sftx.training.profile import parts_of
+        from sftx.training.measure.profile import parts_of
 
         if trial.step == self.first_step - 1 or (self.first_step <= 1 and trial.step == 1):
             self.profiler = torch.profiler.profile(record_shapes=True)
@@ -198,7 +198,7 @@ class Profile(Callback):
 
     def on_end(self, session: Session, trial: Trial) -> None:
         """Write what the time went to."""
-        from sftx.training.profile import report_of, table_of
+        from sftx.training.measure.profile import report_of, table_of
 
         if session.engine.is_main and self.shares:
             report = report_of(self.shares, session, trial)

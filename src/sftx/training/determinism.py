@@ -24,13 +24,13 @@ EXPECTED = {
 
 
 @contextmanager
-def deterministic_kernels(asked: bool) -> Iterator[None]:
-    """Let torch use deterministic kernels only, if asked, and undo it at the end; to be entered before CUDA starts.
+def deterministic_kernels(requested: bool) -> Iterator[None]:
+    """Let torch use deterministic kernels only, if requested, and undo it at the end; to be entered before CUDA starts.
 
     Raises:
         ConfigError: an operation of the model has no deterministic kernel.
     """
-    if not asked:
+    if not requested:
         yield
         return
     variable = os.environ.get(CUBLAS)

@@ -29,15 +29,15 @@ from sftx.data.loader import Batch
 from sftx.errors import SftxError, StoppedError, is_out_of_memory
 from sftx.files import append_line
 from sftx.seeds import key_of
-from sftx.training import checkpoint
-from sftx.training.evaluate import evaluate
 from sftx.training.loss import token_losses
+from sftx.training.measure.evaluate import evaluate
+from sftx.training.measure.perf import Window
+from sftx.training.measure.profile import DATA
+from sftx.training.measure.progress import Progress
 from sftx.training.memory import shrink
 from sftx.training.pending import PendingStep, StopVote
-from sftx.training.perf import Window
-from sftx.training.profile import DATA
-from sftx.training.progress import Progress
 from sftx.training.recovery import StepResult, fault_of, recover
+from sftx.training.saving import checkpoint
 from sftx.training.trial import Session, Trial
 
 log = logging.getLogger("sftx")
@@ -47,12 +47,12 @@ def train(session: Session, trials: Sequence[Trial], ended: Callable[[Trial], No
     """Train every trial to its end, and call `ended` with each one at its own end, finished or failed.
 
     Raises:
-        StoppedError: a signal asked for the end; every trial that is not finished has left a checkpoint.
+        StoppedError: a signal stopped the run; every trial that is not finished has left a checkpoint.
         SftxError: the only trial failed, or one whose failure the other ranks may not share.
     """
     alone = len(trials) == 1 or session.engine.world_size > 1
     session.model.module.train()
-    session.signals.at_once = False
+    session.signals.raise_immediately = False
     with Progress(session, trials) as progress:
         session.progress = progress
         for trial in trials:
@@ -157,29 +157,29 @@ def _close_step(session: Session, trial: Trial) -> None:
 
 def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
     """Save every trial that is not at its end, and say where each stands."""
-    said = []
+    where_trials_are = []
     for trial in running:
         with trial.active(session):
             _resolve(session, trial)
         if trial.step == 0:
-            said.append("before the first step; there was nothing to save")
+            where_trials_are.append("before the first step; there was nothing to save")
             continue
         if trial.saved_step != trial.step:
             with trial.active(session):
                 session.saver.save(session, trial)
         session.saver.wait(trial)
         where = checkpoint.folder_of(trial.folder.checkpoints, trial.step)
-        said.append(f"after step {trial.step} of {trial.steps.total}, saved in {where}")
+        where_trials_are.append(f"after step {trial.step} of {trial.steps.total}, saved in {where}")
     session.engine.barrier()  # torchrun kills the main rank half a minute after another has ended
-    asked = session.signals.received or "a signal to another rank"
+    cause = session.signals.received or "a signal to another rank"
     cure = f" To continue:\n{session.resume_command}" if session.resume_command else ""
-    raise StoppedError(f"{asked}: stopped " + "\n  ".join(said) + "." + cure)
+    raise StoppedError(f"{cause}: stopped " + "\n  ".join(where_trials_are) + "." + cure)
 
 
 def _launch(session: Session, trial: Trial, step: Step) -> PendingStep | None:
     """Make one optimizer step, unless its loss or gradient forbids it.
 
-    Return None if the step was not made: memory did not suffice, or a signal asked for the end between two of its
+    Return None if the step was not made: memory did not suffice, or a signal interrupted it between two of its
     micro-batches.
     """
     engine, config = session.engine, trial.config
@@ -267,7 +267,7 @@ def _gradients(session: Session, trial: Trial, step: Step) -> tuple[torch.Tensor
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if engine.sharded:  # the others are in the middle of the same pass, and come to no sum
+            if engine.sharded:  # the others are in the middle of the same pass, and reach no sum
                 shrink(session, trial, batch, [max(batch.lengths)])
             return loss_sum, batch, False
         loss_sum += loss.detach()
@@ -331,13 +331,13 @@ def _record(session: Session, trial: Trial) -> None:
 
 
 def _evaluate(session: Session, trial: Trial) -> bool:
-    """Evaluate, record it, tell the schedule and the callbacks; return whether it is the best so far.
+    """Evaluate, record it, inform the schedule and the callbacks; return True if it is the best so far.
 
-    A rank that was asked to end ends the evaluation too: it is made when the run goes on.
+    A stop request ends the evaluation too: it is made when the run is resumed.
     """
     config = trial.config
 
-    def asked_to_end() -> bool:
+    def stop_requested() -> bool:
         _tick(session, trial)
         return session.signals.received is not None
 
@@ -349,7 +349,7 @@ def _evaluate(session: Session, trial: Trial) -> bool:
         token_budget=config.max_seq_length * trial.micro_batch,
         flat=session.flat,
         pad_id=session.pad_id,
-        asked_to_end=asked_to_end,
+        stop_requested=stop_requested,
     )
     if result is None:
         session.stopping = True

@@ -18,7 +18,6 @@ from sftx.model.loading.family import family_named, family_of
 from sftx.model.loading.load import Source, find_model, load_base, load_template, refuse_quantized
 from sftx.parallel.device import choose_device
 from sftx.parallel.engine import Engine
-from sftx.parallel.single import SingleEngine
 from sftx.training.precision import Numerics
 
 
@@ -43,7 +42,7 @@ def open_model(config: TrainConfig) -> OpenModel:
         ModelError: it cannot be loaded.
         ConfigError: the device or the precision is not to be had.
     """
-    engine = SingleEngine(choose_device(config.device, 0))
+    engine = Engine(choose_device(config.device, 0))
     effective = Effective()
     source, template = open_template(config, effective)
     numerics = open_numerics(config, engine, effective)

@@ -30,13 +30,13 @@ def groups_of(parameters: Parameters, weight_decay: float) -> list[dict[str, Any
     ]
 
 
-def _paged(asked: bool, key: str, effective: Effective) -> bool:
+def _paged(requested: bool, key: str, effective: Effective) -> bool:
     import torch
 
-    if asked and not torch.cuda.is_available():
+    if requested and not torch.cuda.is_available():
         effective.fall_back("optim", key, key.removeprefix("paged_"), "paging needs CUDA")
         return False
-    return asked
+    return requested
 
 
 @dataclass(frozen=True)

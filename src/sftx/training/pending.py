@@ -49,7 +49,7 @@ class PendingStep:
 
 
 class StopVote:
-    """Decides between the micro-batches of one step whether the run was asked to stop.
+    """Decides between the micro-batches of one step whether the run stops.
 
     A rank of a replicated model may stop by itself: the others learn of it in the sum at the end of the step. Ranks of
     a sharded engine compute every forward pass together, so all must stop before the same micro-batch. They sum their

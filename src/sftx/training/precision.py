@@ -33,7 +33,7 @@ class Numerics:
 
 @dataclass(frozen=True)
 class Precision:
-    """The format that is asked for; `tf32` lets fp32 matrix products round to TF32 on the GPU."""
+    """The requested format; `tf32` lets fp32 matrix products round to TF32 on the GPU."""
 
     dtype: Literal["float16", "bfloat16", "float32"]
     tf32: bool
@@ -46,17 +46,17 @@ class Precision:
         """
         import torch
 
-        asked: torch.dtype = getattr(torch, self.dtype)
+        requested: torch.dtype = getattr(torch, self.dtype)
         key = {"float16": "fp16", "bfloat16": "bf16"}.get(self.dtype, "precision")
-        if device.type == "cpu" and asked != torch.float32:
+        if device.type == "cpu" and requested != torch.float32:
             effective.fall_back(key, True, "fp32", "half precision on a CPU is many times slower than fp32")
-            asked = torch.float32
+            requested = torch.float32
         if device.type == "cuda":
-            if asked == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            if requested == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise ConfigError(f"`bf16=true`: {torch.cuda.get_device_name(device)} has no bfloat16. Use fp16=true.")
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             effective.settings["tf32"] = self.tf32
         elif self.tf32:
             effective.fall_back("precision.tf32", True, "false", "TF32 is a format of NVIDIA GPUs")
-        effective.settings["compute_dtype"] = str(asked).removeprefix("torch.")
-        return Numerics(asked, device, sharded)
+        effective.settings["compute_dtype"] = str(requested).removeprefix("torch.")
+        return Numerics(requested, device, sharded)

@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss or gradient is not finite, or whose loss stands far out."""
+"""Recovery from a step whose loss or gradient is not finite, or whose loss is a spike."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from sftx.data.feed import Step
 from sftx.errors import TrainingError
-from sftx.training import checkpoint
-from sftx.training.metrics import drop_after
+from sftx.training.saving import checkpoint
+from sftx.training.saving.metrics import drop_after
 
 if TYPE_CHECKING:
     from sftx.training.trial import Session, Trial
@@ -35,7 +35,7 @@ CURES = "Usual fixes: a smaller learning_rate (now {lr:g}), warm-up, or bf16 ins
 
 @dataclass(frozen=True)
 class Faults:
-    """How often a trial met a step that went wrong, and what it did; kept in its checkpoints."""
+    """Counts of a trial's faulty steps, and of what was done about them; kept in its checkpoints."""
 
     skipped: int = 0
     """Steps that were not made: their loss or gradient was not finite, or stood far out."""

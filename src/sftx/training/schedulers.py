@@ -52,14 +52,14 @@ def _above(floor: float, factor: float) -> float:
 
 @dataclass
 class Constant(Schedule):
-    """The same rate at every step, without warm-up."""
+    """A constant lr, without warm-up."""
 
     warmup_steps: int | float = field(init=False, default=0)
 
 
 @dataclass
 class ConstantWithWarmup(Schedule):
-    """The same rate at every step after the warm-up."""
+    """A constant lr after the warm-up."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Step(Schedule):
 
 @dataclass
 class Exponential(Schedule):
-    """The rate falls by the same share each step, to `final` of its start at the end."""
+    """The lr falls by the same share each step, to `final` of its start at the end."""
 
     final: Annotated[float, Bounds(above=0, at_most=1)] = 0.01
 

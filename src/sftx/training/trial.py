@@ -22,22 +22,23 @@ from sftx.effective import Effective
 from sftx.errors import SftxError
 from sftx.logs import log_context
 from sftx.model.adapt import AdaptedModel, Adapter
-from sftx.parallel.engine import Engine, Stepper
+from sftx.parallel.engine import Engine
+from sftx.parallel.stepper import Stepper
 from sftx.signals import Signals
-from sftx.training.evaluate import Evaluation
-from sftx.training.flops import Work
 from sftx.training.loss import LossFunction
-from sftx.training.metrics import Recorder, SilentRecorder
+from sftx.training.measure.evaluate import Evaluation
+from sftx.training.measure.flops import Work
+from sftx.training.measure.perf import Window
 from sftx.training.pending import PendingStep
-from sftx.training.perf import Window
 from sftx.training.precision import Numerics
 from sftx.training.recovery import Faults, LossEma, StepResult
-from sftx.training.run_folder import RunFolder
-from sftx.training.saving import SaveInterval, Saver
+from sftx.training.saving.metrics import Recorder, SilentRecorder
+from sftx.training.saving.run_folder import RunFolder
+from sftx.training.saving.saver import SaveInterval, Saver
 from sftx.training.schedulers import Schedule
 
 if TYPE_CHECKING:
-    from sftx.training.progress import Progress
+    from sftx.training.measure.progress import Progress
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Session:
         return int(self.template.tokenizer.pad_token_id)
 
     stopping: bool = False
-    """Some rank was asked to end, and all know it."""
+    """Some rank was stopped, and all know it."""
 
     def layout(self, micro_batch: int) -> Layout:
         """Return how rows become this rank's tensors."""
@@ -102,7 +103,7 @@ class Trial:
     epoch: float = 0.0
     """Passes over the corpus that were made."""
     cursor: dict[str, Any] | None = None
-    """Where the feed goes on, if it must be told."""
+    """Where the feed continues, if it needs to know."""
     streamed: dict[str, int] = field(default_factory=lambda: {"truncated": 0, "left_out": 0})
     """Rows that lost tokens and records that gave no row, found while training."""
     window: Window = field(default_factory=Window)
@@ -114,7 +115,7 @@ class Trial:
     last_eval: Evaluation | None = None
     eval_step: int = -1
     evaluation_due: bool = False
-    """The present step's evaluation was put off: the run was asked to end."""
+    """The present step's evaluation was postponed: the run was stopped."""
     saved_step: int = -1
     """The step whose checkpoint is in this run's folder and holds the trial as it stands."""
     faults: Faults = field(default_factory=Faults)
@@ -196,7 +197,7 @@ class Trial:
         return self.evaluates and self.due(-(-self.steps.total // 10) if every == "auto" else every)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep beside weights and optimizer."""
+        """Return what a checkpoint must keep besides weights and optimizer."""
         return {
             "step": self.step,
             "total": self.steps.total,

@@ -13,7 +13,7 @@ from typing import Any
 from sftx.config.derive import PATHS, flat
 from sftx.data.digests import known_sha256
 from sftx.runs.saved.saved_run import CONFIG, METRICS, Records, SavedRun, at
-from sftx.training.run_folder import MANIFEST
+from sftx.training.saving.run_folder import MANIFEST
 
 ABSENT = "(not there)"
 """Stands for a value that one of two runs does not have."""
@@ -194,7 +194,7 @@ def effective_of(run: SavedRun) -> dict[str, Any]:
     """Return the settings that were in force, and each fallback."""
     fallbacks = run.fact("effective", "fallbacks")
     return flat(run.fact("effective", "settings")) | {
-        f"fallback of {at(f, 'key')}": f"{at(f, 'asked')} -> {at(f, 'effective')}: {at(f, 'reason')}"
+        f"fallback of {at(f, 'key')}": f"{at(f, 'requested')} -> {at(f, 'effective')}: {at(f, 'reason')}"
         for f in (fallbacks if isinstance(fallbacks, list) else ())
     }
 

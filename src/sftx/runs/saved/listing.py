@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftx.runs.saved.saved_run import TRIAL, SavedRun, is_run
-from sftx.training.run_folder import LOCK
+from sftx.training.saving.run_folder import LOCK
 
 INSIDE = ("checkpoints", "final", "tensorboard", "wandb")
 """Folders of a run that hold no other run."""

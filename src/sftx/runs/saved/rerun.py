@@ -26,7 +26,7 @@ from sftx.runs.launch import count_ranks
 from sftx.runs.manifest import git_state
 from sftx.runs.saved.saved_run import CONFIG, SavedRun
 from sftx.secrets import HIDDEN
-from sftx.training.run_folder import MANIFEST
+from sftx.training.saving.run_folder import MANIFEST
 
 RELATIVE = ("train_file_path", "model_name_or_path", "adapter", "resume")
 """Settings that may be paths relative to where the run was started; the other paths are relative to these."""
@@ -111,7 +111,7 @@ def check_ranks(run: SavedRun, here: int | None) -> None:
     """Raise unless there are as many processes as the run had.
 
     Raises:
-        RunFolderError: there are more or fewer; what to type is said.
+        RunFolderError: there are more or fewer; the message gives the command.
     """
     if here not in (None, run.ranks):
         how = "one process" if run.ranks == 1 else f"{run.ranks} processes"

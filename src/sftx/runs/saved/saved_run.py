@@ -12,8 +12,8 @@ import yaml
 from sftx.config.yamlfile import read_yaml
 from sftx.errors import RunFolderError, nearest_folder
 from sftx.terminal import visible
-from sftx.training.metrics import read_metrics
-from sftx.training.run_folder import MANIFEST
+from sftx.training.saving.metrics import read_metrics
+from sftx.training.saving.run_folder import MANIFEST
 
 CONFIG, METRICS, TRIAL, FINAL = "config.yaml", "metrics.jsonl", "trial.json", "final"
 LISTED = 8

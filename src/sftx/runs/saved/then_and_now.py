@@ -29,7 +29,7 @@ from sftx.runs.saved.rerun import launched, masked, ranks_here
 from sftx.runs.saved.saved_run import CONFIG, SavedRun, at, open_run
 from sftx.secrets import scrub
 from sftx.training.determinism import repeatability
-from sftx.training.run_folder import MANIFEST
+from sftx.training.saving.run_folder import MANIFEST
 
 
 @dataclass

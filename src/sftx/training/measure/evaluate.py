@@ -59,9 +59,9 @@ def evaluate(
     token_budget: int,
     flat: bool,
     pad_id: int,
-    asked_to_end: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Return the loss of the active adapter on `rows`, or None when a rank was asked to end; the ranks share the work.
+    """Return the loss of the active adapter on `rows`, or None if a rank was stopped; the ranks share the work.
 
     `token_budget` bounds a batch: training's own micro-batch size, so that evaluation never needs more.
     """
@@ -75,7 +75,7 @@ def evaluate(
     if engine.sharded:  # every rank must take part in every forward pass
         groups += [()] * (-len(groups) % engine.world_size)
     for indices in groups[engine.rank :: engine.world_size]:
-        ends = asked_to_end()  # a flag of the host, which does not wait for the device unless the ranks must agree
+        ends = stop_requested()  # a flag of the host, which does not wait for the device unless the ranks must agree
         if engine.sum(torch.tensor(float(ends), device=engine.device)).item() if engine.sharded else ends:
             break
         batch = collate(rows, indices, flat=flat, pad_id=pad_id)
@@ -86,7 +86,7 @@ def evaluate(
         sums_N3 = torch.stack([found.losses_N.double() * weights_N, weights_N, torch.ones_like(weights_N)], dim=1)
         sums_C3.index_add_(0, category_B[found.places_N], sums_N3)
     model.module.train()
-    if engine.sum(torch.tensor(float(asked_to_end()), device=engine.device)).item():
+    if engine.sum(torch.tensor(float(stop_requested()), device=engine.device)).item():
         return None
     sums = engine.sum(sums_C3).cpu()
     loss, weight, tokens = sums.sum(dim=0).tolist()

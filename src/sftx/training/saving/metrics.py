@@ -53,7 +53,7 @@ class SilentRecorder(Recorder):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the whole records of a `metrics.jsonl`; a line that a crash cut off or damaged is left out."""
+    """Return the intact records of a `metrics.jsonl`; a line that a crash cut off or damaged is left out."""
     return [record for _, record in _lines(path) if record is not None]
 
 

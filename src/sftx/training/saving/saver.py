@@ -1,4 +1,4 @@
-"""Checkpoints beside training: a copy is taken between two steps, and written while the next ones are made."""
+"""Asynchronous checkpoints: a copy is taken between two steps, and written while the next ones run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sftx.model.export.weights import weights_writer
-from sftx.training import checkpoint
-from sftx.training.checkpoint import Snapshot
+from sftx.training.saving import checkpoint
+from sftx.training.saving.checkpoint import Snapshot
 
 if TYPE_CHECKING:
     from sftx.training.trial import Session, Trial
@@ -22,7 +22,7 @@ MAX_SAVE_OVERHEAD = 0.03
 
 
 class Saver:
-    """Publishes the checkpoints of all trials of a call, one after the other, in a thread of its own.
+    """Publishes the checkpoints of all trials of a call, one after the other, in its own thread.
 
     A trial has one checkpoint under way at most: the next waits for it, so that memory holds one copy.
     """
@@ -34,7 +34,7 @@ class Saver:
     def save(self, session: Session, trial: Trial) -> None:
         """Take a copy of a trial and have it published; every rank calls it.
 
-        Errors:
+        Raises:
             RunFolderError, TrainingError: this checkpoint, or the trial's before it, cannot be published.
         """
         started = time.monotonic()
@@ -58,18 +58,18 @@ class Saver:
             self._under_way[trial.name] = self._thread.submit(publish)
 
     def check(self, trial: Trial) -> None:
-        """Raise what a checkpoint that is done met; wait for none."""
+        """Raise the error of a checkpoint that is done; wait for none."""
         if trial.name in self._under_way and self._under_way[trial.name].done():
             self.wait(trial)
 
     def wait(self, trial: Trial) -> None:
-        """Return when a trial's checkpoint is published, or raise what it met."""
+        """Return when a trial's checkpoint is published, or raise its error."""
         future = self._under_way.pop(trial.name, None)
         if future is not None:
             future.result()
 
     def close(self) -> None:
-        """Let what is under way come to its end; what it meets is logged: something else has ended the run."""
+        """Wait for checkpoints under way; their errors are logged, because another error has ended the run."""
         for future in self._under_way.values():
             if error := future.exception():
                 log.error("a checkpoint could not be published: %s", error)

@@ -20,7 +20,7 @@ from sftx.files import bytes_in, free_bytes, rehearse_folder
 from sftx.model.export.final import complete
 from sftx.model.lora.targets import size_of
 from sftx.parallel.engine import on_main
-from sftx.training.saving import snapshot
+from sftx.training.saving.saver import snapshot
 
 if TYPE_CHECKING:
     from sftx.training.trial import Session, Trial
@@ -51,7 +51,7 @@ class Room:
 def check_room(trials: Sequence[Trial], session: Session) -> None:
     """Raise when the disk has no room for what the trials will write.
 
-    Errors:
+    Raises:
         RunFolderError: too little is free.
     """
 
@@ -107,7 +107,7 @@ def _kept(trial: Trial) -> int:
 
 
 def rehearse(trial: Trial, session: Session) -> None:
-    """Write a checkpoint and the rest of `final/` beside where they will be, and remove them; every rank calls it.
+    """Write a checkpoint and the rest of `final/` next to where they will be, and remove them; every rank calls it.
 
     It shows in time what cannot be written, and about how long a checkpoint takes.
 

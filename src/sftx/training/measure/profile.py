@@ -9,8 +9,8 @@ from torch.autograd import DeviceType
 
 from sftx.model.head import HEAD
 from sftx.parallel.replicated import CLIP
-from sftx.training.flops import Linear, Work
-from sftx.training.perf import peak_flops, peak_memory
+from sftx.training.measure.flops import Linear, Work
+from sftx.training.measure.perf import peak_flops, peak_memory
 
 if TYPE_CHECKING:
     from sftx.training.trial import Session, Trial

@@ -24,7 +24,7 @@ class Activity:
 
 
 def activity(rank: int) -> Activity:
-    """Return what a rank does, whose process leads a session of its own."""
+    """Return what a rank does; its process leads its own session."""
     ticks = sum(sum(map(int, words[11:15])) for _, words in _session(rank))
     states = [words[0] for words in _threads(rank)]
     return Activity(ticks / TICKS, "D" in states, bool(states) and set(states) == {"T"})

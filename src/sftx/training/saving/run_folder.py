@@ -54,7 +54,7 @@ class RunFolder:
     def check(self, resume: str) -> None:
         """Raise if this folder could not hold a run; look only, change nothing.
 
-        Errors:
+        Raises:
             RunFolderError: not writable, not empty without being a run's, or a run's with `resume=never`.
         """
         check_writable(self.path)
@@ -74,7 +74,7 @@ class RunFolder:
         if resume == "never":
             raise RunFolderError(
                 f"output_dir={self.path}: holds a run, and resume=never would overwrite it. "
-                f"Choose another output_dir, or resume=auto to go on with it."
+                f"Choose another output_dir, or resume=auto to continue it."
             )
 
     def lock(self) -> str | None:
@@ -128,7 +128,7 @@ class RunFolder:
             raise RunFolderError(
                 f"output_dir={self.path}: holds another run, which would be overwritten. It differs in:\n  "
                 + "\n  ".join(found)
-                + "\nChoose another output_dir, or repeat that run's settings to go on with it."
+                + "\nChoose another output_dir, or repeat that run's settings to continue it."
             )
         return manifest
 
@@ -156,7 +156,7 @@ class RunFolder:
 
     def note_end(self, status: str, error: Exception) -> None:
         """Note how a run ended whose main process could not, unless another run is here by now."""
-        with suppress(OSError, ValueError, SftxError):  # the error itself is said in any case
+        with suppress(OSError, ValueError, SftxError):  # the error itself is reported in any case
             if not (self.path / MANIFEST).is_file() or self.lock() is not None:
                 return
             try:

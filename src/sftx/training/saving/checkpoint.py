@@ -1,4 +1,4 @@
-"""Checkpoints: published whole or not at all, verified by hash, safetensors and JSON only.
+"""Checkpoints: published atomically, verified by hash, safetensors and JSON only.
 
 A checkpoint is `step-000100/`: the weights as `final/` would hold them, `optimizer.safetensors` with
 `optimizer.json`, `state.json` (where the run stands), and `manifest.json` (SHA-256 of every file, and of itself).
@@ -22,7 +22,7 @@ from sftx.errors import CheckpointError, DataError, ModelError, TrainingError, o
 from sftx.files import remove_folder, write_folder
 from sftx.model.adapt import AdaptedModel
 from sftx.model.export.weights import bytes_of, read_weights
-from sftx.parallel.engine import Weights
+from sftx.parallel.stepper import Weights
 
 if TYPE_CHECKING:
     from sftx.training.trial import Trial
@@ -52,7 +52,7 @@ def listed(root: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A trial as it stood after a step, in host memory: training may go on while it is written."""
+    """A trial as it stood after a step, in host memory: training may continue while it is written."""
 
     step: int
     weights: Weights
@@ -80,7 +80,7 @@ class Snapshot:
 def publish(root: Path, snapshot: Snapshot) -> Path:
     """Publish a checkpoint.
 
-    Errors:
+    Raises:
         RunFolderError: it cannot be written; what was published before is as it was.
         TrainingError: it holds numbers that are not finite.
     """
@@ -99,7 +99,7 @@ def publish(root: Path, snapshot: Snapshot) -> Path:
 def check_finite(step: int, *kinds: Weights) -> None:
     """Raise before tensors are published that are not finite.
 
-    Errors:
+    Raises:
         TrainingError: one is not; its name is given.
     """
     for tensors in kinds:
@@ -169,7 +169,7 @@ def problem_of(folder: Path) -> str | None:
 
 
 def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint, and what is wrong with each newer one.
+    """Return the newest intact checkpoint, and what is wrong with each newer one.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged; or one is of another format.
@@ -183,7 +183,7 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
         problems.append(f"{folder}: {problem}")
     if folders:
         raise CheckpointError(
-            "no checkpoint of this run is whole, and starting over silently would lose it:\n  "
+            "no checkpoint of this run is intact, and starting over silently would lose it:\n  "
             + "\n  ".join(problems)
             + "\nRemove them to start over, or choose another output_dir."
         )
@@ -191,10 +191,10 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def named(path: Path) -> tuple[Path, list[str]]:
-    """Return the checkpoint that a path names, and what is wrong with newer ones: of a run its newest whole one.
+    """Return the checkpoint that a path names, and what is wrong with newer ones: of a run its newest intact one.
 
     Raises:
-        CheckpointError: it is a run's folder without a whole checkpoint.
+        CheckpointError: it is a run's folder without an intact checkpoint.
     """
     inside = path / "checkpoints"
     is_run = inside.is_dir() or (path / "config.yaml").is_file()

@@ -1,4 +1,4 @@
-"""A rank as its supervisor sees it: a process, what it tells, what it prints, and how it ended."""
+"""A rank as its supervisor sees it: a process, its messages, its output, and how it ended."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pathlib import Path
 from selectors import EVENT_READ, BaseSelector
 from typing import Any
 
-from sftx.parallel.proc import kill_session
+from sftx.parallel.activity import kill_session
 
 WHERE = signal.SIGQUIT
-"""Asks a rank to write down where it stands; answered even by one whose main thread waits for a lock."""
+"""Asks a rank for its stack; answered even by one whose main thread waits for a lock."""
 WHERE_SECONDS = 1.0
 TAIL_LINES = 40
 """What is kept of what a rank prints, other than the main one."""
@@ -35,7 +35,7 @@ class Lines:
         self._take, self._rest = take, b""
 
     def listen(self, selector: BaseSelector) -> None:
-        """Let a selector tell when there is something."""
+        """Register with a selector."""
         assert self._descriptor is not None
         selector.register(self._descriptor, EVENT_READ, self)
 
@@ -63,16 +63,16 @@ class Lines:
         self._descriptor = None
 
 
-class Started:
-    """One rank's process, which leads a session of its own: a terminal's signals come to the supervisor alone."""
+class RankProcess:
+    """One rank's process, which leads its own session: a terminal's signals reach the supervisor alone."""
 
     def __init__(
         self, module: str, number: int, count: int, order: Mapping[str, Any], environment: Mapping[str, str],
-        board: int, door: int | None, selector: BaseSelector,
+        state: int, rendezvous: int | None, selector: BaseSelector,
     ) -> None:  # fmt: skip
         self.number = number
-        self.told: dict[str, Any] = {}
-        """What it told: `failed` or `finished`, among others."""
+        self.messages: dict[str, Any] = {}
+        """Those it sent: `failed` or `finished`, among others."""
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.ended: int | None = None
         """Its exit code, or the negative number of the signal that killed it."""
@@ -80,7 +80,7 @@ class Started:
         self._where = os.memfd_create("sftx-where", 0)
         reading, reports = os.pipe()
         printing, output = os.pipe()
-        handed = [board, reports, self._where, *([] if door is None else [door])]
+        handed = [state, reports, self._where, *([] if rendezvous is None else [rendezvous])]
         is_main = number == 0  # the terminal is the main rank's
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, str(number), "of", str(count)],
@@ -93,13 +93,14 @@ class Started:
         )
         os.close(reports)
         os.close(output)
-        self._lines = [Lines(reading, self._hear), Lines(printing, self.tail.append)]
+        self._lines = [Lines(reading, self._receive), Lines(printing, self.tail.append)]
         for lines in self._lines:
             lines.listen(selector)
-        handles = {"board": board, "reports": reports, "where": self._where, "door": door, "parent": os.getpid()}
+        handles = {"state": state, "reports": reports, "where": self._where, "rendezvous": rendezvous}
+        plain = marshal.dumps({**order, **handles, "parent": os.getpid()})  # plain values: nothing in them can run
         assert self.process.stdin is not None
         with suppress(BrokenPipeError), self.process.stdin as pipe:  # it has ended already, which will be noticed
-            pipe.write(marshal.dumps({**order, **handles}))  # plain values only: nothing in them can run
+            pipe.write(plain)
 
     @property
     def runs(self) -> bool:
@@ -109,11 +110,11 @@ class Started:
     @property
     def finished(self) -> bool:
         """True when its work is done."""
-        return "finished" in self.told
+        return "finished" in self.messages
 
-    def _hear(self, line: str) -> None:
+    def _receive(self, line: str) -> None:
         with suppress(ValueError):  # half a line of one that was killed
-            self.told |= json.loads(line)
+            self.messages |= json.loads(line)
 
     def reap(self, selector: BaseSelector) -> None:
         """Notice the end of the process, and end what it started and did not end."""
@@ -161,7 +162,7 @@ class Started:
         return "\n".join(line for line in text.splitlines() if line.startswith("  "))
 
     def close(self) -> None:
-        """Let go of what was kept to ask it."""
+        """Close the file of its stack."""
         os.close(self._where)
 
 

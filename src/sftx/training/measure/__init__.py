@@ -1,0 +1,1 @@
+"""Measurements of a run: evaluation, progress, speed, and where time goes."""
