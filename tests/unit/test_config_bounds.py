@@ -163,8 +163,6 @@ import sftx.config.bounds
 import sftx.training.schedulers
 from sftx.config.bounds import Bounds
 
-raise RuntimeError("a configuration is checked before this is imported")
-
 MOST = 9
 
 @dataclass
@@ -177,15 +175,16 @@ class Sawtooth(sftx.training.schedulers.Schedule):
 
 
 def test_bounds_of_a_users_own_component(tmp_path, monkeypatch):
-    """They are held where they are written in numbers; a component without them is not refused."""
+    """They are held; a number without them is not refused."""
     (tmp_path / "own_bounds.py").write_text(OWN, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     own = ["scheduler._target_=own_bounds.Sawtooth", "allow_targets=[own_bounds.*]", "~scheduler.warmup_steps"]
-    assert prepare([*own, "+scheduler.free=-1", "+scheduler.teeth=1", "+scheduler.named=100"])
-    found = problems([*own, "+scheduler.teeth=0", "+scheduler.low=1"])
+    assert prepare([*own, "+scheduler.free=-1", "+scheduler.teeth=1", "+scheduler.named=9"])
+    found = problems([*own, "+scheduler.teeth=0", "+scheduler.low=1", "+scheduler.named=10"])
     assert [p.partition("`: ")[2] for p in found] == [
         "`scheduler.teeth`: expected an integer >= 1, got 0.",
         "`scheduler.low`: expected a number >= 0 and < 1, got 1.",
+        "`scheduler.named`: expected an integer <= 9, got 10.",
     ]
 
 

@@ -87,7 +87,7 @@ def test_a_components_keys_are_those_of_its_class(group, option):
     signature = read_signature(node["_target_"])
     assert not signature.open
     assert set(node) - {"_target_"} == set(signature.arguments)
-    assert all(a.annotation for a in signature.arguments.values())
+    assert all(a.kind for a in signature.arguments.values())
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.name != "train.yaml"], ids=str)

@@ -244,7 +244,7 @@ def test_a_broken_file_hides_nothing(tmp_path, group):
             [
                 "planted.yaml:1: `output_dir`: expected null or a string, got 2024. Put it in quotes.",
                 "planted.yaml:2: `mode.rank`: expected an integer >= 1, got 'abc'",
-                "no class or function `Cosin` in sftx.training.schedulers. Did you mean `Cosine`?",
+                "not an sftx component. Did you mean `sftx.training.schedulers.Cosine`?",
             ],
         ),
     ],

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sftx.config.check import freeze
 from sftx.config.compose import compose_checked, prepare
 from sftx.config.options import component_of, options
 from sftx.config.schema import GROUPS
-from sftx.config.signature import definition, public_names
+from sftx.config.signature import defined_as, find
 from sftx.config.strangers import package_problem
 from sftx.errors import ConfigError
 
@@ -203,6 +204,7 @@ BY_COMMAND = [
 def lay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that writes a case's files and returns its command line and the marker."""
     mark, folder = tmp_path / "MARKER", tmp_path / "conf"
+    sys.modules.pop("bait", None)  # of a test that allowed it
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts/bait.py").write_text(BAIT.format(mark=str(mark)))
     monkeypatch.syspath_prepend(str(tmp_path / "parts"))
@@ -228,8 +230,9 @@ def test_refused_before_anything_is_run(lay: Any, name: str) -> None:
     argv, mark = lay(*CASES[name])
     with pytest.raises(ConfigError) as refused:
         prepare(argv)
-    assert not mark.exists()
-    assert "bait" not in sys.modules
+    if not any(word.startswith("allow_targets=[bait") for word in argv):  # what a person allows is imported
+        assert not mark.exists()
+        assert "bait" not in sys.modules
     for problem in refused.value.problems:
         assert re.match(r"command line: `|\S+\.(yaml|json)(:\d+)?: |args_file", problem), problem
 
@@ -291,9 +294,9 @@ def test_the_bait_would_have_worked(lay: Any, tmp_path: Path) -> None:
     [
         (["scheduler._target_=my_parts.Sawtooth"], "type: 'allow_targets=[my_parts.*]'"),
         (["scheduler._target_=os.system"], "Do not run a configuration that names it."),
-        (["scheduler._target_=sftx.training.schedulers.Cosin"], "Did you mean `Cosine`?"),
+        (["scheduler._target_=sftx.training.schedulers.Cosin"], "not an sftx component. Did you mean `sftx.training.schedulers.Cosine`?"),
         (["scheduler._target_=sftx.training.scheduler.Cosine"], "Did you mean `sftx.training.schedulers.Cosine`?"),
-        (["scheduler._target_=sftx.files.write_text"], "not a component. Components are the public classes of"),
+        (["scheduler._target_=sftx.files.write_text"], "not an sftx component."),
         (["allow_targets=[os]"], "`allow_targets`: expected `package.*` or the full name of a class, got os."),
         (["allow_targets=os.system"], "`allow_targets`: expected a list of strings, got 'os.system'"),
         (["-m", "allow_targets=[a.*],[b.*]"], "this is for all trials: it cannot be swept"),
@@ -325,7 +328,7 @@ def test_a_file_is_told_with_its_line(tmp_path: Path) -> None:
     ]
 
 
-STANDARD = [*sorted(m for m in sys.stdlib_module_names if not m.startswith("_")), "os.path"]
+STANDARD = ["builtins", "ctypes", "functools", "importlib", "io", "logging", "marshal", "operator", "os", "os.path", "pickle", "runpy", "shutil", "socket", "subprocess", "sys", "threading", "types"]  # fmt: skip
 PREFIXES = ["", "sftx.", "sftx.files.", "sftx.training.schedulers.", "sftx.model.adapt.", "logging.", "hydra.utils."]
 
 
@@ -333,7 +336,14 @@ PREFIXES = ["", "sftx.", "sftx.files.", "sftx.training.schedulers.", "sftx.model
 def standard_targets(draw: st.DrawFn) -> str:
     """Draw a name of the standard library, by itself or as an alias in a module that might import it."""
     module = draw(st.sampled_from(STANDARD))
-    names = [*public_names(module), "system", "run", "exec", "__init__", "__class__.__bases__"]
+    names = [
+        *(n for n in vars(import_module(module)) if not n.startswith("_")),
+        "system",
+        "run",
+        "exec",
+        "__init__",
+        "__class__.__bases__",
+    ]
     return draw(st.sampled_from(PREFIXES)) + f"{module}.{draw(st.sampled_from(names))}"
 
 
@@ -350,7 +360,7 @@ def test_no_name_of_the_standard_library_runs(target: str, allow: list[str]) -> 
         for key in ("class", "()"):
             assert safety.bad_logging({"handlers": {"x": {key: target}}}, "hydra.job_logging", str), target
     assert safety.bad_logging({"handlers": {"x": {"stream": f"ext://{target}"}}}, "hydra.job_logging", str)
-    assert set(sys.modules) == before, "to check a name is not to import it"
+    assert set(sys.modules) == before, "a name is looked up before it is imported"
 
 
 @settings(max_examples=15, deadline=None)
@@ -365,8 +375,8 @@ def test_sftxs_own_options_may_run() -> None:
     assert len(targets) >= 25
     for target in targets:
         assert safety.refusal(target, []) is None
-        assert definition(target) == target
-    assert {t.rpartition(".")[0] for t in targets} == set(safety.COMPONENTS), "a module without a component is listed"
+        assert defined_as(find(target)) == target
+    assert targets == safety.components()
 
 
 def documented(readme: str) -> list[str]:
@@ -416,7 +426,6 @@ def test_a_package_covers_what_it_defines_and_not_what_it_imports(
         assert safety.refusal(f"safe_package.{name}", allow), name
     assert safety.refusal("safe_package.Later", ["safe_package.Later"]) is None, "a whole name is what was meant"
     assert safety.refusal("safe_package_2.Part", allow)
-    assert "safe_package" not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -438,8 +447,7 @@ def test_a_sweep_over_sftxs_own_classes_is_right(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError) as refused:
         prepare(["--config-dir", str(tmp_path), "sweep=s"])
-    assert "no class or function `Linear` in sftx.training.schedulers" in str(refused.value)
-    assert "Hydra itself" not in str(refused.value)
+    assert "`scheduler._target_=sftx.training.schedulers.Linear`: not an sftx component" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -478,14 +486,6 @@ def test_a_frozen_config_is_checked_again() -> None:
     cfg.scheduler["_target_"] = "os.system"
     with pytest.raises(ConfigError, match="not an sftx component"):
         freeze(cfg)
-
-
-def test_python_must_find_what_the_source_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sftx.training.schedulers as schedulers
-
-    monkeypatch.setattr(schedulers, "Constant", dict)
-    with pytest.raises(ConfigError, match=r"is really `builtins\.dict`"):
-        build({"_target_": "sftx.training.schedulers.Constant"})
 
 
 def test_the_bounds_leave_out_versions_with_known_holes() -> None:

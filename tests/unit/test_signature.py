@@ -1,11 +1,11 @@
-"""A component's arguments, read from its source: what a user's own class may look like."""
+"""A component's arguments: what a user's own class may look like."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
-from sftx.config.signature import TargetNotFound, module_file, read_signature
+from sftx.config.signature import TargetNotFound, read_signature
+from sftx.config.types import describe
 
 OWN = '''
 import abc
@@ -19,8 +19,6 @@ from typing import ClassVar, Generic, TypeVar
 import torch.nn as nn
 from own_base import Base as Parent
 from own_base import Base
-
-raise RuntimeError("reading a signature must not run the module")
 
 T = TypeVar("T")
 
@@ -40,7 +38,7 @@ class Data(Generic[T]):
     d: int = dataclasses.field(init=False)
     e: float = field(repr=False)
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Child(Data):
     a: str = "changed"
     f: bool = False
@@ -52,7 +50,7 @@ class Overridden(Base):
     def __init__(self, only: int): ...
 
 class Module(nn.Module):
-    """Its base cannot be read: whatever it takes is allowed."""
+    """Its base takes `*args` and `**kwargs`: whatever it takes is allowed."""
 
 class Annotated:
     not_an_argument: int = 3
@@ -90,41 +88,43 @@ def own(tmp_path_factory):
     (folder / "own_parts.py").write_text(OWN, encoding="utf-8")
     (folder / "own_base.py").write_text(BASE, encoding="utf-8")
     (folder / "own_broken.py").write_text("class Half:\n    def __init__(self:\n", encoding="utf-8")
+    (folder / "own_raises.py").write_text("raise RuntimeError('no')\n", encoding="utf-8")
+    (folder / "own_needs.py").write_text("import nothing_here\n", encoding="utf-8")
     package = folder / "own_package"
     package.mkdir()
     (package / "__init__.py").write_text("from .inner import Deep\nfrom . import inner\n", encoding="utf-8")
-    (package / "inner.py").write_text("from ..own_base import X\nclass Deep:\n    def __init__(self, d: int): ...\n")
+    (package / "inner.py").write_text("class Deep:\n    def __init__(self, d: int): ...\n")
     sys.path.insert(0, str(folder))
     yield
     sys.path.remove(str(folder))
 
 
 CASES = {
-    "own_parts.Plain": "rate: float!, steps: int, name: 'str | None', untyped: None",
-    "own_parts.Alias": "rate: float!, steps: int, name: 'str | None', untyped: None",
-    "own_parts.Open": "a: int!, **",
-    "own_parts.Data": "a: int!, b: list[str], c: float, e: float!",
-    "own_parts.Child": "a: str, b: list[str], c: float, e: float!, f: bool",
-    "own_parts.FromElsewhere": "inherited: int!, other: float",
-    "own_parts.Overridden": "only: int!",
+    "own_parts.Plain": "rate: a number!, steps: an integer, name: null or a string, untyped: None",
+    "own_parts.Alias": "rate: a number!, steps: an integer, name: null or a string, untyped: None",
+    "own_parts.Open": "a: an integer!, **",
+    "own_parts.Data": "a: an integer!, b: a list of strings, c: a number, e: a number!",
+    "own_parts.Child": "a: a string, b: a list of strings, f: true or false, c: a number, e: a number!",
+    "own_parts.FromElsewhere": "inherited: an integer!, other: a number",
+    "own_parts.Overridden": "only: an integer!",
     "own_parts.Module": "**",
     "own_parts.Annotated": "",
-    "own_parts.Factory.build": "depth: int!",
-    "own_parts.Factory.make": "width: int!",
-    "own_parts.function": "x: int!, y: None",
-    "own_parts.Conditional": "z: int!",
-    "own_parts.nothing_here": "q: int!",
-    "own_package.Deep": "d: int!",
-    "own_package.inner.Deep": "d: int!",
+    "own_parts.Factory.build": "depth: an integer!",
+    "own_parts.Factory.make": "width: an integer!",
+    "own_parts.function": "x: an integer!, y: None",
+    "own_parts.Conditional": "z: an integer!",
+    "own_parts.nothing_here": "q: an integer!",
+    "own_package.Deep": "d: an integer!",
+    "own_package.inner.Deep": "d: an integer!",
 }
 
 
 @pytest.mark.parametrize(("target", "wanted"), CASES.items(), ids=CASES)
 def test_arguments(target, wanted):
     signature = read_signature(target)
-    written = [f"{a.name}: {a.annotation}{'!' * a.required}" for a in signature.arguments.values()]
+    kinds = {name: a.kind and describe(a.kind) for name, a in signature.arguments.items()}
+    written = [f"{a.name}: {kinds[a.name]}{'!' * a.required}" for a in signature.arguments.values()]
     assert ", ".join(written + ["**"] * signature.open) == wanted
-    assert not any(name.startswith("own_") for name in sys.modules), "the module was run"
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,11 @@ def test_arguments(target, wanted):
         ("own_parts.Plian", "no class or function `Plian` in own_parts. Did you mean `Plain`?"),
         (
             "own_package.iner.Deep",
-            "no module `own_package.iner` can be imported. Did you mean `own_package.inner.Deep`?",
+            "no module `own_package.iner` can be imported. Did you mean `inner`?",
         ),
         ("own_nothing.Thing", "no module `own_nothing` can be imported"),
-        ("sftx.training.schedulrs.Cosine", "Did you mean `sftx.training.schedulers.Cosine`?"),
+        ("own_raises.Thing", "`own_raises` cannot be imported: RuntimeError: no"),
+        ("own_needs.Thing", "`own_needs` cannot be imported: No module named 'nothing_here'"),
         ("justaname", "no module `justaname` can be imported"),
         ("own_broken.Half", "own_broken.py:2: "),
     ],
@@ -147,18 +148,6 @@ def test_target_not_found(target, said):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("target", ["builtins.dict", "math.sqrt", "_json.make_encoder"])
+@pytest.mark.parametrize("target", ["builtins.dict", "_json.make_encoder"])
 def test_compiled_code_is_left_to_python(target):
     assert read_signature(target) is None
-
-
-def test_a_module_in_folders_without_init_files_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder without `__init__.py` inside a package, and inside such a folder."""
-    file = tmp_path / "a_package" / "plain" / "deeper" / "parts.py"
-    file.parent.mkdir(parents=True)
-    file.write_text("class Mine:\n    def __init__(self, x: int) -> None: ...\n")
-    (tmp_path / "a_package" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    assert module_file("a_package.plain.deeper.parts") == file
-    assert module_file("a_package.plain.deeper.missing") is None
-    assert module_file("a_package.plain") is None

@@ -16,7 +16,7 @@ from sftx.config.options import option_keys, options
 from sftx.config.other_trainers import counterpart
 from sftx.config.rules import broken_rules
 from sftx.config.safety import pattern_problem, refusal, unlisted
-from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TrainConfig
+from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TYPES, TrainConfig
 from sftx.config.signature import TargetNotFound, read_signature
 from sftx.config.types import describe, is_text, matches, options_of
 from sftx.config.values import found, show
@@ -141,24 +141,22 @@ def config_from(tree: dict[Any, Any]) -> TrainConfig:
 
 def check_knob(key: str, value: Any, origin: Origin) -> list[str]:
     """Check one of the schema's keys."""
-    return _check_value(key, value, str(KNOBS[key].type), origin) or (
-        [f"{origin(key)}: `{key}`: expected {describe(str(KNOBS[key].type))}, got an empty value."]
-        if value == ""
-        else []
-    )
+    if value == "":
+        return [f"{origin(key)}: `{key}`: expected {describe(TYPES[key])}, got an empty value."]
+    return _check_value(key, value, TYPES[key], origin)
 
 
-def _check_value(key: str, value: Any, annotation: str, origin: Origin) -> list[str]:
-    if matches(value, annotation):
+def _check_value(key: str, value: Any, kind: Any, origin: Origin) -> list[str]:
+    if matches(value, kind):
         return []
-    return [f"{origin(key)}: `{key}`: expected {describe(annotation)}, got {found(value)}.{_hint(value, annotation)}"]
+    return [f"{origin(key)}: `{key}`: expected {describe(kind)}, got {found(value)}.{_hint(value, kind)}"]
 
 
-def _hint(value: Any, annotation: str) -> str:
-    choices = options_of(annotation)
+def _hint(value: Any, kind: Any) -> str:
+    choices = options_of(kind)
     if choices:
         return did_you_mean(str(value), choices)
-    if is_text(annotation) and isinstance(value, bool | int | float):
+    if is_text(kind) and isinstance(value, bool | int | float):
         return " Put it in quotes."
     return ""
 
@@ -216,7 +214,7 @@ def check_group(tree: Tree, key: str, wrong: set[str], origin: Origin) -> list[s
 
 
 def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> list[str]:
-    """Check a node that Hydra will instantiate against its class's source, without importing it.
+    """Check a node that Hydra will instantiate against the signature of its class.
 
     A value taken from a knob in `wrong` is that knob's problem and is not reported again.
     """
@@ -254,8 +252,8 @@ def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> li
             )
         elif isinstance(value, dict) and "_target_" in value:
             problems += check_component(path, tree, wrong, origin)
-        elif argument and argument.annotation is not None:
-            problems += _check_value(path, value, argument.annotation, origin)
+        elif argument and argument.kind is not None:
+            problems += _check_value(path, value, argument.kind, origin)
     for name, argument in signature.arguments.items():
         if argument.required and name not in node and "_partial_" not in node:
             problems.append(f"{origin(key)}: `{key}.{name}` has no value.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from sftx import __version__, train_command
 from sftx.config.options import options
 from sftx.config.reference import defaults, knob_defaults
-from sftx.config.schema import GROUPS, KNOBS, OVERLAYS
+from sftx.config.schema import GROUPS, KNOBS, OVERLAYS, TYPES
 from sftx.config.types import bounds_of, options_of
 from sftx.config.values import show
 
@@ -43,7 +43,7 @@ def help_text() -> str:
         "参数（键=默认值）" if zh else "Keys (key=default)",
     ]
     for name, knob in KNOBS.items():
-        allowed = options_of(str(knob.type)) + [b.symbols() for b in bounds_of(str(knob.type))]
+        allowed = options_of(TYPES[name]) + [b.symbols() for b in bounds_of(TYPES[name])]
         meaning = knob.metadata["zh" if zh else "en"]
         if allowed:
             meaning += f" [{' | '.join(allowed)}]"

@@ -8,7 +8,7 @@ from typing import Any
 from sftx.config.aliases import MIRRORS
 from sftx.config.options import component_of, option_keys, options
 from sftx.config.schema import LIST_GROUPS
-from sftx.config.signature import methods_of
+from sftx.config.signature import find
 
 DOCS = "docs/components.md"
 
@@ -48,11 +48,11 @@ def not_a_component(key: str, target: str) -> str | None:
     interface = INTERFACES.get(group)
     if interface is None or (group in LIST_GROUPS) != bool(name) or "." in name:
         return None
-    methods = methods_of(target)
-    lacking = [m for m in interface.methods if methods is not None and m not in methods]
-    if not lacking:
+    found = find(target)
+    lacking = next((m for m in interface.methods if not hasattr(found, m)), None)
+    if lacking is None:
         return None
-    lack = f"not a component of `{group}`: it has no method `{lacking[0]}`"
+    lack = f"not a component of `{group}`: it has no method `{lacking}`"
     return f"{lack}. To write one: {interface.wanted} ({DOCS})."
 
 

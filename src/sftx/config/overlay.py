@@ -10,7 +10,7 @@ from sftx.config import hydra_keys
 from sftx.config.aliases import ALIASES, refuse_in_yaml
 from sftx.config.grammar import brings_keys, grammar, read_override
 from sftx.config.options import ALL_GROUPS, unknown_option
-from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS
+from sftx.config.schema import GROUPS, LIST_GROUPS, OVERLAYS, TYPES
 from sftx.config.types import matches
 from sftx.config.values import Sweep, each, show
 from sftx.config.yamlfile import YamlFile, shown
@@ -200,7 +200,7 @@ def known_values(group: str, value: Any, origin: str, reading: Reading) -> Any:
 
 
 def _takes_list(key: str) -> bool:
-    return key in LIST_GROUPS or "." in key or (key in KNOBS and matches([], str(KNOBS[key].type)))
+    return key in LIST_GROUPS or "." in key or (key in TYPES and matches([], TYPES[key]))
 
 
 def _flat(params: dict[str, Any], head: str = "") -> dict[str, Any]:

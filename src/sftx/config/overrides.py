@@ -15,7 +15,7 @@ from sftx.config.argsfile import read_args_file
 from sftx.config.grammar import grammar, read_override, unwritable_name
 from sftx.config.options import ALL_GROUPS, options
 from sftx.config.other_trainers import counterpart
-from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS
+from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, TYPES
 from sftx.config.strangers import file_problems
 from sftx.config.types import is_text
 from sftx.config.values import Deleted, Sweep, show
@@ -170,7 +170,7 @@ def _read_overrides(texts: list[str], line: CommandLine) -> tuple[dict[str, Any]
             )
             continue
         name = unwritable_name(typed.value) if isinstance(typed.value, str) else None
-        if name is not None and not is_text(str(getattr(KNOBS.get(typed.name), "type", None))):
+        if name is not None and not is_text(TYPES.get(typed.name)):
             group, _, key = typed.name.partition(".")
             line.problems.append(
                 f"command line: `{text}`: `{name}` cannot stand before a colon on the command line, where names are "
@@ -204,7 +204,7 @@ def _as_typed(key: str, value: Any, raw: str, *, multirun: bool) -> Any:
         return Sweep(tuple(value.filter(options(plain_name(key)))))
     if isinstance(value, Sweep) and not multirun and plain_name(key) in LIST_GROUPS:
         return list(value.values)  # report_to=tensorboard,wandb
-    if key in KNOBS and is_text(str(KNOBS[key].type)) and isinstance(value, bool | int | float):
+    if key in KNOBS and is_text(TYPES[key]) and isinstance(value, bool | int | float):
         return raw.strip()  # output_dir=2024 is a name
     return value
 

@@ -8,7 +8,7 @@ from typing import Any
 from sftx.config.aliases import ALIASES, HALVES, OTHER_NAMES
 from sftx.config.options import CONF, component_of, file_of, option_keys, options
 from sftx.config.other_trainers import TABLE
-from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS
+from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TYPES
 from sftx.config.signature import TargetNotFound, read_signature
 from sftx.config.types import describe
 from sftx.config.values import show
@@ -48,7 +48,7 @@ def parameters() -> str:
     values = knob_defaults()
     for name, knob in KNOBS.items():
         meanings = [_prose(knob.metadata["en"]), _prose(knob.metadata["zh"])]
-        cells = [f"`{name}`", f"`{show(values[name])}`", describe(str(knob.type)), *meanings]
+        cells = [f"`{name}`", f"`{show(values[name])}`", describe(TYPES[name]), *meanings]
         lines.append(_row(cells))
     lines += ["", "## Groups / 配置组", ""]
     for name, group in GROUPS.items():
@@ -122,7 +122,7 @@ def _types(node: dict[str, Any]) -> dict[str, str]:
     except TargetNotFound:
         return {}
     arguments = signature.arguments if signature else {}
-    return {name: describe(a.annotation) for name, a in arguments.items() if a.annotation}
+    return {name: describe(a.kind) for name, a in arguments.items() if a.kind}
 
 
 def _prose(text: str) -> str:

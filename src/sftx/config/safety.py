@@ -1,8 +1,8 @@
-"""What a configuration may run: an allowlist, asked before anything that a configuration names is imported.
+"""What a configuration may run: an explicit list of names, looked up before anything is imported.
 
-Hydra calls whatever `_target_` names, some of it before main. So every `_target_`, logging factory and
-resolver of a composed tree, `hydra.*` included, is looked up here, by reading source files and never by
-importing. What a person allows beside sftx's own parts is typed: `allow_targets=[my_parts.*]`.
+Hydra calls whatever `_target_` names, some of it before main. So every `_target_`, logging factory and resolver of a
+composed tree, `hydra.*` included, is looked up here. What a person allows beside sftx's own components is typed:
+`allow_targets=[my_parts.*]`; only then is `my_parts` imported.
 """
 
 from __future__ import annotations
@@ -17,15 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
-from sftx.config.signature import TargetNotFound, defines_class, definition, module_file, read_signature
+from sftx.config.options import CONF
+from sftx.config.signature import TargetNotFound, defined_as, find
 from sftx.config.values import show
+from sftx.errors import did_you_mean
 
-COMPONENTS = (
-    "sftx.data.corpus", "sftx.model.loading.family", "sftx.model.modes", "sftx.parallel.settings",
-    "sftx.runs.trackers", "sftx.training.callbacks", "sftx.training.optimizers", "sftx.training.precision",
-    "sftx.training.schedulers",
-)  # fmt: skip
-"""Modules whose own public classes are sftx's components."""
 LAUNCHERS = frozenset({
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
@@ -62,6 +58,13 @@ PATTERN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*\.\*|[^\W\d]\w*(\.[^\W\d]\w*)+")
 Origin = Callable[[str], str]
 
 
+@cache
+def components() -> frozenset[str]:
+    """Return sftx's components: the classes that its own `conf/` names, which is as trusted as its code."""
+    texts = (path.read_text(encoding="utf-8") for path in CONF.rglob("*.yaml"))
+    return frozenset(name for text in texts for name in re.findall(r"\b_target_: *(sftx\.[\w.]+)", text))
+
+
 def pattern_problem(pattern: Any) -> str | None:
     """Return what is wrong with one entry of `allow_targets`, or None."""
     if isinstance(pattern, str) and PATTERN.fullmatch(pattern):
@@ -70,25 +73,23 @@ def pattern_problem(pattern: Any) -> str | None:
 
 
 def is_allowed(target: str, allow: Sequence[str]) -> bool:
-    """Tell whether a dotted name is among the patterns."""
+    """Return True if a dotted name is among the patterns."""
     return any(target == p or (p.endswith(".*") and target.startswith(p[:-1])) for p in allow)
 
 
 def refusal(
-    target: Any, allow: Sequence[str], listed: frozenset[str] = frozenset(), what: str = "an sftx component"
+    target: Any, allow: Sequence[str], listed: frozenset[str] | None = None, what: str = "an sftx component"
 ) -> str | None:
-    """Return why a `_target_` may not run, or None; `listed`: whole names beside sftx's; `what` it would have to be."""
+    """Return why a `_target_` may not run, or None; `listed` need no permission, by default sftx's components."""
     if not isinstance(target, str) or not all(p.isidentifier() for p in target.split(".")) or "." not in target:
         return "expected the dotted name of a class, written out."
+    listed = components() if listed is None else listed
     if target in allow or target in listed:
         return None
     if is_allowed(target, allow):
         return _not_its_own(target, allow)
-    module, _, name = target.rpartition(".")
     if target.startswith("sftx."):
-        if module in COMPONENTS and not name.startswith("_") and defines_class(target):
-            return None
-        return _no_component(target)
+        return f"not {what}.{did_you_mean(target, listed)}"
     return f"not {what}; configurations may only instantiate those. {cure(target)}"
 
 
@@ -101,35 +102,16 @@ def cure(target: str) -> str:
 
 
 def _not_its_own(target: str, allow: Sequence[str]) -> str | None:
-    """Say why a target that matches a pattern is refused all the same: a package's imports are not its own."""
-    place = definition(target)
-    if place is not None and is_allowed(place, allow):
-        return None
-    if place is not None:
-        return f"this is another name for `{place}`, which allow_targets={show(list(allow))} does not cover."
-    return _missing(target) or (
-        f"its source does not say what it is, so a pattern does not cover it. "
-        f"If you trust it, type its whole name: 'allow_targets=[{target}]'"
-    )
-
-
-def _no_component(target: str) -> str:
-    parts = target.split(".")
-    inside = [".".join(parts[:n]) for n in range(2, len(parts) - 1)]
-    within_module = any((path := module_file(m)) is not None and path.stem != "__init__" for m in inside)
-    missing = None if within_module else _missing(target)  # what a module imports is not looked at
-    return missing or f"not a component. Components are the public classes of {', '.join(COMPONENTS)}."
-
-
-def _missing(target: str) -> str | None:
-    """Return the message for a target that does not exist, or None."""
+    """Return why a target that matches a pattern is refused all the same: a package's imports are not its own."""
     try:
-        read_signature(target)
+        defined = defined_as(find(target))
     except TargetNotFound as error:
         return str(error)
-    except RecursionError:  # modules that import from each other
+    if defined is None:
+        return f"neither a class nor a function. If you trust it, type its whole name: 'allow_targets=[{target}]'"
+    if is_allowed(defined, allow):
         return None
-    return None
+    return f"this is another name for `{defined}`, which allow_targets={show(list(allow))} does not cover."
 
 
 def unlisted(tree: Any, allow: Sequence[str], origin: Origin, path: str = "") -> list[str]:
@@ -167,7 +149,7 @@ def _hydra_refusal(key: str, target: Any, allow: Sequence[str]) -> str | None:
     if key.startswith("hydra.sweeper.") and not listed:
         listed = SAMPLERS
     if isinstance(target, str) and target.startswith("sftx.") and not is_allowed(target, allow):
-        return "sftx has no part that Hydra itself runs: take it out."
+        return "sftx has no component that Hydra itself runs: take it out."
     known = ", ".join(sorted(name.rpartition(".")[2] for name in listed))
     return refusal(target, allow, listed, f"one of {known}" if known else "an sftx component")
 
@@ -235,9 +217,3 @@ def _bad_entry(name: str, value: Any) -> str | None:
     if isinstance(value, str) and ("${" in value or re.search(r"(ext|cfg)://", value)) and value not in STREAMS:
         return f"expected a value, written out. Allowed: {', '.join(sorted(STREAMS))}."
     return None
-
-
-def check_object(target: str, found: Any) -> str | None:
-    """Return why what Python found under one of sftx's names is not that class, or None."""
-    defined = f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', '?')}"
-    return f"`{target}` is really `{defined}`." if target.startswith("sftx.") and defined != target else None

@@ -7,7 +7,7 @@ Each field is a top-level key that a user can type as `name=value`. `python trai
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from sftx.config.bounds import Bounds
 
@@ -274,6 +274,7 @@ class TrainConfig:
     callback: dict[str, Node] = group("training callbacks", "训练回调")
 
 
+TYPES = get_type_hints(TrainConfig, include_extras=True)
 KNOBS = {f.name: f for f in fields(TrainConfig) if "group" not in f.metadata}
 GROUPS = {f.name: f for f in fields(TrainConfig) if "group" in f.metadata}
 LIST_GROUPS = frozenset({"tracker", "callback"})

@@ -1,181 +1,94 @@
-"""Check a plain value against a written type such as `int | None` or `Literal["a", "b"]`.
-
-The types are read as text, from the schema and from the source of components, so that nothing has
-to be imported to check a configuration.
-"""
+"""Check a plain value against a type such as `int | None` or `Literal["a", "b"]`, and write the type in words."""
 
 from __future__ import annotations
 
-import ast
 import math
-from functools import cache
-from typing import Any
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from sftx.config.bounds import Bounds
 
 WORDS = {
-    "int": "an integer",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a string",
-    "None": "null",
-    "Any": "anything",
-}
+    int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null", Any: "anything",
+}  # fmt: skip
 MANY = {"an integer": "integers", "a number": "numbers", "a string": "strings", "true or false": "booleans"}
-SEQUENCES = ("list", "List", "tuple", "Tuple", "Sequence", "Iterable")
-MAPPINGS = ("dict", "Dict", "Mapping", "Node")
 
 
-@cache
-def parsed(annotation: str) -> ast.expr:
-    """Return the syntax tree of a written type; one that cannot be read is taken for `Any`."""
-    try:
-        return ast.parse(annotation, mode="eval").body
-    except SyntaxError:
-        return ast.Name("Any")
+def options_of(kind: Any) -> list[str]:
+    """Return the choices of the `Literal`s in a type."""
+    if get_origin(kind) is Literal:
+        return [str(option) for option in get_args(kind)]
+    return [option for part in get_args(kind) for option in options_of(part)]
 
 
-def options_of(annotation: str) -> list[str]:
-    """Return the choices of the `Literal`s in a written type."""
-    found = []
-    for node in ast.walk(parsed(annotation)):
-        if isinstance(node, ast.Subscript) and _name(node.value) == "Literal":
-            found += [str(ast.literal_eval(e)) for e in _elements(node.slice)]
-    return found
+def bounds_of(kind: Any) -> list[Bounds]:
+    """Return the bounds in a type."""
+    own = [b for b in getattr(kind, "__metadata__", ()) if isinstance(b, Bounds)]
+    return own + [b for part in get_args(kind) if get_origin(kind) is not Literal for b in bounds_of(part)]
 
 
-def matches(value: Any, annotation: str) -> bool:
-    """Return True if a plain value is of the written type and within its bounds; an integer is also a number."""
-    return _matches(value, parsed(annotation))
+def is_text(kind: Any) -> bool:
+    """Return True if a type takes any text and no number: `str`, `str | None`."""
+    return matches("", kind) and not matches(0, kind)
 
 
-def describe(annotation: str) -> str:
-    """Say a written type in words: `null or an integer >= 1`; numbers last, because bounds follow them."""
-    return _describe(parsed(annotation))
-
-
-def bounds_of(annotation: str) -> list[Bounds]:
-    """Return the bounds in a written type."""
-    nodes = [n for n in ast.walk(parsed(annotation)) if isinstance(n, ast.Subscript) and _name(n.value) == "Annotated"]
-    return [b for node in nodes for b in _bounds(_elements(node.slice)[1:])]
-
-
-def is_text(annotation: str) -> bool:
-    """Tell whether a written type takes any text and no number: `str`, `str | None`."""
-    return matches("", annotation) and not matches(0, annotation)
-
-
-def _name(node: ast.expr) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
-
-
-def _elements(node: ast.expr) -> list[ast.expr]:
-    return node.elts if isinstance(node, ast.Tuple) else [node]
-
-
-def _bounds(annotations: list[ast.expr]) -> list[Bounds]:
-    """Return the `Bounds(...)` among an `Annotated`'s annotations; one that is not written in numbers is left out."""
-    out = []
-    for node in annotations:
-        if isinstance(node, ast.Call) and _name(node.func) == "Bounds":
-            try:
-                out.append(Bounds(**{str(k.arg): ast.literal_eval(k.value) for k in node.keywords}))
-            except (ValueError, TypeError):
-                continue
-    return out
-
-
-def _alternatives(node: ast.expr) -> list[ast.expr]:
-    """Return the members of a union, however it is written; a list of one for any other type."""
-    match node:
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _alternatives(left) + _alternatives(right)
-        case ast.Subscript(value=outer, slice=inner) if _name(outer) == "Union":
-            return [a for e in _elements(inner) for a in _alternatives(e)]
-        case ast.Subscript(value=outer, slice=inner) if _name(outer) == "Optional":
-            return [*_alternatives(inner), ast.Constant(None)]
-        case ast.Constant(value=str(quoted)):
-            return _alternatives(parsed(quoted))
-    return [node]
-
-
-def _matches(value: Any, node: ast.expr) -> bool:
-    return any(_matches_one(value, a) for a in _alternatives(node))
-
-
-def _matches_one(value: Any, node: ast.expr) -> bool:
-    match node:
-        case ast.Constant(value=None):
-            return value is None
-        case ast.Subscript(value=outer, slice=inner):
-            return _matches_generic(value, _name(outer), _elements(inner))
-    name = _name(node)
-    if name == "bool":
-        return isinstance(value, bool)
-    if name == "int":
-        return isinstance(value, int) and not isinstance(value, bool)
-    if name == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if name == "str":
-        return isinstance(value, str)
-    if name in SEQUENCES:
-        return isinstance(value, list)
-    if name in MAPPINGS:
-        return isinstance(value, dict)
+def matches(value: Any, kind: Any) -> bool:
+    """Return True if a plain value is of the type and within its bounds; an integer is also a number."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(matches(value, part) for part in parts)
+    if origin is Annotated:
+        bounds = (b for b in kind.__metadata__ if isinstance(b, Bounds))
+        return matches(value, parts[0]) and all(b.allow(value) for b in bounds)
+    if origin is Literal:
+        return any(value == option and type(value) is type(option) for option in parts)
+    if kind in (None, type(None)):
+        return value is None
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if kind in (int, float):
+        is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
+    container = origin or kind
+    if _is(container, Mapping):
+        return isinstance(value, dict) and (not parts or all(matches(v, parts[-1]) for v in value.values()))
+    if container is tuple and parts and parts[-1] is not Ellipsis:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(matches, value, parts))
+    if _is(container, Iterable):
+        return isinstance(value, list) and (not parts or all(matches(v, parts[0]) for v in value))
     return True  # a type we do not know is the component's own business
 
 
-def _matches_generic(value: Any, name: str, inner: list[ast.expr]) -> bool:
-    if name == "Annotated":
-        return _matches(value, inner[0]) and all(b.allow(value) for b in _bounds(inner[1:]))
-    if name == "Literal":
-        choices = [ast.literal_eval(e) for e in inner]
-        return any(value == c and type(value) is type(c) for c in choices)
-    if name in ("tuple", "Tuple") and not _is_ellipsis(inner[-1]):
-        return isinstance(value, list) and len(value) == len(inner) and all(map(_matches, value, inner))
-    if name in SEQUENCES:
-        return isinstance(value, list) and all(_matches(v, inner[0]) for v in value)
-    if name in MAPPINGS:
-        return isinstance(value, dict) and all(_matches(v, inner[-1]) for v in value.values())
-    return True
-
-
-def _is_ellipsis(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is Ellipsis
-
-
-def _is_collection(node: ast.expr) -> bool:
-    return isinstance(node, ast.Subscript) and _name(node.value) in (*SEQUENCES, *MAPPINGS)
-
-
-def _describe(node: ast.expr) -> str:
-    words = list(dict.fromkeys(_describe_one(a) for a in _alternatives(node)))
+def describe(kind: Any) -> str:
+    """Write a type in words: `null or an integer >= 1`; numbers last, because bounds follow them."""
+    origin, parts = get_origin(kind), get_args(kind)
+    alternatives = parts if origin in (Union, types.UnionType) else (kind,)
+    words = list(dict.fromkeys(map(_describe_one, alternatives)))
     if "a number" in words and "an integer" in words:
         words.remove("an integer")
     return " or ".join(sorted(words, key=lambda w: 0 if w == "null" else 2 if w in ("a number", "an integer") else 1))
 
 
-def _describe_one(node: ast.expr) -> str:
-    match node:
-        case ast.Constant(value=None):
-            return WORDS["None"]
-        case ast.Subscript(value=outer, slice=inner):
-            name, parts = _name(outer), _elements(inner)
-            if name == "Annotated":
-                between = ", each " if _is_collection(parts[0]) else " "
-                return _describe(parts[0]) + "".join(f"{between}{b}" for b in _bounds(parts[1:]))
-            if name == "Literal":
-                return ("one of " if len(parts) > 1 else "") + ", ".join(str(ast.literal_eval(e)) for e in parts)
-            if name in ("tuple", "Tuple") and not _is_ellipsis(parts[-1]):
-                each = list(map(_describe, parts))
-                same = MANY.get(each[0]) if len(set(each)) == 1 else None
-                return f"a list of {len(parts)} {same}" if same else f"a list of {len(parts)}: {', '.join(each)}"
-            if name in SEQUENCES:
-                one = _describe(parts[0])
-                return f"a list of {MANY.get(one, one.removeprefix('a '))}"
-            if name in MAPPINGS:
-                return "a mapping"
-    name = _name(node)
-    if name in SEQUENCES or name in MAPPINGS:
-        return "a list" if name in SEQUENCES else "a mapping"
-    return WORDS.get(name, ast.unparse(node))
+def _describe_one(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        between = ", each " if _is(get_origin(parts[0]), Iterable) else " "
+        return describe(parts[0]) + "".join(f"{between}{b}" for b in kind.__metadata__ if isinstance(b, Bounds))
+    if origin is Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
+    container = origin or kind
+    if kind not in WORDS and _is(container, Mapping):
+        return "a mapping"
+    if container is tuple and parts and parts[-1] is not Ellipsis:
+        each = list(map(describe, parts))
+        same = MANY.get(each[0]) if len(set(each)) == 1 else None
+        return f"a list of {len(parts)} {same}" if same else f"a list of {len(parts)}: {', '.join(each)}"
+    if kind not in WORDS and _is(container, Iterable):
+        one = describe(parts[0]) if parts else ""
+        return f"a list of {MANY.get(one, one.removeprefix('a '))}" if one else "a list"
+    return WORDS[kind] if kind in WORDS else str(getattr(kind, "__name__", kind))
+
+
+def _is(container: Any, kind: type) -> bool:
+    return isinstance(container, type) and issubclass(container, kind)
