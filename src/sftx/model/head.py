@@ -63,7 +63,7 @@ class LossHead(nn.Module):
         kind = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         tensors: tuple[torch.Tensor | None, ...] = (hidden_ND, self.weight, self.bias)
-        if not torch.is_grad_enabled():  # the function is not told, and would compute the parameters' gradients
+        if not torch.is_grad_enabled():  # an autograd function does not see that, and would compute the gradients
             tensors = tuple(None if x is None else x.detach() for x in tensors)
         with record_function(HEAD), torch.autocast(kind, enabled=False):
             total, losses_N = _HeadLoss.apply(*tensors, targets_N, weights_N, dtype, self.triton)

@@ -68,8 +68,7 @@ def compile_model(config: TrainConfig, session: Session, trials: Sequence[Trial]
         return
     reason = missing_for_compiling(session.engine.device, sharded=session.engine.sharded)
     if reason is None:
-        eager = trials[0].effective.settings["attn_implementation"] == "eager"
-        compile_blocks(session.model, "eager" if eager else "sdpa", len(trials))
+        compile_blocks(session.model, trials[0].effective.settings["attn_implementation"], len(trials))
     for trial in trials:
         trial.effective.settings["compile"] = reason is None
         if reason is not None:
@@ -78,7 +77,7 @@ def compile_model(config: TrainConfig, session: Session, trials: Sequence[Trial]
 
 @contextmanager
 def compile_limits_noted(session: Session, trials: Sequence[Trial]) -> Iterator[None]:
-    """Record inside the block where torch compiles a function for no more inputs: others of them run uncompiled."""
+    """Record inside the block which functions reach torch's recompile limit: other inputs of theirs run uncompiled."""
 
     def note(function: str) -> None:
         reason = f"torch compiled {function} as often as it may, and runs it uncompiled for other inputs"

@@ -38,9 +38,7 @@ def register(implementation: str) -> str:
     from transformers.masking_utils import eager_mask, sdpa_mask
 
     name = name_of(implementation)
-    attend, mask = {"sdpa": (_sdpa, sdpa_mask), "eager": (_eager, eager_mask), VARLEN: (_sdpa, sdpa_mask)}[
-        implementation
-    ]
+    attend, mask = (_eager, eager_mask) if implementation == "eager" else (_sdpa, sdpa_mask)
     AttentionInterface.register(name, partial(attention, attend, together=implementation == VARLEN))
     AttentionMaskInterface.register(name, mask)
     return name
@@ -110,23 +108,23 @@ def varlen(
     """Attend within each document by torch's kernel for them (FlashAttention or cuDNN); `[tokens, heads, dim]`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    shared = key_TKD.shape[1] != query_THD.shape[1] and _is_told_of_sharing(varlen_attn)
-    told: dict[str, Any] = {"enable_gqa": True} if shared else {}
+    shared = key_TKD.shape[1] != query_THD.shape[1] and _takes_enable_gqa(varlen_attn)
+    extra: dict[str, Any] = {"enable_gqa": True} if shared else {}
     ends = _ends(lengths, query_THD.device)
     if torch.is_autocast_enabled(query_THD.device.type):  # full mode rotates in fp32, which the kernel does not take
         dtype = torch.get_autocast_dtype(query_THD.device.type)
         query_THD, key_TKD, value_TKD = (x.to(dtype) for x in (query_THD, key_TKD, value_TKD))
     out = varlen_attn(
         query_THD, key_TKD, value_TKD, ends, ends, max(lengths), max(lengths),
-        scale=scale, window_size=(-1 if window is None else window - 1, 0), **told,
+        scale=scale, window_size=(-1 if window is None else window - 1, 0), **extra,
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out
 
 
 @cache
-def _is_told_of_sharing(kernel: Callable[..., Any]) -> bool:
-    """Return True if a kernel wants to know that heads share keys: before torch 2.12 it takes them without a word."""
+def _takes_enable_gqa(kernel: Callable[..., Any]) -> bool:
+    """Return True if a kernel must be told that heads share keys; before torch 2.12 it needs no argument."""
     return "enable_gqa" in signature(kernel).parameters
 
 

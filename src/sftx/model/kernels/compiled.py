@@ -59,14 +59,14 @@ def compile_blocks(model: AdaptedModel, attention: str, trials: int) -> None:
 
 
 class _Limits(logging.Filter):
-    """Takes torch's message that a function is compiled for no more inputs, and hands it on."""
+    """Takes torch's message that a function reached its recompile limit, and reports it."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         super().__init__()
         self._notice = notice
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return False for that message: it is said in sftx's words."""
+        """Return False for that message: sftx reports it."""
         message = record.getMessage()
         if "recompile_limit" not in message:
             return True
@@ -77,7 +77,7 @@ class _Limits(logging.Filter):
 
 @contextmanager
 def limits_noticed(notice: Callable[[str], None]) -> Iterator[None]:
-    """Call `notice` with the name of each function that torch compiles for no more inputs, inside the block."""
+    """Call `notice` inside the block with the name of each function that reaches torch's recompile limit."""
     log, limits = logging.getLogger(COMPILER_LOG), _Limits(notice)
     log.addFilter(limits)
     try:

@@ -27,7 +27,7 @@ def family_named(name: str) -> Family | None:
 
 
 def family_of(composed: Node, model_type: str, *, downloaded: bool) -> tuple[Family, list[str]]:
-    """Return the composed family, or the model's own where a download told its type only now, and what to say."""
+    """Return the composed family, or the model's own where a download told its type only now, and remarks."""
     family: Family = build(composed)
     own = family_named(model_type)
     if not downloaded or own is None or model_type in family.model_types:

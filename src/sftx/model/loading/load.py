@@ -70,7 +70,7 @@ class Source:
 def find_model(name: str) -> Source:
     """Find a model by path, hub id or `qwen-tiny`, downloading it when it is a hub id not yet here.
 
-    Errors:
+    Raises:
         ModelError: no such model, no network, or a folder that is not a whole model.
     """
     here = builtin.ensure_builtin() if name == builtin.NAME else local_folder(name)
@@ -192,7 +192,7 @@ def load_template(
     if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{source.folder}: holds no tokenizer (tokenizer.json). Fetch the whole model again.")
     try:
-        # said even when false: left open, transformers asks on the terminal, and takes a `y` for an answer
+        # passed even when false: by default transformers asks on the terminal
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         _explain_code(source, error)

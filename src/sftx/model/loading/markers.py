@@ -23,7 +23,7 @@ def check_markers(template: ChatTemplate, *, model: str, own: bool) -> str | Non
     A model's own template may write some as plain text before an answer, as Zephyr's does, but not in what is learned.
 
     Raises:
-        ConfigError: the tokenizer lacks some, which would be learned as letters.
+        ConfigError: the tokenizer lacks some, which would be learned as text.
     """
     prompt = template.render(PROBE[:1], generation_prompt=True)
     system = ""
@@ -37,7 +37,7 @@ def check_markers(template: ChatTemplate, *, model: str, own: bool) -> str | Non
     if missing := list(dict.fromkeys([*learned, *before])):
         raise ConfigError(
             f"template_name: the chat template ({template.origin}) writes {_listed(missing)}, which the tokenizer of "
-            f"{model} does not have as tokens: they would be learned as letters. Choose the template_name that this "
+            f"{model} does not have as tokens: they would be learned as text. Choose the template_name that this "
             f"model was made with" + (", or leave template_name out." if "template_name=" in template.origin else ".")
         )
     return None

