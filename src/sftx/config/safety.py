@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
-from sftx.config.options import CONF
+from sftx.config.schema import COMPONENTS
 from sftx.config.signature import TargetNotFound, defined_as, find
 from sftx.config.values import show
 from sftx.errors import did_you_mean
@@ -58,13 +58,6 @@ PATTERN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*\.\*|[^\W\d]\w*(\.[^\W\d]\w*)+")
 Origin = Callable[[str], str]
 
 
-@cache
-def components() -> frozenset[str]:
-    """Return sftx's components: the classes that its own `conf/` names, which is as trusted as its code."""
-    texts = (path.read_text(encoding="utf-8") for path in CONF.rglob("*.yaml"))
-    return frozenset(name for text in texts for name in re.findall(r"\b_target_: *(sftx\.[\w.]+)", text))
-
-
 def pattern_problem(pattern: Any) -> str | None:
     """Return what is wrong with one entry of `allow_targets`, or None."""
     if isinstance(pattern, str) and PATTERN.fullmatch(pattern):
@@ -78,12 +71,11 @@ def is_allowed(target: str, allow: Sequence[str]) -> bool:
 
 
 def refusal(
-    target: Any, allow: Sequence[str], listed: frozenset[str] | None = None, what: str = "an sftx component"
+    target: Any, allow: Sequence[str], listed: frozenset[str] = COMPONENTS, what: str = "an sftx component"
 ) -> str | None:
     """Return why a `_target_` may not run, or None; `listed` need no permission, by default sftx's components."""
     if not isinstance(target, str) or not all(p.isidentifier() for p in target.split(".")) or "." not in target:
         return "expected the dotted name of a class, written out."
-    listed = components() if listed is None else listed
     if target in allow or target in listed:
         return None
     if is_allowed(target, allow):

@@ -15,14 +15,19 @@ Node = dict[str, Any]
 """A component's settings: `_target_` names its class, the other keys are the class's arguments."""
 
 
-def knob(en: str, zh: str) -> Any:
-    """Declare a key: its meaning in English and Chinese; its type, and a number's bounds, stand before it."""
-    return field(metadata={"en": en, "zh": zh})
+def knob(en: str, zh: str, *, per_trial: bool = False) -> Any:
+    """Declare a key: its meaning in English and Chinese; its type, and a number's bounds, stand before it.
+
+    `per_trial`: trials that share a base model may differ in it; the other keys are facts of the base or the data.
+    """
+    return field(metadata={"en": en, "zh": zh, "per_trial": per_trial})
 
 
-def group(en: str, zh: str) -> Any:
-    """Declare a config group: `name=option` chooses `conf/name/option.yaml`."""
-    return field(metadata={"en": en, "zh": zh, "group": True})
+def group(en: str, zh: str, classes: str, *, per_trial: bool = False) -> Any:
+    """Declare a config group: `name=option` chooses `conf/name/option.yaml`, which names a class of `module: A B C`."""
+    module, _, names = classes.partition(":")
+    components = [f"{module}.{name}" for name in names.split()]
+    return field(metadata={"en": en, "zh": zh, "per_trial": per_trial, "components": components})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,7 @@ class TrainConfig:
     output_dir: str | None = knob(
         "folder of the run: logs, checkpoints, the final parameters; default outputs/runs/<date>/<time>-<mode>-<hash>",
         "存放运行日志、检查点以及最终微调参数的目录；默认 outputs/runs/<日期>/<时间>-<模式>-<哈希>",
+        per_trial=True,
     )
     model_name_or_path: str = knob(
         "the model to fine-tune: a local folder, a hub id, or `qwen-tiny`, the embedded model for trying things out",
@@ -64,55 +70,64 @@ class TrainConfig:
         "passes over the training data, also a part of one (0.5; rounded up to whole steps); more risks over-fitting, "
         "fewer under-fitting",
         "训练轮数，可为小数（如 0.5，步数向上取整）；过多容易过拟合，过少则欠拟合",
+        per_trial=True,
     )
     per_device_train_batch_size: Annotated[int | Literal["auto"], Bounds(at_least=1)] = knob(
         "sequences per device and micro-batch; auto: gradient_accumulation_steps sequences per step, in as few "
         "micro-batches as memory allows, halved when it runs out",
         "每个设备每个微批次的样本数；auto：每步共 gradient_accumulation_steps 个样本，微批次尽量大，显存不足即减半",
+        per_trial=True,
     )
     gradient_accumulation_steps: Annotated[int, Bounds(at_least=1)] = knob(
-        "micro-batches per optimizer step", "梯度累积步数，即每次参数更新所用的微批次数"
+        "micro-batches per optimizer step", "梯度累积步数，即每次参数更新所用的微批次数", per_trial=True
     )
     learning_rate: Annotated[float, Bounds(above=0)] = knob(
         "step size: too high diverges, too low converges slowly; full mode's default is 1e-5",
         "学习率：过大发散，过小收敛缓慢；full 模式默认 1e-5",
+        per_trial=True,
     )
     max_seq_length: Annotated[int, Bounds(at_least=8)] = knob(
         "the longest sequence in tokens; cost and memory grow with it, and it should cover most rows",
         "最大序列长度（token 数）；越长开销越大，应覆盖大多数样本",
     )
     logging_steps: Annotated[int, Bounds(at_least=1)] = knob(
-        "optimizer steps between two train-loss records", "每隔多少步记录一次训练损失"
+        "optimizer steps between two train-loss records", "每隔多少步记录一次训练损失", per_trial=True
     )
     save_steps: Annotated[int | Literal["auto"], Bounds(at_least=1)] = knob(
         "optimizer steps between two checkpoints; auto: from lost_work_minutes, but at most 3 % of the time "
         "is spent on saving",
         "每隔多少步保存一次检查点；auto：按 lost_work_minutes 决定，但保存所占时间不超过 3%",
+        per_trial=True,
     )
     save_strategy: Literal["steps", "epoch", "no"] = knob(
-        "when checkpoints are saved: steps, epoch or no", "保存检查点的时机：steps、epoch 或 no"
+        "when checkpoints are saved: steps, epoch or no", "保存检查点的时机：steps、epoch 或 no", per_trial=True
     )
     save_total_limit: Annotated[int | None, Bounds(at_least=1)] = knob(
         "how many checkpoints are kept; the oldest go first, never the last good one, never the best; null keeps all",
         "最多保留多少个检查点，先删最旧的，但不删最后一个可用的，也不删最好的；null 表示全部保留",
+        per_trial=True,
     )
     lr_scheduler_type: str = knob(
-        "the learning-rate schedule; the same choice as scheduler=", "学习率调度器，与 scheduler= 等价"
+        "the learning-rate schedule; the same choice as scheduler=", "学习率调度器，与 scheduler= 等价", per_trial=True
     )
     warmup_steps: Annotated[int | float, Bounds(at_least=0)] = knob(
         "warm-up steps, over which the lr rises to learning_rate; a fraction below 1 is a share of all steps; "
         "5-10 % is usual",
         "学习率从 0 升到设定值所用的步数；小于 1 的小数表示占总步数的比例，通常取 5-10%",
+        per_trial=True,
     )
     lora_rank: Annotated[int, Bounds(at_least=1)] = knob(
-        "rank of the LoRA matrices: capacity and cost", "LoRA 矩阵的秩：容量与开销"
+        "rank of the LoRA matrices: capacity and cost", "LoRA 矩阵的秩：容量与开销", per_trial=True
     )
     lora_alpha: Annotated[int | float, Bounds(above=0)] = knob(
-        "strength of the LoRA update: the scale is alpha / rank", "LoRA 更新的强度：缩放系数为 alpha / rank"
+        "strength of the LoRA update: the scale is alpha / rank",
+        "LoRA 更新的强度：缩放系数为 alpha / rank",
+        per_trial=True,
     )
     lora_dropout: Annotated[float, Bounds(at_least=0, below=1)] = knob(
         "dropout on the LoRA path; 0.1-0.2 against over-fitting",
         "LoRA 的 dropout，防过拟合可取 0.1-0.2",
+        per_trial=True,
     )
     gradient_checkpointing: bool | Literal["selective", "offload"] = knob(
         "recompute activations in the backward pass: less memory, more time; selective: in every other block; "
@@ -122,9 +137,9 @@ class TrainConfig:
     disable_tqdm: bool = knob(
         "print a progress line every minute instead of a bar", "不显示进度条，改为每分钟输出一行进度"
     )
-    optim: str = knob("the optimizer; the same choice as optimizer=", "优化器，与 optimizer= 等价")
+    optim: str = knob("the optimizer; the same choice as optimizer=", "优化器，与 optimizer= 等价", per_trial=True)
     seed: Annotated[int, Bounds(at_least=0, at_most=9_223_372_036_854_775_807)] = knob(
-        "all randomness; set before adapters are made", "随机种子，在创建适配器之前设定"
+        "all randomness; set before adapters are made", "随机种子，在创建适配器之前设定", per_trial=True
     )
     fp16: bool = knob(
         "half-precision training; on a device without it (CPU) the run states so and trains in fp32",
@@ -134,15 +149,16 @@ class TrainConfig:
     report_to: list[str] = knob(
         "where metrics are shown: tensorboard, wandb, both ([tensorboard,wandb]) or none; the same choice as tracker=",
         "指标上报到哪里：tensorboard、wandb、两者 ([tensorboard,wandb]) 或 none，与 tracker= 等价",
+        per_trial=True,
     )
     dataloader_num_workers: Annotated[int, Bounds(at_least=0, at_most=1024)] = knob(
         "loader processes", "数据加载进程数"
     )
     weight_decay: Annotated[float, Bounds(at_least=0)] = knob(
-        "weight decay, on matrices only", "权重衰减，仅作用于矩阵参数"
+        "weight decay, on matrices only", "权重衰减，仅作用于矩阵参数", per_trial=True
     )
     max_grad_norm: Annotated[float, Bounds(at_least=0)] = knob(
-        "gradient clipping by norm; 0 turns it off", "梯度裁剪的范数上限；0 为关闭"
+        "gradient clipping by norm; 0 turns it off", "梯度裁剪的范数上限；0 为关闭", per_trial=True
     )
     remove_unused_columns: bool = knob(
         "drop the columns other than category, human and assistant before training",
@@ -151,13 +167,16 @@ class TrainConfig:
 
     # What sftx adds.
     adapter: str | None = knob(
-        "folder of a LoRA adapter to start from, instead of a fresh one", "从已有的 LoRA 适配器目录继续微调"
+        "folder of a LoRA adapter to start from, instead of a fresh one",
+        "从已有的 LoRA 适配器目录继续微调",
+        per_trial=True,
     )
     lora_target_modules: str | list[str] = knob(
         "the linear layers that adapters are put on: all-linear (those of the decoder's blocks), attention, a list of "
         "names ([q_proj,v_proj]), or a regular expression for whole names ('.*layers\\.[0-7]\\..*_proj')",
         "在哪些线性层上加适配器：all-linear（各解码层的全部线性层）、attention（仅注意力）、名称列表（[q_proj,v_proj]），"
         "或匹配完整层名的正则表达式（'.*layers\\.[0-7]\\..*_proj'）",
+        per_trial=True,
     )
     resume: str = knob(
         "auto: continue the run in output_dir, or without one the newest unfinished run with the same settings and "
@@ -165,6 +184,7 @@ class TrainConfig:
         "checkpoint) or of a checkpoint",
         "auto：继续 output_dir 中的运行；未指定时继续设置与数据相同的最近一次未完成的运行；"
         "never：从头开始，目录已被占用则报错；或指定运行目录（取其最新检查点）或检查点目录",
+        per_trial=True,
     )
     async_save: bool = knob(
         "write checkpoints during training, from a copy in host memory; false: training waits",
@@ -179,9 +199,12 @@ class TrainConfig:
     lost_work_minutes: Annotated[float, Bounds(above=0)] = knob(
         "with save_steps=auto: the work that a crash may cost",
         "save_steps=auto 时，意外中断最多损失多少分钟的训练",
+        per_trial=True,
     )
     max_steps: Annotated[int | None, Bounds(at_least=1)] = knob(
-        "stop after this many optimizer steps; overrides num_train_epochs", "最多训练多少步（优先于轮数）"
+        "stop after this many optimizer steps; overrides num_train_epochs",
+        "最多训练多少步（优先于轮数）",
+        per_trial=True,
     )
     max_train_rows: Annotated[int | None, Bounds(at_least=1)] = knob(
         "use only the first rows of the corpus", "只使用语料的前多少行"
@@ -199,6 +222,7 @@ class TrainConfig:
     eval_steps: Annotated[int | Literal["auto"], Bounds(at_least=1)] = knob(
         "optimizer steps between two evaluations; auto: a tenth of the run",
         "每隔多少步评估一次；auto：全程的十分之一",
+        per_trial=True,
     )
     eval_max_rows: Annotated[int, Bounds(at_least=1)] = knob(
         "maximum number of rows per evaluation", "评估最多使用多少行"
@@ -206,6 +230,7 @@ class TrainConfig:
     keep_best: bool = knob(
         "final/ holds the checkpoint with the lowest eval loss instead of the last state",
         "final/ 保存评估损失最低的检查点，而不是最后的状态",
+        per_trial=True,
     )
     final_dtype: Literal["auto", "fp32", "bf16", "fp16"] = knob(
         "mode=full: number format of the weights in final/; auto: the base's own; checkpoints stay in fp32",
@@ -259,25 +284,67 @@ class TrainConfig:
         "what to do when a tracker cannot start", "指标上报工具无法启动时：stop 停止，continue 继续"
     )
 
-    # Config groups: each is built by Hydra from conf/<group>/<option>.yaml.
+    # Config groups. A new one needs this entry, conf/<group>/ and a line in the defaults list of conf/train.yaml.
     model: Node = group(
         "the model family's facts: template, stop tokens; chosen by the model's own model_type unless typed",
         "模型系列的信息：模板、停止符；未指定时按模型自身的 model_type 选择",
+        "sftx.model.loading.family: Family",
     )
-    mode: Node = group("what is trained", "训练哪些参数")
-    data: Node = group("how the corpus is read", "如何读取语料")
-    optimizer: Node = group("the optimizer", "优化器")
-    scheduler: Node = group("the learning-rate schedule", "学习率调度")
-    precision: Node = group("number formats of the computation", "计算精度")
-    parallel: Node = group("one process or several", "单进程或多进程")
-    tracker: dict[str, Node] = group("where metrics are shown", "指标上报")
-    callback: dict[str, Node] = group("training callbacks", "训练回调")
+    mode: Node = group(
+        "what is trained",
+        "训练哪些参数",
+        "sftx.model.modes: Full Lora QLora",
+        per_trial=True,
+    )
+    data: Node = group(
+        "how the corpus is read",
+        "如何读取语料",
+        "sftx.data.corpus: Corpus",
+    )
+    optimizer: Node = group(
+        "the optimizer",
+        "优化器",
+        "sftx.training.optimizers: AdamW Lion Adafactor Sgd",
+        per_trial=True,
+    )
+    scheduler: Node = group(
+        "the learning-rate schedule",
+        "学习率调度",
+        "sftx.training.schedulers: Constant ConstantWithWarmup Cosine CosineWithRestarts Cyclic Exponential "
+        "InverseSqrt Polynomial ReduceOnPlateau Step WarmupStableDecay",
+        per_trial=True,
+    )
+    precision: Node = group(
+        "number formats of the computation",
+        "计算精度",
+        "sftx.training.precision: Precision",
+    )
+    parallel: Node = group(
+        "one process or several",
+        "单进程或多进程",
+        "sftx.parallel.settings: Single Ddp Zero3",
+    )
+    tracker: dict[str, Node] = group(
+        "where metrics are shown",
+        "指标上报",
+        "sftx.runs.trackers: TensorBoard Wandb",
+        per_trial=True,
+    )
+    callback: dict[str, Node] = group(
+        "training callbacks",
+        "训练回调",
+        "sftx.training.callbacks: EarlyStopping GenerateSamples LogBatches Profile",
+        per_trial=True,
+    )
 
 
 TYPES = get_type_hints(TrainConfig, include_extras=True)
-KNOBS = {f.name: f for f in fields(TrainConfig) if "group" not in f.metadata}
-GROUPS = {f.name: f for f in fields(TrainConfig) if "group" in f.metadata}
-LIST_GROUPS = frozenset({"tracker", "callback"})
+KNOBS = {f.name: f for f in fields(TrainConfig) if "components" not in f.metadata}
+GROUPS = {f.name: f for f in fields(TrainConfig) if "components" in f.metadata}
+COMPONENTS = frozenset(name for group in GROUPS.values() for name in group.metadata["components"])
+"""The classes that a configuration may instantiate without permission."""
+PER_TRIAL = frozenset(f.name for f in fields(TrainConfig) if f.metadata["per_trial"])
+LIST_GROUPS = frozenset(name for name in GROUPS if TYPES[name] != Node)
 """Groups of which several options can be chosen at once: `tracker=[tensorboard,wandb]`."""
 OVERLAYS = {
     "experiment": ("ready-made configurations", "现成的配置"),

@@ -11,7 +11,7 @@ import torch
 
 from sftx.build import build
 from sftx.config.derive import Steps, derive_steps, first_micro_batch, sequences_per_device
-from sftx.config.schema import TrainConfig
+from sftx.config.schema import PER_TRIAL, TrainConfig
 from sftx.data.feed import PlannedFeed
 from sftx.data.plan import Plan
 from sftx.data.prepare import Data, open_data
@@ -32,15 +32,6 @@ from sftx.training.saving.run_folder import RunFolder
 from sftx.training.saving.saver import SaveInterval, Saver
 from sftx.training.schedulers import warmup_length
 from sftx.training.trial import Session, Trial
-
-PER_TRIAL = {
-    "output_dir", "learning_rate", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "seed",
-    "weight_decay", "max_grad_norm", "warmup_steps", "lr_scheduler_type", "optim", "mode", "optimizer", "scheduler",
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "callback",
-    "tracker", "report_to", "adapter", "logging_steps", "save_steps", "eval_steps", "save_strategy",
-    "save_total_limit", "keep_best", "resume", "lost_work_minutes",
-}  # fmt: skip
-"""Keys in which the trials of one call may differ; the others are facts of the base or the data."""
 
 
 def check_shared(configs: Sequence[TrainConfig]) -> None:
