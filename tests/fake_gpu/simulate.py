@@ -64,7 +64,7 @@ def simulate(case: Case) -> dict[str, Any]:
     import torch
 
     from sftx.effective import Effective
-    from sftx.parallel.replicated import ReplicatedStepper
+    from sftx.parallel.stepper import Stepper
     from sftx.training.loss import token_losses
     from sftx.training.optimizers import AdamW
     from sftx.training.precision import Precision
@@ -79,7 +79,7 @@ def simulate(case: Case) -> dict[str, Any]:
         probed = _probe(model, numerics, gpu)
         model.module.train()
         optimizer = AdamW(32, False, (0.9, 0.999), 1e-8, 0.0).build(adapter.parameters, 1e-4, Effective())
-        stepper = ReplicatedStepper(adapter.parameters, optimizer, dtype, 0.3)
+        stepper = Stepper(adapter.parameters, optimizer, dtype, 0.3)
         watched = _watch(model)
         batch = _batch(case.lengths)
 

@@ -12,7 +12,7 @@ from tests.gpu.cases import DEVICE, DRY_RUN, HALF, ON_A_GPU, losses, manifest, r
 from tests.invariance.test_invariance import curve
 
 from sftx.model.lora.dropout import Clock
-from sftx.parallel.replicated import ReplicatedStepper
+from sftx.parallel.stepper import Stepper
 from sftx.run import run
 from sftx.training import recovery
 
@@ -87,13 +87,13 @@ def test_a_step_that_is_not_finite_is_masked_on_the_device(
     make_config, captured, monkeypatch: pytest.MonkeyPatch, precision: str, spoil
 ) -> None:
     """The fused optimizer is given a flag on the device, and changes nothing."""
-    step, flags = ReplicatedStepper.step, []
+    step, flags = Stepper.step, []
 
     def watched(self, rate, *, apply=True):
         flags.append(apply.device.type if isinstance(apply, torch.Tensor) else "host")
         return step(self, rate, apply=apply)
 
-    monkeypatch.setattr(ReplicatedStepper, "step", watched)
+    monkeypatch.setattr(Stepper, "step", watched)
     break_step(monkeypatch, captured, spoil, 3)
     config = make_config(*STEP_BY_STEP, "optim=adamw", f"precision={precision}", "on_nonfinite=skip", "max_steps=4")
     run([config])

@@ -129,12 +129,12 @@ def test_per_device_train_batch_size(make_config, captured) -> None:
 
 
 def test_gradient_accumulation_steps(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sftx.parallel.replicated import ReplicatedStepper
+    from sftx.parallel.stepper import Stepper
 
     calls = []
-    backward = ReplicatedStepper.backward
+    backward = Stepper.backward
     monkeypatch.setattr(
-        ReplicatedStepper, "backward", lambda self, loss, last: (calls.append(last), backward(self, loss, last=last))
+        Stepper, "backward", lambda self, loss, last: (calls.append(last), backward(self, loss, last=last))
     )
     run([make_config("gradient_accumulation_steps=5", "max_steps=2")])
     assert calls == [False, False, False, False, True] * 2

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sftx.parallel.replicated import ReplicatedStepper
+from sftx.parallel.stepper import Stepper
 
 OPTIMIZERS = {
     "fused": lambda p: torch.optim.AdamW([p], lr=0.1, fused=True),
@@ -15,9 +15,9 @@ OPTIMIZERS = {
 }
 
 
-def stepper_of(kind: str, **options: object) -> tuple[ReplicatedStepper, torch.nn.Parameter]:
+def stepper_of(kind: str, **options: object) -> tuple[Stepper, torch.nn.Parameter]:
     parameter = torch.nn.Parameter(torch.ones(3))
-    return ReplicatedStepper({"w": parameter}, OPTIMIZERS[kind](parameter), torch.float16, 1.0, **options), parameter
+    return Stepper({"w": parameter}, OPTIMIZERS[kind](parameter), torch.float16, 1.0, **options), parameter
 
 
 @pytest.mark.parametrize(

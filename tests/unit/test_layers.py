@@ -27,7 +27,7 @@ UNDERSCORED: set[str] = {
     "torch._dynamo",  # the limits of recompilation have no public name
 }
 """Underscore modules of other packages that may be imported."""
-STEPS = {"parallel/replicated.py"}
+STEPS = {"parallel/stepper.py"}
 """The only module in which an optimizer of a run makes a step."""
 PROBED_STEPS = {"training/saving/preflight.py"}
 """An optimizer of one parameter is tried there, to see how much state it keeps."""

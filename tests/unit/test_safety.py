@@ -68,7 +68,7 @@ OVERLAYS = {
     "what a component's module imports": "callback: {x: {_target_: sftx.training.callbacks.Path}}",
     "a function of sftx": "scheduler: {_target_: sftx.files.write_text, path: MARK, text: x}",
     "sftx's own instantiate": "scheduler: {_target_: sftx.build.build, node: {_target_: bait.Spy}}",
-    "a private name of a component's module": "scheduler: {_target_: sftx.runs.trackers._Wandb}",
+    "a private name of a component's module": "scheduler: {_target_: sftx.runs.trackers._redacted_argv}",
     "dunder names": "scheduler: {_target_: sftx.training.schedulers.Cosine.__init__.__globals__}",
     "hydra's instantiate": "scheduler: {_target_: hydra.utils.instantiate, config: {_target_: bait.Spy}}",
     "hydra's get_method": "scheduler: {_target_: hydra.utils.get_method, path: bait.Spy}",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sftx.parallel.replicated import ReplicatedStepper
+from sftx.parallel.stepper import Stepper
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -29,7 +29,7 @@ def paged(kind: type, parameters: dict[str, torch.nn.Parameter]) -> Any:
     return optimizer
 
 
-def stepped(stepper: ReplicatedStepper, seed: int) -> None:
+def stepped(stepper: Stepper, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in stepper.parameters.values():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -46,7 +46,7 @@ def test_a_paged_state_that_is_restored_is_paged(kind: str, monkeypatch: pytest.
     """After a resume into new buffers, after a rollback into those that are there: managed memory is never freed."""
     monkeypatch.setattr(bitsandbytes.optim.optimizer.Optimizer8bit, "prefetch_state", lambda self, p: None)
     parameters = two_parameters()
-    first = ReplicatedStepper(parameters, paged(getattr(bitsandbytes.optim, kind), parameters), torch.float32, 0)
+    first = Stepper(parameters, paged(getattr(bitsandbytes.optim, kind), parameters), torch.float32, 0)
     stepped(first, 1)
     kept, (tensors, rest) = first.weights(), first.state()
     stepped(first, 2)
@@ -54,7 +54,7 @@ def test_a_paged_state_that_is_restored_is_paged(kind: str, monkeypatch: pytest.
 
     parameters = two_parameters()
     optimizer = paged(getattr(bitsandbytes.optim, kind), parameters)
-    second = ReplicatedStepper(parameters, optimizer, torch.float32, 0)
+    second = Stepper(parameters, optimizer, torch.float32, 0)
     for attempt in ("resume", "rollback"):
         second.load_weights(kept)
         second.load_state({key: tensor.clone() for key, tensor in tensors.items()}, rest)

@@ -21,7 +21,6 @@ from sftx import train_command
 from sftx.errors import ConfigError
 from sftx.parallel import supervised
 from sftx.parallel.engine import Engine
-from sftx.parallel.replicated import ReplicatedStepper
 from sftx.parallel.stepper import Stepper
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class DdpEngine(Engine):
         self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
     ) -> Stepper:
         """Return the stepper of replicated parameters, whose gradients are summed over ranks."""
-        return ReplicatedStepper(adapter.parameters, optimizer, dtype, max_grad_norm, self.sum_gradients, self.is_main)
+        return Stepper(adapter.parameters, optimizer, dtype, max_grad_norm, self.sum_gradients, self.is_main)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum gradients over ranks, a bucket at a time; a rank without a gradient adds zeros."""

@@ -10,7 +10,6 @@ import torch
 from torch.optim import Optimizer
 
 from sftx.errors import SftxError
-from sftx.parallel.replicated import ReplicatedStepper
 from sftx.parallel.stepper import Stepper
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Engine:
         self, model: AdaptedModel, adapter: Adapter, optimizer: Optimizer, dtype: torch.dtype, max_grad_norm: float
     ) -> Stepper:
         """Return what makes an adapter's steps; `max_grad_norm` 0 is no clipping."""
-        return ReplicatedStepper(adapter.parameters, optimizer, dtype, max_grad_norm)
+        return Stepper(adapter.parameters, optimizer, dtype, max_grad_norm)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor summed over ranks."""

@@ -117,7 +117,7 @@ class Zero3Engine(DdpEngine):
         super().close(together=together)
 
 
-class Zero3Stepper:
+class Zero3Stepper(Stepper):
     """Steps what DeepSpeed has split; see `Stepper`."""
 
     masks = False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.autograd import DeviceType
 
 from sftx.model.head import HEAD
-from sftx.parallel.replicated import CLIP
+from sftx.parallel.stepper import CLIP
 from sftx.training.measure.flops import Linear, Work
 from sftx.training.measure.perf import peak_flops, peak_memory
 
