@@ -1,7 +1,7 @@
 """What a configuration may run: an explicit list of names, looked up before anything is imported.
 
-Hydra calls whatever `_target_` names, some of it before main. So every `_target_`, logging factory and resolver of a
-composed tree, `hydra.*` included, is looked up here. What a person allows beside sftx's own components is typed:
+Hydra calls whatever `_target_` names, some of it before main. So every `_target_` and resolver of a composed
+tree, `hydra.*` included, is looked up here. What a person allows beside sftx's own components is typed:
 `allow_targets=[my_parts.*]`; only then is `my_parts` imported.
 """
 
@@ -32,18 +32,12 @@ SWEEPERS = frozenset({
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
     "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
 })  # fmt: skip
+OWN_PLUGINS = "hydra_plugins.sftx_"
+"""How the modules of sftx's own launchers and sweepers begin: Hydra takes plugins from `hydra_plugins` only."""
 SAMPLERS = frozenset(
     f"optuna.samplers.{name}Sampler"
     for name in ("TPE", "Random", "CmaEs", "NSGAII", "Grid", "QMC", "MOTPE", "GP", "BruteForce")
 )
-LOGGING = frozenset({
-    "logging.StreamHandler", "logging.NullHandler", "logging.Formatter", "logging.Filter", "colorlog.ColoredFormatter",
-    "colorlog.StreamHandler",
-})  # fmt: skip
-"""What `class:` and `()` of Hydra's logging may name; none of it writes where a configuration says."""
-STREAMS = frozenset({"ext://sys.stdout", "ext://sys.stderr"})
-LOG_FILES = frozenset({"${hydra.runtime.output_dir}/${hydra.job.name}.log", "hydra-${hydra.job.name}.log"})
-"""The file names that Hydra's own `logging.FileHandler`s have."""
 RESOLVERS = frozenset({
     "hydra", "now", "python_version", "oc.env", "oc.select", "oc.deprecated", "oc.dict.keys", "oc.dict.values"
 })  # fmt: skip
@@ -128,8 +122,6 @@ def unlisted_hydra(tree: dict[str, Any], allow: Sequence[str], origin: Origin) -
             reason = _hydra_refusal(key, value, allow)
             problems += [f"{origin(key)}: `{key}={show(value)}`: {reason}"] if reason else []
         problems += bad_resolvers(key, value, origin)
-    for name in ("job_logging", "hydra_logging"):
-        problems += bad_logging(tree.get(name), f"hydra.{name}", origin)
     name = (tree.get("job") or {}).get("name", "train")
     if not JOB_NAME.fullmatch(str(name)):  # Hydra's log file is named after it
         problems.append(f"{origin('hydra.job.name')}: `hydra.job.name={show(name)}`: expected a name without `/`.")
@@ -140,6 +132,8 @@ def _hydra_refusal(key: str, target: Any, allow: Sequence[str]) -> str | None:
     listed = {"hydra.launcher._target_": LAUNCHERS, "hydra.sweeper._target_": SWEEPERS}.get(key, frozenset())
     if key.startswith("hydra.sweeper.") and not listed:
         listed = SAMPLERS
+    if key in ("hydra.launcher._target_", "hydra.sweeper._target_") and str(target).startswith(OWN_PLUGINS):
+        return None
     if isinstance(target, str) and target.startswith("sftx.") and not is_allowed(target, allow):
         return "sftx has no component that Hydra itself runs: take it out."
     known = ", ".join(sorted(name.rpartition(".")[2] for name in listed))
@@ -183,29 +177,3 @@ def resolvers_in(text: str) -> tuple[str, ...]:
             names.append(node.resolverName().getText())
         waiting += list(getattr(node, "children", None) or ())
     return tuple(names)
-
-
-def bad_logging(tree: Any, path: str, origin: Origin) -> list[str]:
-    """Return a problem for everything in a logging configuration that calls, imports or writes what it should not."""
-    problems = []
-    for key, name, value in nodes(tree, path):
-        reason = _bad_entry(name, value)
-        if reason:
-            problems.append(f"{origin(key)}: `{key}={show(value)}`: {reason}")
-    return problems
-
-
-def _bad_entry(name: str, value: Any) -> str | None:
-    if isinstance(value, dict | list):
-        return "expected a name, written out." if name in ("()", "class") else None
-    if name in ("()", "class"):
-        if value in LOGGING or (name, value) == ("class", "logging.FileHandler"):
-            return None
-        return f"not among what logging may make. Allowed: {', '.join(sorted(LOGGING))}."
-    if name in (".", "factory"):
-        return "logging is set up by names only: take it out."
-    if name == "filename":
-        return None if value in LOG_FILES else "sftx writes train.log itself; a log file elsewhere is not allowed."
-    if isinstance(value, str) and ("${" in value or re.search(r"(ext|cfg)://", value)) and value not in STREAMS:
-        return f"expected a value, written out. Allowed: {', '.join(sorted(STREAMS))}."
-    return None

@@ -79,7 +79,9 @@ class SftxConfigSource(ConfigSource):
             reading.problems.append(f"{file.place('')}: {misplaced}")
             header["package"] = None
         package = "_global_"
-        if group in GROUPS:
+        if group == "hydra":  # a launcher's or a sweeper's option file
+            package = header["package"] = config_path.rpartition("/")[0].replace("/", ".")
+        elif group in GROUPS:
             package = header["package"] or (f"{group}.{rest}" if group in LIST_GROUPS else group)
         reading.problems += file_problems(file.body, file.place, "" if package == "_global_" else package)
         if package == "_global_":

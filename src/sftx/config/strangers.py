@@ -13,13 +13,11 @@ from typing import Any
 
 from hydra.conf import HydraConf
 
-from sftx.config.safety import JOB_NAME, bad_logging, nodes
+from sftx.config.safety import JOB_NAME, nodes
 from sftx.config.values import show
 
 TYPED_ONLY: dict[str, Any] = {"allow_targets": [], "trust_remote_code": False}
 """Keys that only a person may set, on the command line, with the one value that a file may hold."""
-HYDRA = frozenset({"mode", "sweep", "verbose", "callbacks", "job_logging", "hydra_logging", "help", "hydra_help"})
-"""Hydra's nodes and keys that a file may set as a whole; what they hold is checked by `safety`."""
 SHIPPED = {"hydra.run.dir": ".", "hydra.output_subdir": None}
 """Keys that may stand in a file only with the value that conf/train.yaml gives them."""
 SWEEPER = frozenset({
@@ -32,6 +30,14 @@ LAUNCHER = frozenset({
     "constraint", "exclude", "array_parallelism", "signal_delay_s", "max_num_timeout",
 })  # fmt: skip
 """Neither `setup` nor `python` nor `srun_args`: they are commands. A word of these is one word: no line break."""
+FILE_MAY_SET: dict[str, frozenset[str] | None] = {
+    "mode": None, "verbose": None, "sweep": None, "callbacks": None, "job": frozenset({"name", "config"}),
+    "launcher": LAUNCHER, "sweeper": SWEEPER,
+}  # fmt: skip
+"""The one rule for `hydra.*` in files: these nodes, and of some of them only these keys; the rest must be typed.
+
+Which `_target_` they may name is the allowlist's question.
+"""
 
 
 def bare_name(key: str) -> str:
@@ -70,36 +76,27 @@ def setting_problem(key: str, value: Any) -> str | None:
 
 def _hydra_problem(parts: list[str], value: Any) -> str | None:
     key, node, below = ".".join(parts), parts[1], parts[2:]
-    typed = f"`{key}`: a file may not set this; if you mean it, type it: {key}={show(value)}"
-    if key in SHIPPED:
-        return None if value == SHIPPED[key] else typed
+    if key in SHIPPED and value == SHIPPED[key]:
+        return None
     if node in ("overrides", "runtime"):
         return f"`{key}`: Hydra fills this in itself: take it out."
     if node == "searchpath":
-        return None if value == [] else f"`{key}`: folders of your own are given by --config-dir FOLDER."
-    if node in ("job_logging", "hydra_logging"):
-        found = bad_logging({below[-1]: value}, ".".join(parts[:-1]), lambda _: "") if below else ()
-        return found[0].removeprefix(": ") if found else None
-    if node == "job":
-        harmless = below[:1] == ["config"] or (below == ["name"] and JOB_NAME.fullmatch(str(value)))
-        return None if harmless or (not below and value == {}) else typed
-    if node in ("launcher", "sweeper"):
-        return _plugin_problem(parts, value, typed)
-    unknown = node not in {f.name for f in fields(HydraConf)}  # said by `hydra_keys`, and refused by Hydra
-    return None if node in HYDRA or unknown or (node == "run" and below != ["dir"] and not value) else typed
-
-
-def _plugin_problem(parts: list[str], value: Any, typed: str) -> str | None:
-    """Return what is wrong with one key of a launcher or a sweeper."""
-    _, node, *below = parts
-    if not below:
-        return None
-    if below[0] not in (LAUNCHER if node == "launcher" else SWEEPER):
-        return typed
-    if isinstance(value, str) and re.search(r"[\n\r\0]", value):
-        return f"`{'.'.join(parts)}`: expected one word, got a line break."
-    if below[0] in ("params", "search_space") and len(below) > 1 and bare_name(below[1]).startswith(("hydra", "_")):
-        return f"`{'.'.join(parts)}`: Hydra's own settings cannot be swept."
+        return f"`{key}`: folders of your own are given by --config-dir FOLDER."
+    if node not in {f.name for f in fields(HydraConf)}:
+        return None  # reported by `hydra_keys`
+    keys = FILE_MAY_SET.get(node)
+    if node not in FILE_MAY_SET or (keys is not None and below and below[0] not in keys):
+        return f"`{key}`: a file may not set this; if you mean it, type it: {key}={show(value)}"
+    if below == ["name"] and node == "job" and not JOB_NAME.fullmatch(str(value)):
+        return f"`{key}`: expected a name without `/`, got {show(value)}."
+    if keys is not None and isinstance(value, str) and re.search(r"[\n\r\0]", value):
+        return f"`{key}`: expected one word, got a line break."
+    if (
+        below[:1] in (["params"], ["search_space"])
+        and len(below) > 1
+        and bare_name(below[1]).startswith(("hydra", "_"))
+    ):
+        return f"`{key}`: Hydra's own settings cannot be swept."
     return None
 
 
