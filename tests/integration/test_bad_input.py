@@ -94,7 +94,7 @@ def test_a_corpus_of_several_files_and_shapes_trains(out: Path, data: Path) -> N
     log = " ".join((out / "train.log").read_text(encoding="utf-8").split())
     assert "columns a.csv: category, human, assistant | b.jsonl: messages; unused: `mood`; weights of turns: 0.5" in log
     told = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["data"][0]
-    assert [file["shape"] for file in told["files"]] == ["human_assistant", "messages"]
+    assert [file["schema"] for file in told["files"]] == ["human_assistant", "messages"]
 
 
 def test_a_missing_file(out: Path, data: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_check_looks_at_what_the_template_makes_of_every_row(corpus: Path, capsy
     with pytest.raises(ModelError, match=rf"{corpus}:1201: turn 2: its text .* is missing .*on_bad_rows=skip"):
         sftx(["data", "check", str(corpus), "template_name=qwen3"])
     found = checked(capsys, corpus, "template_name=qwen3", "data.on_bad_rows=skip", "eval_ratio=0")
-    (line,) = found["unlearnable"]
+    (line,) = found["untrainable"]
     assert line.startswith(f"{corpus}:1201: turn 2: its text")
     assert found["rows"] == 1200
 
@@ -168,8 +168,8 @@ def test_convert_keeps_what_is_not_to_be_learned(tmp_path: Path, capsys) -> None
         file.write_text(json.dumps(row) + "\n", encoding="utf-8")
     out = tmp_path / "out.jsonl"
     assert sftx(["data", "convert", *map(str, files), str(out)]) == 0
-    assert checked(capsys_cleared(capsys), out, "eval_ratio=0")["unlearnable"] == [
-        f"{out}:2: none of its turns is learned: each has weight 0"
+    assert checked(capsys_cleared(capsys), out, "eval_ratio=0")["untrainable"] == [
+        f"{out}:2: none of its turns is supervised: each has weight 0"
     ]
     made = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [[m.get("weight") for m in row["messages"]] for row in made] == [

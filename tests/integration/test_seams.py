@@ -33,11 +33,11 @@ def test_a_model_is_opened_without_training(make_config, captured, one_thread) -
     opened = open_model(make_config(*SHORT, f"adapter={result.output_dir / 'final'}", output="other"))
     session = captured.session
     found = evaluate(
-        opened.engine, opened.model, opened.numerics, session.eval_rows, token_budget=256, flat=False,
+        opened.engine, opened.model, opened.numerics, session.eval_rows, token_budget=256, padding_free=False,
         pad_id=session.pad_id,
     )  # fmt: skip
     trained = evaluate(
-        session.engine, session.model, session.numerics, session.eval_rows, token_budget=256, flat=False,
+        session.engine, session.model, session.numerics, session.eval_rows, token_budget=256, padding_free=False,
         pad_id=session.pad_id,
     )  # fmt: skip
     assert found is not None

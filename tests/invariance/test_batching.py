@@ -1,4 +1,4 @@
-"""Rows laid end to end are learned from as if each were alone."""
+"""Rows concatenated are learned from as if each were alone."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_pack_is_learned_from_as_its_rows_alone(make_config, captured) -> None
 
 
 def logits_of(model, rows: list[Row]) -> torch.Tensor:
-    batch = collate(rows, tuple(range(len(rows))), flat=True, pad_id=0)
+    batch = collate(rows, tuple(range(len(rows))), padding_free=True, pad_id=0)
     assert batch.positions_BT is not None
     with torch.no_grad():
         laid = attention.padding_free_inputs(batch.positions_BT, batch.lengths)

@@ -209,7 +209,7 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 def test_a_row_may_be_a_list_of_turns(tmp_path: Path, text: str, name: str, form: str) -> None:
     reading = read_file(write(tmp_path, text, name))
     assert [(r.human, r.assistant) for r in reading.records] == [("q", "a")] * 2
-    assert (reading.format, reading.shape) == (form, "messages")
+    assert (reading.format, reading.schema) == (form, "messages")
 
 
 def test_a_list_of_rows_in_a_jsonl_file_is_named(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_tables(tmp_path: Path, kind: str, name: str, size: int) -> None:
     reading = read_file(path)
     assert back(path) == rows
     assert [r.line for r in reading.records] == [1, 2, 3]
-    assert (reading.encoding, reading.delimiter, reading.shape) == (None, None, "human_assistant")
+    assert (reading.encoding, reading.delimiter, reading.schema) == (None, None, "human_assistant")
     assert reading.format == ("parquet" if kind == "parquet" else "arrow")
     assert back(write(tmp_path, table(rows, kind), "a.bin"), format=reading.format) == rows
 
@@ -351,12 +351,12 @@ def test_a_table_that_is_cut_off(tmp_path: Path, kind: str) -> None:
     raw, name = table(PLAIN * 3, kind, 1), "a.parquet" if kind == "parquet" else "a.arrow"
     word = "Parquet" if kind == "parquet" else "Arrow"
     for size in range(0, len(raw), 7):
-        refused(write(tmp_path, raw[:size], name), f": is not a sound {word} file: ", "write or copy it again")
+        refused(write(tmp_path, raw[:size], name), f": is not a valid {word} file: ", "write or copy it again")
 
 
 @pytest.mark.parametrize(("name", "word"), [("a.parquet", "Parquet"), ("a.arrow", "Arrow")])
 def test_text_under_the_name_of_a_table(tmp_path: Path, name: str, word: str) -> None:
-    refused(write(tmp_path, "category,human,assistant\na,b,c\n", name), f"is not a sound {word} file")
+    refused(write(tmp_path, "category,human,assistant\na,b,c\n", name), f"is not a valid {word} file")
     refused(tmp_path / f"missing{name}", "cannot be read: No such file")
 
 
@@ -421,7 +421,7 @@ def test_skipped_rows_are_told_and_the_file_is_not(tmp_path: Path) -> None:
         ("category,human\na,b\n", "no column `assistant`"),
         ('category,human,assistant\na,b,c\nd,"e,f\n', ":3: a quote opens"),
         ("category,human,assistant\na,b,c\na,b\0,c\n", ":3: a NUL character"),
-        ("category,human,assistant\na,b\n", "no row is sound: all were skipped"),
+        ("category,human,assistant\na,b\n", "no row is valid: all were skipped"),
         ("category,human,assistant\n", "no rows"),
     ):
         with pytest.raises(DataError) as caught:

@@ -64,8 +64,8 @@ def test_packs_are_full_and_never_too_full() -> None:
     p = plan("packed")
     packs = [m for s in range(p.steps_per_epoch) for m in p.micro_batches(s, 2)]
     assert all(sum(LENGTHS[i] for i in m) <= 2 * 512 for m in packs)
-    assert p.waste() < 0.02
-    assert p.unit_count == len(pack(range(len(LENGTHS)), LENGTHS, 512))
+    assert p.packing_waste() < 0.02
+    assert p.sequence_count == len(pack(range(len(LENGTHS)), LENGTHS, 512))
 
 
 def test_a_pack_is_the_fullest_that_has_room() -> None:

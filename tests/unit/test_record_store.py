@@ -247,7 +247,7 @@ def test_convert_single_turns(tmp_path: Path) -> None:
     two.write_text('{"instruction": "i", "input": "j", "output": "o", "id": 5, "weight": 0.5}\n', encoding="utf-8")
     out = tmp_path / "out" / "all.jsonl"
     done = convert([one, two], out)
-    assert (done.rows, done.shape) == (2, "human_assistant")
+    assert (done.rows, done.schema) == (2, "human_assistant")
     assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == [
         {"category": "c", "human": "q", "assistant": "a"},
         {"category": "default", "human": "i\nj", "assistant": "o", "weight": 0.5, "id": 5},
@@ -265,7 +265,7 @@ def test_convert_conversations(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     out = tmp_path / "all.jsonl"
-    assert convert([path], out).shape == "messages"
+    assert convert([path], out).schema == "messages"
     first, second = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
     assert first == {
         "category": "default",

@@ -121,7 +121,7 @@ def test_several_files_are_one_corpus(tmp_path: Path) -> None:
     ]
     facts = loaded.facts()
     assert facts["path"] == str(tmp_path)
-    assert (facts["format"], facts["shape"], facts["rows"]) == ("csv, jsonl", "human_assistant, prompt_completion", 3)
+    assert (facts["format"], facts["schema"], facts["rows"]) == ("csv, jsonl", "human_assistant, prompt_completion", 3)
     assert [(f["rows"], f["source"], f["encoding"]) for f in facts["files"]] == [
         (2, "b", "utf-8"),
         (1, "a.v2", "utf-8"),
@@ -295,4 +295,4 @@ def test_what_became_of_columns_is_known_of_files_and_of_a_stream(tmp_path: Path
     stream = Corpus(streaming=True).stream(str(tmp_path), "a.jsonl", keep_columns=True, limit=None)
     assert len(stream.sample()) == 2
     assert stream.columns == stream.facts()["columns"] == [said]
-    assert stream.detected["shape"] == "prompt_completion"
+    assert stream.detected["schema"] == "prompt_completion"

@@ -186,7 +186,7 @@ def test_whatever_the_tokens_follow_from_is_in_the_key(tokenizer: Any, template:
         token_key(CORPUS, 5, ChatTemplate(tokenizer, source, ["<|endoftext|>", *stop]), POLICY),
         token_key(CORPUS, 5, template, replace(POLICY, max_length=65)),
         token_key(CORPUS, 5, template, replace(POLICY, too_long="drop")),
-        token_key(CORPUS, 5, template, replace(POLICY, learn="last")),
+        token_key(CORPUS, 5, template, replace(POLICY, train_on="last")),
     ]
     assert len(set(keys)) == len(keys)
     again = ChatTemplate(pickle.loads(pickle.dumps(tokenizer)), source, stop)

@@ -21,7 +21,7 @@ from sftx.data.rows import Row
 from sftx.data.streaming import Reader, StreamedFeed, StreamOrder
 from sftx.errors import DataError
 
-ONE = Layout(flat=True, pad_id=0, rank=0, world_size=1, batch_size=2)
+ONE = Layout(padding_free=True, pad_id=0, rank=0, world_size=1, batch_size=2)
 ENDLESS = 10**9
 
 
@@ -64,9 +64,9 @@ def steps_of(feed: StreamedFeed, count: int, cursor: dict[str, Any] | None = Non
 def one_pass(feed: StreamedFeed, epoch: int = 0) -> list[Step]:
     """The steps of one pass."""
     found = []
-    for step in feed.steps(0, ENDLESS, {"epoch": epoch, "record": 0, "unit": 0, "counts": []}, ONE):
+    for step in feed.steps(0, ENDLESS, {"epoch": epoch, "record": 0, "pack": 0, "counts": []}, ONE):
         assert step.cursor is not None
-        ends = step.cursor | {"counts": []} == {"epoch": epoch + 1, "record": 0, "unit": 0, "counts": []}
+        ends = step.cursor | {"counts": []} == {"epoch": epoch + 1, "record": 0, "pack": 0, "counts": []}
         if step.cursor["epoch"] == epoch or ends:
             found.append(step)
         if step.cursor["epoch"] > epoch:
@@ -100,7 +100,7 @@ def test_a_pass_holds_each_row_once(count: int, window: int, seed: int, epoch: i
     feed = feed_of(corpus(count), window=window, seed=seed, batching=batching)
     steps = one_pass(feed, epoch)
     assert Counter(rows_of(steps)) == everything(count)
-    with_next = steps_of(feed, len(steps) + 1, {"epoch": epoch, "record": 0, "unit": 0, "counts": []})
+    with_next = steps_of(feed, len(steps) + 1, {"epoch": epoch, "record": 0, "pack": 0, "counts": []})
     told = [reason for s in with_next for reason in s.left_out]  # of the last records beside the step that comes next
     assert sorted(told) == (sorted(f"0.jsonl:{i}: too long" for i in range(0, count, 3)) if epoch == 0 else [])
     assert all(s.tokens == sum(b.tokens for b in s.batches) for s in steps)

@@ -303,7 +303,7 @@ def test_with_nothing_else_to_pad_with_the_end_token_does_and_is_still_learned()
     _choose_pad(tokenizer, template)
     assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
     short, long = encoded(template, "q", "a"), encoded(template, "q", "a much longer answer")
-    batch = collate([short, long], (0, 1), flat=False, pad_id=tokenizer.pad_token_id)
+    batch = collate([short, long], (0, 1), padding_free=False, pad_id=tokenizer.pad_token_id)
     learned = batch.targets_BT[0] == tokenizer.eos_token_id
     assert learned.nonzero().flatten().tolist() == [len(short.ids_T) - 2], "once, and not in the padding"
 

@@ -20,7 +20,7 @@ from sftx.errors import ModelError
 from sftx.model.loading.builtin import ensure_builtin
 
 ROOM = EncodePolicy(10_000)
-LAST = EncodePolicy(10_000, learn="last")
+LAST = EncodePolicy(10_000, train_on="last")
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}
 
@@ -78,9 +78,9 @@ def test_a_turns_weight_has_the_last_word() -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (talk("a", said("b", weight=0)), "none of its turns is learned"),
-        (talk("a", "b", weight=0.0), "none of its turns is learned"),
-        (talk("a"), "none of its turns is learned"),
+        (talk("a", said("b", weight=0)), "none of its turns is supervised"),
+        (talk("a", "b", weight=0.0), "none of its turns is supervised"),
+        (talk("a"), "none of its turns is supervised"),
         (talk(said("b"), Message("user", "c")), "begins with an answer"),
     ],
 )

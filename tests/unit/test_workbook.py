@@ -52,7 +52,7 @@ def test_cells_are_what_excel_shows(tmp_path: Path) -> None:
     assert [(r.category, r.human, r.assistant, r.line) for r in reading.records] == [
         ("数学", "2+2?", "4", 3), ("a", " x\ny ", "0.3", 4), ("b", "true?", "TRUE", 6), ("c", "007", "line\r\nend", 7),
     ]  # fmt: skip
-    assert (reading.format, reading.encoding, reading.delimiter, reading.shape) == (
+    assert (reading.format, reading.encoding, reading.delimiter, reading.schema) == (
         "xlsx",
         None,
         None,

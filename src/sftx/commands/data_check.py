@@ -64,7 +64,7 @@ def _check(asked: argparse.Namespace) -> int:
 def sort_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Sort words into files and settings; a word that is a file is one, whatever it looks like.
 
-    Errors:
+    Raises:
         DataError: no file is named.
     """
     settings = [w for w in words if "=" in w and not Path(w).exists()]

@@ -1,4 +1,4 @@
-"""`sftx data convert`: files of any format and shape as one plain JSONL."""
+"""`sftx data convert`: files of any format and schema as one plain JSONL."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def _convert(asked: argparse.Namespace) -> int:
     )
     for reason in done.loaded.skipped():
         print(visible(f"left out: {reason}"))
-    print(f"{files[-1]}: {done.rows:,} records, {done.shape}")
+    print(f"{files[-1]}: {done.rows:,} records, {done.schema}")
     return 0

@@ -71,8 +71,8 @@ class Checked:
 def check(files: Sequence[str], held_out: Sequence[str], config: TrainConfig, *, near: float | None) -> Checked:
     """Read, choose and tokenise as a run would.
 
-    Errors:
-        SftxError: files that cannot be read, or hold nothing to learn.
+    Raises:
+        SftxError: files that cannot be read, or hold nothing to train on.
     """
     corpus: Corpus = build(config.data)
     loaded = _load(corpus, files, config)
@@ -173,7 +173,7 @@ def _findings(checked: Checked) -> list[tuple[str, list[str]]]:
     a = checked.audit
     return [
         ("left out", checked.left_out),
-        ("no supervised tokens", a.unlearnable),
+        ("no supervised tokens", a.untrainable),
         (f"longer than max_seq_length={checked.config.max_seq_length}", a.truncated),
         ("duplicates", a.duplicates),
         *([("near-duplicates", a.near_duplicates)] if checked.near is not None else []),
@@ -184,11 +184,11 @@ def _findings(checked: Checked) -> list[tuple[str, list[str]]]:
 
 def _files(loaded: LoadedFile) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("rows", "format", "encoding", "delimiter", "shape", "file"):
+    for name in ("rows", "format", "encoding", "delimiter", "schema", "file"):
         table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold", no_wrap=name != "file")
     for f in loaded.files:
         delimiter = {"\t": "tab", None: "-"}.get(f["delimiter"], f["delimiter"])
-        cells = (f"{f['rows']:,}", *(str(f[k] or "-") for k in ("format", "encoding")), delimiter, f["shape"] or "-")
+        cells = (f"{f['rows']:,}", *(str(f[k] or "-") for k in ("format", "encoding")), delimiter, f["schema"] or "-")
         table.add_row(*(Text(visible(cell)) for cell in (*cells, str(f["path"]))))
     return table
 
@@ -204,10 +204,10 @@ def _lengths(found: Audit) -> Text:
         style = "yellow" if low > n.max_seq_length else "cyan"
         bar = _bar(count / most)
         text.append(f"{name:>{width}} ").append(bar + " " if bar else "", style=style).append(f"{count:,}\n")
-    if found.unlearnable:
-        text.append(f"rows without supervised tokens are not counted: {len(found.unlearnable):,}\n", style="yellow")
+    if found.untrainable:
+        text.append(f"rows without supervised tokens are not counted: {len(found.untrainable):,}\n", style="yellow")
     text.append(f"median {n.median:,}, p90 {n.p90:,}, p99 {n.p99:,}, max {n.longest:,}\n")
-    of = f"the other {found.rows:,} rows" if found.unlearnable else "the rows"
+    of = f"the other {found.rows:,} rows" if found.untrainable else "the rows"
     text.append(f"max_seq_length={n.max_seq_length} covers {n.covered:.1%} of {of}; ")
     return text.append(f"proposed: {n.proposed}, which covers {n.proposed_covers:.1%}\n")
 

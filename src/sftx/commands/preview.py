@@ -1,4 +1,4 @@
-"""A row as it is trained on, for a terminal: what is learned, the template's tokens, and what is else unseen."""
+"""A row as it is trained on, for a terminal: what is supervised, the template's tokens, and what is else unseen."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SHOWN_TOKENS = 400
 """Tokens of a row that are shown, at most."""
 CONTEXT = 16
 """Tokens before a stretch with which it is decoded."""
-LEARNED, CONTROL, READ, MARK = "green", "bold cyan", "", "dim"
+SUPERVISED, CONTROL, READ, MARK = "green", "bold cyan", "", "dim"
 BRACKETS = "⟦⟧"
-"""Stand around what is learned where there are no colours."""
+"""Stand around what is supervised where there are no colours."""
 ENDING_BLANKS = re.compile(r" +(?=\n|$)")
 
 
 def legend(*, colours: bool) -> Text:
     """Say how a preview is read."""
     if not colours:
-        return Text(f"Trained on ({BRACKETS[0]}learned{BRACKETS[1]}; ↵ a line end, · a blank that ends a line):")
+        return Text(f"Trained on ({BRACKETS[0]}supervised{BRACKETS[1]}; ↵ a line end, · a blank that ends a line):")
     return Text.assemble(
-        "Trained on (", ("learned", LEARNED), ", only read, ", ("template token", CONTROL), ", ",
+        "Trained on (", ("supervised", SUPERVISED), ", only read, ", ("template token", CONTROL), ", ",
         ("↵", MARK), " a line end, · a blank that ends a line):",
     )  # fmt: skip
 
@@ -54,12 +54,12 @@ def preview(row: Row, tokenizer: Any, control: set[int], *, colours: bool) -> Te
     return text
 
 
-def _stretches(length: int, learned: int) -> list[tuple[int, int]]:
-    """Return which tokens are shown: the first, and those around the beginning of what is learned."""
-    if learned <= SHOWN_TOKENS // 2:
+def _stretches(length: int, supervised: int) -> list[tuple[int, int]]:
+    """Return which tokens are shown: the first, and those around the beginning of what is supervised."""
+    if supervised <= SHOWN_TOKENS // 2:
         return [(0, min(length, SHOWN_TOKENS))]
     head = SHOWN_TOKENS // 4
-    start = max(head, learned - head)
+    start = max(head, supervised - head)
     return [(0, head), (start, min(length, start + SHOWN_TOKENS - head))]
 
 
@@ -75,23 +75,23 @@ def _append_tokens(text: Text, row: Row, shown: range, tokenizer: Any, control: 
         return tokenizer.decode(ended, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     before = decoded(0) if first < shown.start else ""
-    for i, (end, learned, is_control) in enumerate(runs):
+    for i, (end, supervised, is_control) in enumerate(runs):
         whole = decoded(end)
-        style = LEARNED if learned else CONTROL if is_control else READ
-        if learned and not colours and not (i and runs[i - 1][1]):
+        style = SUPERVISED if supervised else CONTROL if is_control else READ
+        if supervised and not colours and not (i and runs[i - 1][1]):
             text.append(BRACKETS[0])
         part = whole[len(before) :]
         if end == len(shown) and shown.stop < len(row.ids_T):
             part = part.rstrip("\ufffd")  # of a character that is shown in part
-        _append(text, part, f"bold {style}" if learned and is_control else style)
-        if learned and not colours and not (i + 1 < len(runs) and runs[i + 1][1]):
+        _append(text, part, f"bold {style}" if supervised and is_control else style)
+        if supervised and not colours and not (i + 1 < len(runs) and runs[i + 1][1]):
             text.append(BRACKETS[1])
         before = whole
 
 
-def _runs(ids: Sequence[int], learned: Sequence[bool], control: set[int]) -> Iterator[tuple[int, bool, bool]]:
-    """Yield the end of each run of tokens that are shown alike, whether it is learned, and whether it is control."""
-    kinds = [(bool(is_learned), token in control) for token, is_learned in zip(ids, learned, strict=False)]
+def _runs(ids: Sequence[int], supervised: Sequence[bool], control: set[int]) -> Iterator[tuple[int, bool, bool]]:
+    """Yield the end of each run of tokens that are shown alike, whether it is supervised, and whether it is control."""
+    kinds = [(bool(is_supervised), token in control) for token, is_supervised in zip(ids, supervised, strict=False)]
     for end, kind in enumerate(kinds, 1):
         if end == len(kinds) or kinds[end] != kind:
             yield end, *kind
@@ -100,14 +100,22 @@ def _runs(ids: Sequence[int], learned: Sequence[bool], control: set[int]) -> Ite
 def _append(text: Text, part: str, style: str) -> None:
     """Append text with what cannot be seen written out: a terminal must not obey what a cell holds."""
     part = ENDING_BLANKS.sub(lambda m: "·" * len(m[0]), part)
-    for unseen, letters in groupby(part, _unseen):
+    for unseen, characters in groupby(part, _unseen):
         if not unseen:
-            text.append("".join(letters), style=style)
+            text.append("".join(characters), style=style)
             continue
-        for letter in letters:
-            text.append("↵\n" if letter == "\n" else f"<U+{ord(letter):04X}>", style=MARK)
+        for character in characters:
+            text.append("↵\n" if character == "\n" else f"<U+{ord(character):04X}>", style=MARK)
 
 
-def _unseen(letter: str) -> bool:
+def _unseen(character: str) -> bool:
     """True for control characters and blanks that look like none or like others; a wide blank is seen."""
-    return letter not in " \u3000\u200d" and unicodedata.category(letter) in ("Cc", "Cf", "Co", "Cn", "Zs", "Zl", "Zp")
+    return character not in " \u3000\u200d" and unicodedata.category(character) in (
+        "Cc",
+        "Cf",
+        "Co",
+        "Cn",
+        "Zs",
+        "Zl",
+        "Zp",
+    )

@@ -20,7 +20,7 @@ from sftx.data.store import Rows
 SHARE = 0.99
 """The share of rows that the proposed `max_seq_length` covers."""
 LISTED = 10
-"""So many places are named of each kind of finding; `--json` names all."""
+"""So many are listed of each kind of finding; `--json` names all."""
 SCRIPTS = {"CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CYRILLIC": "ru", "ARABIC": "ar"}
 
 
@@ -61,8 +61,8 @@ class Audit:
     supervised_tokens: int
     lengths: Lengths
     categories: dict[str, Category]
-    unlearnable: list[str]
-    """Records that give nothing to learn, as `file:line: why`."""
+    untrainable: list[str]
+    """Records without supervised tokens, as `file:line: why`."""
     truncated: list[str]
     duplicates: list[str]
     near_duplicates: list[str]
@@ -98,7 +98,7 @@ def audit(
         supervised_tokens=int(rows.supervised.sum()),
         lengths=lengths_of(rows.full_lengths, max_seq_length),
         categories=_categories(records, rows),
-        unlearnable=[str(s) for s in rows.skipped],
+        untrainable=[str(s) for s in rows.skipped],
         truncated=[f"{rows.origin(i)}: {rows.full_lengths[i]} tokens, {rows.lengths[i]} kept" for i in rows.truncated],
         duplicates=[f"{origin_of(records, i)}: {why}" for i, why in repeated.items()],
         near_duplicates=[f"{origin_of(records, i)}: {why}" for i, why in nearly.items()],
@@ -154,9 +154,9 @@ def language_of(text: str) -> str:
         return "none"
     if counts["ja"]:
         return "ja"
-    letters = sum(counts.values())
+    characters = sum(counts.values())
     for language, count in counts.most_common():
-        if language != "latin" and count > 0.15 * letters:
+        if language != "latin" and count > 0.15 * characters:
             return language
     return "latin" if counts["latin"] else counts.most_common(1)[0][0]
 
@@ -167,9 +167,9 @@ def _categories(records: Sequence[Record], rows: Rows) -> dict[str, Category]:
         languages[record.category][language_of(record.human + record.assistant)] += 1
     tokens: Counter[str] = Counter()
     supervised: Counter[str] = Counter()
-    for number, length, learned in zip(rows.category_numbers, rows.lengths, rows.supervised, strict=True):
+    for number, length, count in zip(rows.category_numbers, rows.lengths, rows.supervised, strict=True):
         tokens[rows.categories[number]] += int(length)
-        supervised[rows.categories[number]] += int(learned)
+        supervised[rows.categories[number]] += int(count)
     return {
         c: Category(n.total(), tokens[c], supervised[c], dict(n.most_common()))
         for c, n in sorted(languages.items(), key=lambda item: (-item[1].total(), item[0]))
@@ -180,11 +180,11 @@ def leaks(training: Sequence[Record], held_out: Sequence[Record]) -> Iterator[st
     """Yield the held-out records whose question is in the training data, also in other case and spacing."""
     if not held_out:
         return
-    asked: dict[bytes, int] = {}
+    questions: dict[bytes, int] = {}
     for i, record in enumerate(training):
-        asked.setdefault(_plain(record.human), i)
+        questions.setdefault(_plain(record.human), i)
     for record in held_out:
-        first = asked.get(_plain(record.human))
+        first = questions.get(_plain(record.human))
         if first is not None:
             yield f"{record.origin}: its question is trained on, {training[first].origin}"
 

@@ -13,7 +13,7 @@ from sftx.data.jsontext import no_constant, strict_object
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
 """Numbers by which other trainers, too, multiply a turn's loss."""
 FLAGS = ("loss", "train")
-"""Booleans by which others say whether a turn is learned."""
+"""Booleans by which others say whether a turn is supervised."""
 
 PLAIN_NAME = re.compile(r"(?!(?:null|true|false|\d+)$)[\w-]+(?: [\w-]+)*", re.IGNORECASE)
 """A name that need not be quoted in a setting."""
@@ -54,8 +54,8 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-def is_sound(text: str) -> bool:
-    """Tell whether text can be trained on and written: no NUL, no half of a surrogate pair."""
+def is_valid_text(text: str) -> bool:
+    """Return True if text can be trained on and written: no NUL, no half of a surrogate pair."""
     if "\0" in text:
         return False
     try:
@@ -69,7 +69,7 @@ def text_of(value: object, what: str) -> str:
     """Return a value that must be text."""
     if not isinstance(value, str):
         raise RowError(f"{what} is {show(value)}, not a string; write it as a string")
-    if not is_sound(value):
+    if not is_valid_text(value):
         raise RowError(f"{what} holds \\u0000 or half a surrogate pair (\\ud800 to \\udfff); delete that escape")
     return value
 
@@ -120,17 +120,17 @@ def weight_from(marks: Mapping[str, object], where: str = "") -> float | None:
     Raises:
         RowError: one is neither, or two contradict each other.
     """
-    said: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for name, value in marks.items():
         if name in FLAGS:
             flag = flag_of(value)
             if flag is None:
                 raise RowError(f"{where}`{name}` is {show(value)}; expected true or false")
-            said[name] = float(flag)
+            weights[name] = float(flag)
         else:
-            said[name] = weight_of(value, f"{where}`{name}`") or 0.0
-    numbers = {w for name, w in said.items() if name not in FLAGS}
-    if len(numbers) > 1 or len({w > 0 for w in said.values()}) > 1:
-        told = ", ".join(f"`{name}` {w:g}" for name, w in said.items())
-        raise RowError(f"{where}{told} contradict each other; keep one of them")
-    return next(iter(numbers or said.values()), None)
+            weights[name] = weight_of(value, f"{where}`{name}`") or 0.0
+    numbers = {w for name, w in weights.items() if name not in FLAGS}
+    if len(numbers) > 1 or len({w > 0 for w in weights.values()}) > 1:
+        listed = ", ".join(f"`{name}` {w:g}" for name, w in weights.items())
+        raise RowError(f"{where}{listed} contradict each other; keep one of them")
+    return next(iter(numbers or weights.values()), None)

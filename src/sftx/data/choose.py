@@ -1,6 +1,6 @@
 """Which records of a corpus are used, and how often: duplicates, conflicts, caps, mixing.
 
-Each policy is a key of group `data`, off unless set. Every record left out is reported with its place.
+Each policy is a key of group `data`, off unless set. Every record left out is reported with its file and line.
 """
 
 from __future__ import annotations
@@ -73,19 +73,19 @@ def facts_of(records: Sequence[Record]) -> Facts:
             [r.category for r in records],
             [r.source for r in records],
         )
-    store, places = found
+    store, indices = found
     return Facts(
-        store.column("before")[places],
-        store.column("answer")[places],
-        [store.categories[n] for n in store.column("category")[places].tolist()],
-        [store.sources[n] for n in store.column("file")[places].tolist()],
+        store.column("before")[indices],
+        store.column("answer")[indices],
+        [store.categories[n] for n in store.column("category")[indices].tolist()],
+        [store.sources[n] for n in store.column("file")[indices].tolist()],
     )
 
 
 def choose(facts: Facts, records: Sequence[Record], policy: ChoosePolicy, seed: int) -> Choice:
     """Apply the policies that leave records out, in the order duplicates, conflicts, caps.
 
-    Errors:
+    Raises:
         DataError: `conflicts=error` and there is one.
     """
     left: dict[int, str] = {}
@@ -122,7 +122,7 @@ def exact_duplicates(facts: Facts, records: Sequence[Record]) -> Iterator[tuple[
 def near_duplicates(records: Sequence[Record], threshold: float, skip: Mapping[int, str]) -> Iterator[tuple[int, str]]:
     """Yield each record whose text is nearly an earlier one's: MinHash over shingles (Broder, 1997).
 
-    Errors:
+    Raises:
         ConfigError: datasketch is not installed.
     """
     try:
@@ -151,7 +151,7 @@ def near_duplicates(records: Sequence[Record], threshold: float, skip: Mapping[i
 
 
 def shingles(text: str) -> set[str]:
-    """Return the runs of characters that near-duplicates share, letters' case and blanks aside."""
+    """Return the runs of characters that near-duplicates share, case and blanks aside."""
     plain = "".join(text.lower().split())
     return {plain[i : i + SHINGLE] for i in range(max(1, len(plain) - SHINGLE + 1))}
 
@@ -208,7 +208,7 @@ def mixed(labels: Facts, kept: np.ndarray, policy: ChoosePolicy, seed: int) -> n
     sources those of `size ** (1 / T)` at the same total (mT5, arXiv:2010.11934): above 1 small
     sources are seen more often.
 
-    Errors:
+    Raises:
         DataError: a weight names a category or a source that is not in the corpus.
     """
     for name, weights, present in (

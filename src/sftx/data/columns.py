@@ -10,15 +10,15 @@ from sftx.data.cells import FLAGS, WEIGHTS, mapping, quoted
 from sftx.data.dialogue import TOOLS
 from sftx.errors import DataError, did_you_mean, nearest
 
-ShapeName = Literal["auto", "human_assistant", "alpaca", "sharegpt", "messages", "firefly", "prompt_completion"]
+SchemaName = Literal["auto", "human_assistant", "alpaca", "sharegpt", "messages", "firefly", "prompt_completion"]
 MARKS = (*WEIGHTS, *FLAGS, "label")
-"""Columns by which a row says whether, and how much, it is learned."""
+"""Columns by which a row says whether, and how much, it is trained on."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """Columns that hold what is not text; a row in which one is filled is refused."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class Schema:
     """The columns of one way to write a corpus."""
 
     name: str
@@ -41,15 +41,15 @@ PAIRS = {
     "input": ("output", "target", "response", "answer"),
 }
 """What a question is called, and what its answer is called beside it."""
-SHAPES = (
-    Shape("human_assistant", ("category", "human", "assistant")),
-    Shape("messages", ("messages",), CHAT),
-    Shape("sharegpt", ("conversations",), CHAT),
-    Shape("firefly", ("conversation",), CHAT),
-    *(Shape("alpaca", ("instruction", answer), ALPACA) for answer in ("output", "response", "answer", "completion")),
-    *(Shape("prompt_completion", (asked, answer), PAIR) for asked, answers in PAIRS.items() for answer in answers),
+SCHEMAS = (
+    Schema("human_assistant", ("category", "human", "assistant")),
+    Schema("messages", ("messages",), CHAT),
+    Schema("sharegpt", ("conversations",), CHAT),
+    Schema("firefly", ("conversation",), CHAT),
+    *(Schema("alpaca", ("instruction", answer), ALPACA) for answer in ("output", "response", "answer", "completion")),
+    *(Schema("prompt_completion", (asked, answer), PAIR) for asked, answers in PAIRS.items() for answer in answers),
 )
-"""In the order in which they are recognised: a file with the columns of several has the first one's shape."""
+"""In the order in which they are recognised: a file with the columns of several has the first one's schema."""
 ALIASES = {
     "messages": ("messages", "contents"),
     "system": ("system", "system_prompt", "system_instruction", "systemInstruction"),
@@ -57,22 +57,24 @@ ALIASES = {
     "input": ("input", "context"),
 }
 """Other names of a field, in the order in which they are looked for."""
-FIELDS = tuple(dict.fromkeys(name for shape in SHAPES for name in shape.fields))
+FIELDS = tuple(dict.fromkeys(name for schema in SCHEMAS for name in schema.fields))
 TURN_FIELDS = ("role", "content")
 RESERVED = frozenset(
     name.casefold()
-    for shape in (SHAPES[0], SHAPES[1])
-    for field in (*shape.required, *shape.optional, *WEIGHTS)
+    for schema in (SCHEMAS[0], SCHEMAS[1])
+    for field in (*schema.required, *schema.optional, *WEIGHTS)
     for name in ALIASES.get(field, (field,))
 )
 """Columns that mean something in what `sftx data convert` writes; flags may stay beside the weight that they gave."""
 
 
-def check_columns(shape: str, columns: Mapping[str, str | None]) -> None:
+def check_columns(schema: str, columns: Mapping[str, str | None]) -> None:
     """Raise DataError when `data.schema` or `data.columns` says what no schema has."""
-    names = dict.fromkeys(s.name for s in SHAPES)
-    if shape != "auto" and shape not in names:
-        raise DataError(f"data.schema={shape}: is not known; use auto, {', '.join(names)}.{did_you_mean(shape, names)}")
+    names = dict.fromkeys(s.name for s in SCHEMAS)
+    if schema != "auto" and schema not in names:
+        raise DataError(
+            f"data.schema={schema}: is not known; use auto, {', '.join(names)}.{did_you_mean(schema, names)}"
+        )
     for field, column in columns.items():
         if column is not None and field not in (*FIELDS, *TURN_FIELDS):  # of any name null says: it is not used
             wanted = ", ".join(f for f in (*FIELDS, *TURN_FIELDS) if f not in MEDIA)
@@ -80,11 +82,11 @@ def check_columns(shape: str, columns: Mapping[str, str | None]) -> None:
                 f"data.columns: `{field}` (for column `{column}`) is nothing a record has; use {wanted}."
                 f"{did_you_mean(field, (*FIELDS, *TURN_FIELDS))}"
             )
-    if not candidates(shape, columns):
-        asked = "no shape has all of" if shape == "auto" else f"the shape {shape} has not all of"
-        first = {s.name: s for s in reversed(SHAPES)}
+    if not candidates(schema, columns):
+        problem = "no schema has all of" if schema == "auto" else f"the schema {schema} has not all of"
+        first = {s.name: s for s in reversed(SCHEMAS)}
         listed = "; ".join(f"{name} ({', '.join((*first[name].required, *first[name].optional))})" for name in names)
-        raise DataError(f"data.columns: {asked} {', '.join(columns)}; shapes are {listed}")
+        raise DataError(f"data.columns: {problem} {', '.join(columns)}; schemas are {listed}")
 
 
 def known_names(columns: Mapping[str, str | None]) -> tuple[str, ...]:
@@ -94,11 +96,11 @@ def known_names(columns: Mapping[str, str | None]) -> tuple[str, ...]:
     return (*usual, *(column for column in columns.values() if column))
 
 
-def candidates(shape: str, columns: Mapping[str, str | None]) -> list[Shape]:
-    """Return the shapes that have all that is mapped."""
+def candidates(schema: str, columns: Mapping[str, str | None]) -> list[Schema]:
+    """Return the schemas that have all that is mapped."""
     mapped = [field for field, column in columns.items() if column is not None]
     fields = [field for field in mapped if field not in TURN_FIELDS]
-    chosen = [s for s in SHAPES if shape in ("auto", s.name) and all(f in s.fields for f in fields)]
+    chosen = [s for s in SCHEMAS if schema in ("auto", s.name) and all(f in s.fields for f in fields)]
     if len(fields) < len(mapped):
         chosen = [s for s in chosen if s.name in ("messages", "sharegpt")]
     return chosen
@@ -140,23 +142,23 @@ def repeated(names: Sequence[str]) -> Iterator[str]:
             yield f"the header name `{name}` is repeated ({where}); rename or delete one of them"
 
 
-def missing(kind: str, absent: Mapping[str, str], names: Names, shape: Shape) -> str:
+def missing(kind: str, absent: Mapping[str, str], names: Names, schema: Schema) -> str:
     """Say which columns are not there, and how `data.columns` names those that are meant.
 
     Args:
         kind: what a column is called: column or key.
         absent: of each field that is not there, the column that was looked for.
         names: the columns that are there.
-        shape: the schema they were looked for in.
+        schema: the schema they were looked for in.
     """
     what = f"no {kind} {', '.join(f'`{column}`' for column in absent.values())}; found {quoted(names.names)}"
     if list(absent) == ["category"]:
         return f"{what}; to read it without categories set data.columns={{category:null}}, or add `category`"
     if names.find("chosen") and names.find("rejected"):
         return f"{what}; {preference(names)}"
-    if len(absent) == len(shape.required) and (text := names.find("text")):
+    if len(absent) == len(schema.required) and (text := names.find("text")):
         return f"{what}; texts (`{text}`) alone are not trained on: a row has a question and its answer, or turns"
-    spare = [name for name in names.names if name not in shape.fields]
+    spare = [name for name in names.names if name not in schema.fields]
     near = {field: found for field, column in absent.items() if (found := _near(column, spare))}
     rest = [name for name in spare if name not in near.values()]
     unknown = [field for field in absent if field not in near and field != "category"]

@@ -16,7 +16,7 @@ from sftx.data.digests import Stamp, known_sha256, stamp
 from sftx.data.policy import EncodePolicy
 from sftx.data.read import FileReader, How, described, suffixes
 from sftx.data.record import Record, origin_text
-from sftx.data.shapes import said_of_columns
+from sftx.data.schemas import describe_columns
 from sftx.data.sources import Source, fetch, find_file, find_sources
 from sftx.errors import DataError
 from sftx.files import write_chunks
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # numpy and torch are imported when a corpus is read, not whe
     from sftx.data.record_store import RecordStore
     from sftx.data.stream_files import StreamedFiles
 
-READER_VERSION = 10
+READER_VERSION = 11
 """Part of the cache key: raise it when the same file would be read differently."""
 
 
@@ -40,7 +40,7 @@ class LoadedFile:
     """The file, or the folder that holds the files."""
     sha256: str
     files: tuple[dict[str, Any], ...]
-    """Of each file: path, source, sha256, rows, format, encoding, delimiter, shape, and what became of its columns."""
+    """Of each file: path, source, sha256, rows, format, encoding, delimiter, schema, and what became of its columns."""
     records: RecordStore
     skipped_rows: int = 0
 
@@ -60,22 +60,22 @@ class LoadedFile:
         return self._all("format")
 
     @property
-    def shape(self) -> str | None:
-        """The shape, or all there are."""
-        return self._all("shape")
+    def schema(self) -> str | None:
+        """The schema, or all there are."""
+        return self._all("schema")
 
     @property
     def how_read(self) -> str:
-        """What was detected, as it is said."""
+        """What was detected, as it is logged."""
         return described(self.format, self.encoding, self.delimiter)
 
     @property
     def columns(self) -> list[str]:
-        """What became of the columns, as it is said; once for files that have the same, with the first one's name."""
-        said: dict[str, str] = {}
+        """What became of the columns, as it is logged; once for files that have the same, with the first one's name."""
+        described: dict[str, str] = {}
         for file in self.files:
-            said.setdefault(said_of_columns(file["columns"]), Path(file["path"]).name)
-        return [f"{name}: {text}" if len(said) > 1 else text for text, name in said.items()]
+            described.setdefault(describe_columns(file["columns"]), Path(file["path"]).name)
+        return [f"{name}: {text}" if len(described) > 1 else text for text, name in described.items()]
 
     @property
     def notes(self) -> list[str]:
@@ -102,7 +102,7 @@ class LoadedFile:
             "format": self.format,
             "encoding": self.encoding,
             "delimiter": self.delimiter,
-            "shape": self.shape,
+            "schema": self.schema,
             "columns": self.columns,
             "records": str(self.records.path),
         }
@@ -163,7 +163,7 @@ class Corpus:
     def load(self, folder: str, name: str | Sequence[str], *, key: str, keep_columns: bool) -> LoadedFile:
         """Read what `name` means in `folder` (or its `csv/`), through a copy that is cached by content.
 
-        Errors:
+        Raises:
             DataError: no such file, found twice, or a file that cannot be read exactly.
         """
         return self.read(fetch(find_sources(folder, name, key=key), key=key), keep_columns=keep_columns)
@@ -171,7 +171,7 @@ class Corpus:
     def stream(self, folder: str, name: str | Sequence[str], *, keep_columns: bool, limit: int | None) -> StreamedFiles:
         """Find what `name` means, to be read as it is trained on; `limit` records of it at most.
 
-        Errors:
+        Raises:
             DataError: no such file, or found twice.
         """
         from sftx.data.stream_files import StreamedFiles
@@ -185,7 +185,7 @@ class Corpus:
     def read(self, sources: Sequence[Source], *, keep_columns: bool) -> LoadedFile:
         """Read files in order, through a copy that is cached by their content.
 
-        Errors:
+        Raises:
             DataError: a file that cannot be read exactly.
         """
         from sftx.data.record_store import RecordStore
@@ -198,8 +198,8 @@ class Corpus:
         path = sources[0].path if len(sources) == 1 else sources[0].path.parent
         facts = open_entry(key, lambda into: self._convert(into, sources, stamps, keep_columns), Names(path.name))
         files = tuple(
-            {"path": str(source.path), "source": source.name, "sha256": digest} | told
-            for source, digest, told in zip(sources, digests, facts["sources"], strict=True)
+            {"path": str(source.path), "source": source.name, "sha256": digest} | facts_of_file
+            for source, digest, facts_of_file in zip(sources, digests, facts["sources"], strict=True)
         )
         paths, names = [str(source.path) for source in sources], [source.name for source in sources]
         records = RecordStore(entry_folder(key), paths, names, facts["categories"])
@@ -215,7 +215,7 @@ class Corpus:
         how = self._how()
         files: list[dict[str, Any]] = []
         skipped: set[tuple[int, int, int]] = set()
-        """Rows, by their places: one may be left out for several reasons."""
+        """Rows, by file and line: one may be left out for several reasons."""
 
         def records() -> Iterator[tuple[int, Record]]:
             for number, source in enumerate(sources):
@@ -230,11 +230,11 @@ class Corpus:
                 for record in reader:
                     rows += 1
                     yield number, record
-                told = {"format": reader.format, "encoding": reader.encoding, "delimiter": reader.delimiter}
+                facts_of_file = {"format": reader.format, "encoding": reader.encoding, "delimiter": reader.delimiter}
                 files.append(
                     {"rows": rows}
-                    | told
-                    | {"shape": reader.shape, "columns": reader.used.facts(), "notes": reader.notes}
+                    | facts_of_file
+                    | {"schema": reader.schema, "columns": reader.used.facts(), "notes": reader.notes}
                 )
 
         with (into / SKIPPED).open("wb") as reasons:
@@ -250,14 +250,14 @@ class Converted:
     """What a conversion came to."""
 
     rows: int
-    shape: Literal["human_assistant", "messages"]
+    schema: Literal["human_assistant", "messages"]
     loaded: LoadedFile
 
 
 def convert(files: Sequence[Path], out: Path, corpus: Corpus | None = None, *, keep_columns: bool = True) -> Converted:
     """Write files as one plain JSONL: category, human, assistant when each record is one question, else messages.
 
-    Errors:
+    Raises:
         DataError: a file that cannot be read exactly, or a column that has a name of the new form.
         RunFolderError: the result cannot be written.
     """
@@ -275,7 +275,7 @@ def convert(files: Sequence[Path], out: Path, corpus: Corpus | None = None, *, k
 
 
 def _is_plain(record: Record) -> bool:
-    """Tell whether a record is no more than one question and its answer."""
+    """Return True if a record is no more than one question and its answer."""
     if record.tools or [m.role for m in record.messages] != ["user", "assistant"]:
         return False
     return all(m.weight is m.reasoning is m.name is None and not m.tool_calls for m in record.messages)

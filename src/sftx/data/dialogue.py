@@ -14,7 +14,7 @@ from sftx.data.cells import (
     RowError,
     filled,
     is_empty,
-    is_sound,
+    is_valid_text,
     mapping,
     parsed,
     quoted,
@@ -74,7 +74,7 @@ def _named(one: Any, what: str, wanted: str | None) -> dict[str, Any]:
         raise RowError(f"{what}: the call of `{function['name']}` has no `{wanted}`; add it ({{}} when there are none)")
     if wanted and isinstance(function[wanted], str):
         parsed(function[wanted], f"{what}: `{wanted}`")
-    if not is_sound(json.dumps(function, ensure_ascii=False, default=str)):
+    if not is_valid_text(json.dumps(function, ensure_ascii=False, default=str)):
         raise RowError(f"{what} holds half a surrogate pair (\\ud800 to \\udfff); delete that escape")
     return dict(one) if "function" in one else {"type": "function", "function": dict(function)}
 
@@ -111,16 +111,16 @@ class _Turn:
         found = quoted(self._turn)
         return RowError(f"{self.where} has no `{wanted}`.{did_you_mean(wanted, self._turn)} Found {found}")
 
-    def weight(self, learned: bool) -> float | None:
+    def weight(self, supervised: bool) -> float | None:
         """Return what the turn says of its part in the loss."""
         flags = {name: value for name in (*WEIGHTS, *FLAGS) if (value := self.take(name)[1]) is not None}
         weight = weight_from(flags, f"{self.where}: ")
-        if weight and not learned:
+        if weight and not supervised:
             raise RowError(
-                f"{self.where}: `{next(iter(flags))}` asks to learn it; only an assistant's turns are learned, "
+                f"{self.where}: `{next(iter(flags))}` asks to train on it; only an assistant's turns are trained on, "
                 "so delete the key or set it to false"
             )
-        return weight if learned else None
+        return weight if supervised else None
 
     def check_all_used(self) -> None:
         """Raise RowError when keys that say something are left over."""
@@ -217,7 +217,7 @@ def _round(value: object, where: str, columns: Mapping[str, str | None]) -> list
             if key is None:
                 raise keys.lacks(name)
             named.append((f"{where}: `{name}`", text))
-        weight = keys.weight(learned=True)
+        weight = keys.weight(supervised=True)
         keys.check_all_used()
     else:
         raise RowError(f"{where} is {show(value)}; expected [question, answer], or an object with `human`, `assistant`")
@@ -237,7 +237,7 @@ def _message(turn: _Turn, before: list[Message]) -> Message:
         hint = did_you_mean(name, ROLE_NAMES)
         raise RowError(f"{where}: the role is {show(called)}; expected one of {', '.join(ROLE_NAMES)}.{hint}")
     key, content = turn.field("content")
-    weight = turn.weight(learned=role == "assistant")
+    weight = turn.weight(supervised=role == "assistant")
     if name in CALL_ROLES:
         return Message(role, "", weight, tool_calls=calls_of(content, where))
     calls: tuple[dict[str, Any], ...] = ()
@@ -333,7 +333,9 @@ def check_order(messages: list[Message]) -> None:
             raise RowError(f"{where}, after a call of a tool; the tool's answer comes next")
         last = role
     if last != "assistant":
-        raise RowError(f"the last turn is {last}, no assistant turn follows to be learned; delete it or add the answer")
+        raise RowError(
+            f"the last turn is {last}, no assistant turn follows to be trained on; delete it or add the answer"
+        )
 
 
 def _calls(answer: Message) -> bool:

@@ -32,7 +32,7 @@ Stamp = tuple[int, ...]
 def stamp(path: Path) -> Stamp:
     """Return what changes when a file does.
 
-    Errors:
+    Raises:
         DataError: it cannot be looked at.
     """
     try:
@@ -46,7 +46,7 @@ def stamp(path: Path) -> Stamp:
 def known_sha256(path: Path) -> str:
     """Return a file's SHA-256, without reading it when it is known.
 
-    Errors:
+    Raises:
         DataError: it cannot be read.
     """
     before, now = stamp(path), time.time_ns()

@@ -1,6 +1,6 @@
 """What feeds a trial: its optimizer steps, one after the other, each with this rank's micro-batches.
 
-A feed is told at which step it begins. What it hands out is a pure function of (data, seed, step), so
+A feed is given the step at which it begins. What it hands out is a pure function of (data, seed, step), so
 that a resumed run is fed as if it had never stopped.
 """
 
@@ -22,7 +22,7 @@ from sftx.processes import serve_parent
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step; what is not said to be of this rank is of all ranks together."""
+    """One optimizer step; what is not stated to be of this rank is of all ranks together."""
 
     batches: list[Batch]
     """This rank's micro-batches."""
@@ -46,23 +46,23 @@ class Step:
 class Layout:
     """How rows become tensors, and for whom."""
 
-    flat: bool
-    """Rows are laid end to end instead of padded."""
+    padding_free: bool
+    """Rows are concatenated instead of padded."""
     pad_id: int
     rank: int
     world_size: int
     batch_size: int
-    """Units (rows, or packs of them) of a micro-batch."""
+    """Sequences (rows, or packs of them) of a micro-batch."""
 
     def batch(self, rows: Sequence[Row], indices: tuple[int, ...], index: int) -> Batch:
         """Return a micro-batch of some rows."""
-        return collate(rows, indices, flat=self.flat, pad_id=self.pad_id, index=index)
+        return collate(rows, indices, padding_free=self.padding_free, pad_id=self.pad_id, index=index)
 
 
 class Feed(Protocol):
     """Where a trial's steps come from."""
 
-    units: int | None
+    sequences: int | None
     """Rows, or packs of them, of one pass; None when that is not known."""
 
     def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Generator[Step]:
@@ -78,7 +78,7 @@ class PlannedFeed:
 
     def __init__(self, rows: Rows, plan: Plan, workers: int) -> None:
         self.rows, self.plan, self._workers = rows, plan, workers
-        self.units: int | None = plan.unit_count
+        self.sequences: int | None = plan.sequence_count
 
     def steps(self, first: int, last: int, cursor: dict[str, Any] | None, layout: Layout) -> Generator[Step]:
         """Yield steps; a plan finds each by its number."""

@@ -14,7 +14,7 @@ from sftx.data.rows import Row
 from sftx.errors import DataError
 
 OVERLAP = 0.25
-"""Share of a further row that shows, unlearned, what came just before its part of a long answer."""
+"""Share of a further row that shows, unsupervised, what came just before its part of a long answer."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Answer:
     stop: int
     weight: float
     mask: np.ndarray | None = None
-    """Bool for each of its tokens, where the template marks only a part for learning."""
+    """Bool for each of its tokens, where the template marks only a part as supervised."""
     index: int = 0
     """Its message's number."""
 
@@ -55,11 +55,11 @@ class Draft:
 
 
 Encode = Callable[[Sequence[Message]], "list[Draft] | str"]
-"""Encodes other messages of the same record; only weights that are not 0 are learned."""
+"""Encodes other messages of the same record; only weights that are not 0 are supervised."""
 
 
 def fit(drafts: list[Draft], record: Record, policy: EncodePolicy, encode: Encode) -> list[Row] | str:
-    """Return a record's rows, none longer than the policy allows, or why it cannot be learned from.
+    """Return a record's rows, none longer than the policy allows, or why it cannot be trained on.
 
     Args:
         drafts: the record's rows at full length.
@@ -67,7 +67,7 @@ def fit(drafts: list[Draft], record: Record, policy: EncodePolicy, encode: Encod
         policy: what to do with a row that is too long.
         encode: drafts the rows of a part of the record.
 
-    Errors:
+    Raises:
         DataError: a row is too long, and the policy is to refuse that.
     """
     limit = policy.max_length
@@ -119,7 +119,7 @@ def _cut_right(drafts: list[Draft], record: Record, limit: int) -> list[Row] | s
             )
         kept = [row for row in [drafts[0].row(record, 0, limit)] if row.supervised_T.any()]
         if not kept:
-            return f"max_seq_length={limit} would cut all that is learned; raise max_seq_length to {longest} to use it"
+            return f"max_seq_length={limit} would cut all supervised tokens; raise it to {longest} to use the row"
     if len(kept) < len(rows):
         kept[-1] = replace(kept[-1], full_length=longest)
     return kept
@@ -129,12 +129,12 @@ def _cut_prompt(draft: Draft, record: Record, limit: int, encode: Encode) -> Row
     """Cut the beginning of the conversation: its oldest exchanges, then the beginning of what the user said.
 
     The system's turn and the template's structure stay, and so does the last answer, whole. Answers in the
-    exchanges that go are not learned.
+    exchanges that go are not supervised.
     """
     if len(draft) <= limit:
         return draft.row(record)
-    full, learned = len(draft), {a.index for a in draft.answers}
-    messages = [replace(m, weight=m.weight if i in learned else 0.0) for i, m in enumerate(record.messages)]
+    full, supervised = len(draft), {a.index for a in draft.answers}
+    messages = [replace(m, weight=m.weight if i in supervised else 0.0) for i, m in enumerate(record.messages)]
     system, rest = exchanges(messages[: draft.answers[-1].index + 1])
     for first in range(1, len(rest)):
         shorter = _single(encode([*system, *chain(*rest[first:])]))
@@ -143,11 +143,11 @@ def _cut_prompt(draft: Draft, record: Record, limit: int, encode: Encode) -> Row
     last = rest[-1]
     at = next((i for i, m in enumerate(last) if m.role == "user"), len(last) - 1)
 
-    def without(letters: int) -> Draft:
-        said = replace(last[at], content=last[at].content[letters:])
+    def without(characters: int) -> Draft:
+        said = replace(last[at], content=last[at].content[characters:])
         return _single(encode([*system, *last[:at], said, *last[at + 1 :]])) or draft
 
-    fits_not, fits = 0, max(0, len(last[at].content) - 1)  # at least a letter stays
+    fits_not, fits = 0, max(0, len(last[at].content) - 1)  # at least a character stays
     shortest = without(fits) if last[at].role == "user" else draft
     if len(shortest) <= limit:
         while fits - fits_not > 1:
@@ -207,9 +207,9 @@ def _fits(drafts: list[Draft] | str, limit: int) -> bool:
 
 
 def _windows(draft: Draft, record: Record, limit: int) -> list[Row]:
-    """Cut a draft into rows so that each token is learned in exactly one.
+    """Cut a draft into rows so that each token is supervised in exactly one.
 
-    Each further row holds the prompt, then, unlearned, the end of what was learned before, then the next
+    Each further row holds the prompt, then, unsupervised, the end of what was supervised before, then the next
     part: so no row teaches to begin an answer in its middle. A prompt of more than half a row is shown only
     in the first, and only by its end when it leaves less than half of that for the answer.
     """

@@ -22,32 +22,32 @@ PATIENCE = 5.0
 """Seconds the hub has to answer at all; the clients' own retries take half a minute."""
 
 
-def hub_files(name: str, said: str) -> list[Path]:
-    """Return the Arrow files of a dataset, fetched or kept from an earlier time; `said` is how it was named.
+def hub_files(name: str, spelled: str) -> list[Path]:
+    """Return the Arrow files of a dataset, fetched or kept from an earlier time; `spelled` is how it was named.
 
-    Errors:
+    Raises:
         DataError: `datasets` is not installed, there is no such dataset or split, or no way to the hub.
     """
-    files = [Path(str(f["filename"])) for f in _load(name, said, streaming=False).cache_files]
+    files = [Path(str(f["filename"])) for f in _load(name, spelled, streaming=False).cache_files]
     if not files:
-        raise DataError(f"{said}: it left no file; save it with save_to_disk and name that folder.")
+        raise DataError(f"{spelled}: it left no file; save it with save_to_disk and name that folder.")
     return files
 
 
-def hub_rows(name: str, said: str) -> Iterator[dict[str, Any]]:
+def hub_rows(name: str, spelled: str) -> Iterator[dict[str, Any]]:
     """Yield a dataset's rows as they come, keeping none.
 
-    Errors:
+    Raises:
         DataError: as `hub_files`; or the connection is lost for good.
     """
-    rows, number = iter(_load(name, said, streaming=True)), 0
+    rows, number = iter(_load(name, spelled, streaming=True)), 0
     while True:
         try:
             row = next(rows, None)
         except Exception as error:  # whatever the network and a dataset's reader raise
             raise DataError(
-                f"{said}: row {number + 1} cannot be had: {_first_line(error)}. Run the same command again: it goes on "
-                "at the last checkpoint."
+                f"{spelled}: row {number + 1} cannot be had: {_first_line(error)}. Run the same command again: it "
+                "goes on at the last checkpoint."
             ) from error
         if row is None:
             return
@@ -55,20 +55,20 @@ def hub_rows(name: str, said: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _load(name: str, said: str, *, streaming: bool) -> Any:
-    asked = HUB_ID.fullmatch(name)
-    assert asked is not None
-    begun = f"{said}: no such file or folder, and as a dataset of the hub it cannot be read: "
+def _load(name: str, spelled: str, *, streaming: bool) -> Any:
+    parts = HUB_ID.fullmatch(name)
+    assert parts is not None
+    begun = f"{spelled}: no such file or folder, and as a dataset of the hub it cannot be read: "
     try:
         from datasets import load_dataset  # heavy, and an extra
     except ImportError as error:
         raise DataError(f"{begun}install the extra for that: pip install 'sftx[datasets]'.") from error
-    config, split = asked["config"], asked["split"] or SPLIT
+    config, split = parts["config"], parts["split"] or SPLIT
     endpoint = _unreachable()
     how = {"streaming": True} if streaming else {}
     try:
         with _offline(endpoint is not None):
-            return load_dataset(asked["id"], *([config] if config else []), split=split, **how)
+            return load_dataset(parts["id"], *([config] if config else []), split=split, **how)
     except Exception as error:
         if endpoint is not None:
             raise DataError(
@@ -86,7 +86,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _unreachable() -> str | None:
-    """Return the hub's address when it does not answer, or must not be asked (HF_HUB_OFFLINE)."""
+    """Return the hub's address when it does not answer, or must not be contacted (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

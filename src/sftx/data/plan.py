@@ -15,7 +15,7 @@ import torch
 
 from sftx.seeds import key_of
 
-Unit = tuple[int, ...]
+Pack = tuple[int, ...]
 """Rows that count as one of a micro-batch's `batch_size`: one row, or with `packed` those of a pack."""
 Batching = Literal["padding_free", "padded", "length_bucketed", "packed"]
 BUCKET_STEPS = 32
@@ -30,86 +30,86 @@ class Plan:
     """Tokens of each row."""
     batching: Batching
     max_length: int
-    units_per_step: int
-    """Units of an optimizer step, over all ranks and micro-batches."""
+    sequences_per_step: int
+    """Sequences of an optimizer step, over all ranks and micro-batches."""
     seed: int
-    _epochs: dict[int, list[Unit]] = field(init=False, repr=False, default_factory=dict)
+    _epochs: dict[int, list[Pack]] = field(init=False, repr=False, default_factory=dict)
 
     @property
-    def unit_count(self) -> int:
-        """Units of one pass over the rows; the same in every epoch."""
+    def sequence_count(self) -> int:
+        """Sequences of one pass over the rows; the same in every epoch."""
         return len(self._epoch(0))
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass; the last one of a pass may be smaller."""
-        return math.ceil(self.unit_count / self.units_per_step)
+        return math.ceil(self.sequence_count / self.sequences_per_step)
 
     def rows(self, step: int) -> list[int]:
         """Return the rows of a step (counted from 0)."""
-        return [i for unit in self._units(step) for i in unit]
+        return [i for pack in self._packs(step) for i in pack]
 
     def micro_batches(self, step: int, batch_size: int) -> list[tuple[int, ...]]:
         """Return the rows of each micro-batch of a step, over all ranks."""
-        return _micro_batches(self._units(step), batch_size)
+        return _micro_batches(self._packs(step), batch_size)
 
     def share(self, step: int, batch_size: int, world_size: int, rank: int) -> list[tuple[int, tuple[int, ...]]]:
         """Return (index, rows) of one rank's micro-batches; every rank gets equally many, some without rows."""
-        return share(self._units(step), batch_size, world_size, rank)
+        return share(self._packs(step), batch_size, world_size, rank)
 
-    def waste(self) -> float:
+    def packing_waste(self) -> float:
         """Return the share of a pack that stays empty, on average; 0 where rows are not packed."""
         if self.batching != "packed":
             return 0.0
-        return 1 - sum(self.lengths) / (self.unit_count * self.max_length)
+        return 1 - sum(self.lengths) / (self.sequence_count * self.max_length)
 
-    def _units(self, step: int) -> list[Unit]:
+    def _packs(self, step: int) -> list[Pack]:
         epoch, within = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[within * self.units_per_step : (within + 1) * self.units_per_step]
+        return self._epoch(epoch)[within * self.sequences_per_step : (within + 1) * self.sequences_per_step]
 
-    def _epoch(self, epoch: int) -> list[Unit]:
-        """Return the units of an epoch in their order; the last two asked for are kept."""
+    def _epoch(self, epoch: int) -> list[Pack]:
+        """Return the packs of an epoch in their order; the last two asked for are kept."""
         if epoch not in self._epochs:
             while len(self._epochs) > 1:
                 self._epochs.pop(next(iter(self._epochs)))
             self._epochs[epoch] = self._ordered(epoch)
         return self._epochs[epoch]
 
-    def _ordered(self, epoch: int) -> list[Unit]:
+    def _ordered(self, epoch: int) -> list[Pack]:
         generator = torch.Generator().manual_seed(key_of(self.seed, epoch))
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        return in_units(order, self.lengths, self.batching, self.max_length, self.units_per_step, generator)
+        return in_packs(order, self.lengths, self.batching, self.max_length, self.sequences_per_step, generator)
 
 
-def in_units(
+def in_packs(
     order: list[int],
     lengths: Sequence[int],
     batching: Batching,
     max_length: int,
-    units_per_step: int,
+    sequences_per_step: int,
     generator: torch.Generator,
-) -> list[Unit]:
-    """Return rows as units, in the order of training; `order` is a shuffled one of the rows."""
+) -> list[Pack]:
+    """Return rows as packs, in the order of training; `order` is a shuffled one of the rows."""
     if not order:
         return []
     if batching == "packed":
         packs = pack(order, lengths, max_length)
         return [packs[i] for i in torch.randperm(len(packs), generator=generator).tolist()]
     if batching == "length_bucketed":
-        order = _bucketed(order, lengths, units_per_step, generator)
+        order = _bucketed(order, lengths, sequences_per_step, generator)
     return [(i,) for i in order]
 
 
-def share(units: Sequence[Unit], batch_size: int, world_size: int, rank: int) -> list[tuple[int, tuple[int, ...]]]:
+def share(packs: Sequence[Pack], batch_size: int, world_size: int, rank: int) -> list[tuple[int, tuple[int, ...]]]:
     """Return (index, rows) of one rank's micro-batches of a step, equally many on each rank, some without rows."""
-    micro = _micro_batches(units, batch_size)
+    micro = _micro_batches(packs, batch_size)
     micro += [()] * (-len(micro) % world_size)
     return [(i, micro[i]) for i in range(rank, len(micro), world_size)]
 
 
-def _micro_batches(units: Sequence[Unit], batch_size: int) -> list[tuple[int, ...]]:
-    groups = [units[i : i + batch_size] for i in range(0, len(units), batch_size)]
-    return [tuple(i for unit in group for i in unit) for group in groups]
+def _micro_batches(packs: Sequence[Pack], batch_size: int) -> list[tuple[int, ...]]:
+    groups = [packs[i : i + batch_size] for i in range(0, len(packs), batch_size)]
+    return [tuple(i for pack in group for i in pack) for group in groups]
 
 
 def _bucketed(order: list[int], lengths: Sequence[int], step_rows: int, generator: torch.Generator) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Literal
 from sftx.data.record import Message, Record
 
 TooLong = Literal["truncate_right", "truncate_prompt", "drop", "split", "error"]
-Learn = Literal["all", "last"]
+TrainOn = Literal["all", "last"]
 Weights = Sequence[float]
 PAIR = (0.0, 1.0)
 
@@ -19,13 +19,13 @@ class EncodePolicy:
     """How a conversation becomes rows of at most `max_length` tokens.
 
     `too_long`: cut the end of the last answer, cut the beginning of the prompt, leave the record out,
-    split it into several rows, or refuse it. `learn`: all assistant turns or the last one; a turn's own
+    split it into several rows, or refuse it. `train_on`: all assistant turns or the last one; a turn's own
     `weight` has the last word.
     """
 
     max_length: int
     too_long: TooLong = "truncate_right"
-    learn: Learn = "all"
+    train_on: TrainOn = "all"
     system: str | None = None
     """The system prompt of records that have none."""
     category_prefix: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +56,6 @@ class EncodePolicy:
         last = max((i for i, m in enumerate(record.messages) if m.role == "assistant"), default=-1)
         out = []
         for i, m in enumerate(record.messages):
-            usual = 1.0 if m.weight is None and (self.learn == "all" or i == last) else m.weight or 0.0
+            usual = 1.0 if m.weight is None and (self.train_on == "all" or i == last) else m.weight or 0.0
             out.append(usual * record.weight if m.role == "assistant" else 0.0)
         return out

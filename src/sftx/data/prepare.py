@@ -65,7 +65,7 @@ class Stream:
             window=self.window,
             batching=config.batching,
             max_length=config.max_seq_length,
-            units_per_step=sequences_per_device(config) * world_size,
+            sequences_per_step=sequences_per_device(config) * world_size,
         )
         return StreamedFeed(self.files.reader(), self.encoder, order, config.dataloader_num_workers)
 
@@ -73,7 +73,7 @@ class Stream:
 def open_data(config: TrainConfig) -> Callable[[ChatTemplate], Data]:
     """Find and read the corpus; return what makes rows of it once the template is known.
 
-    Errors:
+    Raises:
         DataError: it cannot be read exactly, or nothing is left, or nothing can be held out.
     """
     corpus: Corpus = build(config.data)
@@ -101,15 +101,15 @@ def _streamed(config: TrainConfig, corpus: Corpus, template: ChatTemplate) -> Da
     for file in held.files:
         if files.holds(Path(str(file["path"])), str(file["sha256"])):
             raise _trained_too(str(file["path"]))
-    places = np.arange(len(held.records))[: config.eval_max_rows]
-    held_out, skipped = _held_out_rows(held, places, corpus, config, template)
+    indices = np.arange(len(held.records))[: config.eval_max_rows]
+    held_out, skipped = _held_out_rows(held, indices, corpus, config, template)
     return Data([files, held], MemoryRows(rows), held_out, skipped, stream)
 
 
 def select(config: TrainConfig, corpus: Corpus) -> Selection:
     """Read the corpus and choose its records.
 
-    Errors:
+    Raises:
         DataError: it cannot be read exactly, or nothing is left, or nothing can be held out.
     """
     keep = not config.remove_unused_columns
@@ -124,48 +124,48 @@ def select(config: TrainConfig, corpus: Corpus) -> Selection:
 def select_from(loaded: LoadedFile, held_out_file: LoadedFile | None, corpus: Corpus, config: TrainConfig) -> Selection:
     """Choose the records of a corpus that is read, and of what is held out.
 
-    Errors:
+    Raises:
         DataError: nothing is left, or nothing can be held out.
     """
     trained = {file["sha256"] for file in loaded.files}
     for file in held_out_file.files if held_out_file is not None else ():
         if file["sha256"] in trained:
             raise _trained_too(str(file["path"]))
-    places = np.arange(len(loaded.records))[: config.max_train_rows]
+    indices = np.arange(len(loaded.records))[: config.max_train_rows]
     left_out: list[str] = []
     policy, facts = corpus.choose_policy(), None
     if policy.chooses:
-        facts = facts_of(loaded.records[: len(places)])
+        facts = facts_of(loaded.records[: len(indices)])
         choice = choose(facts, loaded.records, policy, config.seed)
-        places = choice.kept
+        indices = choice.kept
         left_out += [f"{loaded.records.origin(i)}: {why}" for i, why in choice.left_out]
     files = [loaded]
     if held_out_file is not None:
         files.append(held_out_file)
         held_out = np.arange(len(held_out_file.records))[: config.eval_max_rows]
     else:
-        training, held = split(RecordView(loaded.records, places), config.eval_ratio, config.eval_max_rows)
-        places, held_out = training.places, held.places
+        training, held = split(RecordView(loaded.records, indices), config.eval_ratio, config.eval_max_rows)
+        indices, held_out = training.indices, held.indices
         if config.eval_ratio > 0 and not len(held_out):
             raise DataError(
-                f"{loaded.path}: too few rows ({len(places)}) to hold some out: set eval_ratio=0 or eval_file_name."
+                f"{loaded.path}: too few rows ({len(indices)}) to hold some out: set eval_ratio=0 or eval_file_name."
             )
-    return Selection(corpus, files, _mixed(facts, places, corpus, config.seed), held_out, left_out)
+    return Selection(corpus, files, _mixed(facts, indices, corpus, config.seed), held_out, left_out)
 
 
 def _trained_too(path: str) -> DataError:
     return DataError(f"{path}: to be held out, but it is trained on too. Name another eval_file_name.")
 
 
-def _mixed(facts: Facts | None, places: np.ndarray, corpus: Corpus, seed: int) -> np.ndarray:
-    return places if facts is None else mixed(facts, places, corpus.choose_policy(), seed)
+def _mixed(facts: Facts | None, indices: np.ndarray, corpus: Corpus, seed: int) -> np.ndarray:
+    return indices if facts is None else mixed(facts, indices, corpus.choose_policy(), seed)
 
 
 def tokenise(selection: Selection, config: TrainConfig, template: ChatTemplate) -> Data:
     """Return the rows of a selection; a corpus is tokenised once and kept.
 
-    Errors:
-        DataError: no record can be learned from, or none that is held out.
+    Raises:
+        DataError: no record can be trained on, or none that is held out.
     """
     train, skipped = rows_of(selection.files[0], selection.training, selection.corpus, config, template)
     if not len(train):
@@ -175,21 +175,21 @@ def tokenise(selection: Selection, config: TrainConfig, template: ChatTemplate) 
 
 
 def _held_out_rows(
-    loaded: LoadedFile, places: np.ndarray, corpus: Corpus, config: TrainConfig, template: ChatTemplate
+    loaded: LoadedFile, indices: np.ndarray, corpus: Corpus, config: TrainConfig, template: ChatTemplate
 ) -> tuple[Rows, list[str]]:
-    held_out, skipped = rows_of(loaded, places, corpus, config, template)
-    if len(places) and not held_out.supervised.any():
+    held_out, skipped = rows_of(loaded, indices, corpus, config, template)
+    if len(indices) and not held_out.supervised.any():
         raise DataError("no held-out row can be evaluated.")
     return held_out, skipped
 
 
 def rows_of(
-    loaded: LoadedFile, places: np.ndarray, corpus: Corpus, config: TrainConfig, template: ChatTemplate
+    loaded: LoadedFile, indices: np.ndarray, corpus: Corpus, config: TrainConfig, template: ChatTemplate
 ) -> tuple[Rows, list[str]]:
-    """Return the rows of some records, each record as often as its place is given, and why others have none."""
-    if not len(places):
+    """Return the rows of some records, each record as often as its index is given, and why others have none."""
+    if not len(indices):
         return MemoryRows([]), []
-    records = loaded.records[: config.max_train_rows if places.max() < (config.max_train_rows or 0) else None]
+    records = loaded.records[: config.max_train_rows if indices.max() < (config.max_train_rows or 0) else None]
     every = open_rows(
         loaded.records.key,
         records,
@@ -198,15 +198,15 @@ def rows_of(
         workers=corpus.num_workers,
         names=Names(loaded.path.name, config.model_name_or_path, config.template_name or ""),
     )
-    chosen = every.of_records(places)
+    chosen = every.of_records(indices)
     skipped = [str(s) for s in chosen.skipped]
-    if rises(places):
+    if rises(indices):
         return chosen, skipped
-    return every.select(_repeated(every.records, places)), skipped
+    return every.select(_repeated(every.records, indices)), skipped
 
 
-def _repeated(records: np.ndarray, places: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return the rows of each place, in order, as often as it stands there."""
-    first = np.searchsorted(records, places, side="left")
-    last = np.searchsorted(records, places, side="right")
+def _repeated(records: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the rows of each index, in order, as often as it stands there."""
+    first = np.searchsorted(records, indices, side="left")
+    last = np.searchsorted(records, indices, side="right")
     return np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])

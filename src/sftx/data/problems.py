@@ -59,17 +59,17 @@ class Problems:
         """Raise one DataError that lists the problems, if there are any."""
         if not self.count:
             return
-        said: list[str] = []
+        lines: list[str] = []
         before = ""
         for line, record, text in self._listed:
             repeated = text == before and len(text) > LONG
-            said.append(f"{origin_text(self.path, line, record)}: {'the same' if repeated else text}")
+            lines.append(f"{origin_text(self.path, line, record)}: {'the same' if repeated else text}")
             before = text
-        if self.count > len(said):
-            said.append(f"and {self.count - len(said)} more")
-        if valid_rows and self._rows == self.count and not any("data.on_bad_rows" in text for text in said):
-            said.append(SKIP)
-        raise DataError("\n".join(said))
+        if self.count > len(lines):
+            lines.append(f"and {self.count - len(lines)} more")
+        if valid_rows and self._rows == self.count and not any("data.on_bad_rows" in text for text in lines):
+            lines.append(SKIP)
+        raise DataError("\n".join(lines))
 
 
 def _shortened(text: str) -> str:

@@ -1,7 +1,7 @@
 """One file to exact records, or one `DataError` that lists what is wrong and where.
 
 Nothing is repaired: no cell is stripped, no text becomes a null, no byte becomes a replacement
-character. What had to be detected (encoding, delimiter, format, shape) is handed back to be said.
+character. What had to be detected (encoding, delimiter, format, schema) is handed back to be logged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sftx.data.csvtext import csv_rows, filled_down, find_delimiter, other_delim
 from sftx.data.jsontext import is_jsonl, json_rows, jsonl_rows
 from sftx.data.problems import MAX_LISTED, Problems
 from sftx.data.record import Record
-from sftx.data.shapes import ShapeName, Shaper, UsedColumns, check_columns, known_names
+from sftx.data.schemas import RecordBuilder, SchemaName, UsedColumns, check_columns, known_names
 from sftx.data.tables import open_table
 from sftx.data.text import Survey, survey, text_lines
 from sftx.data.workbook import open_workbook
@@ -47,7 +47,7 @@ class How:
     format: Format = "auto"
     encoding: str = "auto"
     delimiter: str = "auto"
-    shape: ShapeName = "auto"
+    schema: SchemaName = "auto"
     columns: dict[str, str | None] = field(default_factory=dict)
     fill_down: tuple[str, ...] = ()
 
@@ -60,7 +60,7 @@ class Reading:
     encoding: str | None
     delimiter: str | None
     format: str
-    shape: str | None
+    schema: str | None
 
 
 def suffixes(path: Path) -> tuple[str, str | None]:
@@ -72,7 +72,7 @@ def suffixes(path: Path) -> tuple[str, str | None]:
 
 
 def is_known(path: Path) -> bool:
-    """Tell whether a file's suffix says a format."""
+    """Return True if a file's suffix names a format."""
     return suffixes(path)[0] in FORMATS
 
 
@@ -106,10 +106,10 @@ class FileReader:
         self._skips = on_skip is not None
         self.encoding: str | None = None
         self.delimiter: str | None = None
-        self.shape: str | None = None
+        self.schema: str | None = None
         self.used = UsedColumns()
         """What became of its columns, as far as its rows are read."""
-        check_columns(self._how.shape, self._how.columns)
+        check_columns(self._how.schema, self._how.columns)
         if self._how.fill_down and self.format not in ("csv", "xlsx"):
             raise DataError(f"{self.path}: data.fill_down is for CSV and workbooks, this is {self.format}")
 
@@ -127,15 +127,15 @@ class FileReader:
                 yield record
         self._problems.check(count)
         if not count:
-            raise DataError(f"{self.path}: no row is sound: all were skipped; read it with data.on_bad_rows=error")
+            raise DataError(f"{self.path}: no row is valid: all were skipped; read it with data.on_bad_rows=error")
 
-    def _shaper(self, kind: str) -> Shaper:
+    def _builder(self, kind: str) -> RecordBuilder:
         how = self._how
-        shaper = Shaper(
-            self._problems, source=self._source, shape=how.shape, columns=how.columns, keep=self._keep, kind=kind
+        builder = RecordBuilder(
+            self._problems, source=self._source, schema=how.schema, columns=how.columns, keep=self._keep, kind=kind
         )
-        self.used = shaper.used
-        return shaper
+        self.used = builder.used
+        return builder
 
     def _text(self) -> Iterator[Record]:
         how, only = self._how, {"jsonl": "JSONL", "json": "JSON"}.get(self.format)
@@ -158,7 +158,7 @@ class FileReader:
         if self.format == "json" and how.format == "auto":
             self.format = "jsonl" if is_jsonl(self._blob, text.encoding, known_names(how.columns)) else "json"
         rows = jsonl_rows if self.format == "jsonl" else json_rows
-        yield from self._shaped(self._shaper("key"), rows(self._blob, text.encoding, self._problems))
+        yield from self._records(self._builder("key"), rows(self._blob, text.encoding, self._problems))
 
     def _csv(self, text: Survey) -> Iterator[Record]:
         mark = find_delimiter(self._blob, text.encoding, self._how.delimiter, known_names(self._how.columns))
@@ -175,13 +175,13 @@ class FileReader:
 
     def _cells(self, line: int, names: list[str], rows: Iterator[tuple[int, list[Any]]], hint: str) -> Iterator[Record]:
         """Yield the records of rows of cells under a header."""
-        shaper = self._shaper("column")
-        shaper.header(names, line, hint)
-        self.shape = shaper.shape
+        builder = self._builder("column")
+        builder.header(names, line, hint)
+        self.schema = builder.schema
         if self._how.fill_down:
             rows = filled_down(line, names, rows, self._how.fill_down, self._problems)
         for number, cells in rows:
-            record = shaper.record(number, dict(zip(names, cells, strict=True)))
+            record = builder.record(number, dict(zip(names, cells, strict=True)))
             if record is not None:
                 yield record
 
@@ -193,19 +193,19 @@ class FileReader:
 
     def _table(self) -> Iterator[Record]:
         with open_table(self._blob, self.format) as (names, rows):
-            shaper = self._shaper("column")
-            shaper.header(names, 1)
+            builder = self._builder("column")
+            builder.header(names, 1)
             first = None
-            for first in self._shaped(shaper, enumerate(rows, 1)):
+            for first in self._records(builder, enumerate(rows, 1)):
                 yield first
             if first is None and not self._problems.count and not self._skips:
                 self._problems.file(1, "no rows: the file has only its columns; add at least one row")
 
-    def _shaped(self, shaper: Shaper, rows: Iterator[tuple[int, object]]) -> Iterator[Record]:
+    def _records(self, builder: RecordBuilder, rows: Iterator[tuple[int, object]]) -> Iterator[Record]:
         for line, row in rows:
-            record = shaper.record(line, row)
+            record = builder.record(line, row)
             if record is not None:
-                self.shape = shaper.shape
+                self.schema = builder.schema
                 yield replace(record, number=self._problems.record) if self._problems.record else record
 
 
@@ -225,11 +225,11 @@ def _format(path: Path, wanted: str) -> tuple[str, str | None]:
 def read_file(path: Path, **how: object) -> Reading:
     """Read all records of a file exactly; takes the settings of `How`.
 
-    Raises DataError when the file, its format or its encoding is not known, or any row is not sound.
+    Raises DataError when the file, its format or its encoding is not known, or any row is invalid.
     """
     reader = FileReader(path, How(**how))  # type: ignore[arg-type]
     records = list(reader)
-    return Reading(records, reader.encoding, reader.delimiter, reader.format, reader.shape)
+    return Reading(records, reader.encoding, reader.delimiter, reader.format, reader.schema)
 
 
 def described(form: str | None, encoding: str | None, delimiter: str | None) -> str:

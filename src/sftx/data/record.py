@@ -1,4 +1,4 @@
-"""A record: one conversation of a corpus, whatever file and shape it came from."""
+"""A record: one conversation of a corpus, whatever file and schema it came from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Message:
     role: Role
     content: str
     weight: float | None = None
-    """What a token of this turn weighs in the loss: 0 is not learned, None is left to the policy `learn`."""
+    """What a token of this turn weighs in the loss: 0 is not supervised, None is left to the policy `train_on`."""
     reasoning: str | None = None
     """An assistant's thinking, for the templates that show it."""
     tool_calls: tuple[dict[str, Any], ...] = ()
@@ -37,7 +37,7 @@ class Record:
     tools: tuple[dict[str, Any], ...] = ()
     """Definitions of the tools the assistant may call, in OpenAI's form."""
     weight: float = 1.0
-    """Multiplies the weight of each learned token."""
+    """Multiplies the weight of each supervised token."""
     source: str = ""
     """The part of the corpus it belongs to: its file's name without suffixes, or the dataset's name."""
     number: int = 0

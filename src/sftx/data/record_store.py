@@ -43,7 +43,7 @@ class _Lazy(Sequence[Record]):
     """Records that are read one at a time, equal to any sequence of equal records."""
 
     @abstractmethod
-    def origin(self, place: int) -> str:
+    def origin(self, index: int) -> str:
         """Return where a record begins, as `file:line`, without reading it."""
 
     def __eq__(self, other: object) -> bool:
@@ -96,15 +96,15 @@ class RecordStore(_Lazy):
         return int(self._first[-1])
 
     @overload
-    def __getitem__(self, place: int) -> Record: ...
+    def __getitem__(self, index: int) -> Record: ...
     @overload
-    def __getitem__(self, place: slice) -> RecordView: ...
-    def __getitem__(self, place: int | slice) -> Record | RecordView:
-        if isinstance(place, slice):
-            return RecordView(self, np.arange(len(self))[place])
-        i = place + len(self) if place < 0 else place
+    def __getitem__(self, index: slice) -> RecordView: ...
+    def __getitem__(self, index: int | slice) -> Record | RecordView:
+        if isinstance(index, slice):
+            return RecordView(self, np.arange(len(self))[index])
+        i = index + len(self) if index < 0 else index
         if not 0 <= i < len(self):
-            raise IndexError(place)
+            raise IndexError(index)
         number = int(np.searchsorted(self._first, i, side="right")) - 1
         return _from_line(self._batch(number)[i - int(self._first[number])].as_py(), self.files, self.sources)
 
@@ -112,10 +112,10 @@ class RecordStore(_Lazy):
         """Return what is known of every record without reading one: a column of `SCHEMA`."""
         return column(self._chunks(name), DTYPES[name])
 
-    def origin(self, place: int) -> str:
+    def origin(self, index: int) -> str:
         """Return where a record begins."""
         lines, numbers_in_lines, files = self._origins
-        return origin_text(self.files[files[place]], lines[place], numbers_in_lines[place])
+        return origin_text(self.files[files[index]], lines[index], numbers_in_lines[index])
 
     @cached_property
     def _origins(self) -> tuple[np.ndarray, ...]:
@@ -142,47 +142,47 @@ class RecordStore(_Lazy):
 
 
 class RecordView(_Lazy):
-    """Some records of a sequence, by their places in it."""
+    """Some records of a sequence, by their indices in it."""
 
-    def __init__(self, records: Sequence[Record], places: np.ndarray) -> None:
+    def __init__(self, records: Sequence[Record], indices: np.ndarray) -> None:
         self.records: Sequence[Record] = records
-        self.places = places
+        self.indices = indices
         if isinstance(records, RecordView):
-            self.records, self.places = records.records, records.places[places]
+            self.records, self.indices = records.records, records.indices[indices]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     @overload
-    def __getitem__(self, place: int) -> Record: ...
+    def __getitem__(self, index: int) -> Record: ...
     @overload
-    def __getitem__(self, place: slice) -> RecordView: ...
-    def __getitem__(self, place: int | slice) -> Record | RecordView:
-        if isinstance(place, slice):
-            return RecordView(self.records, self.places[place])
-        return self.records[int(self.places[place])]
+    def __getitem__(self, index: slice) -> RecordView: ...
+    def __getitem__(self, index: int | slice) -> Record | RecordView:
+        if isinstance(index, slice):
+            return RecordView(self.records, self.indices[index])
+        return self.records[int(self.indices[index])]
 
-    def origin(self, place: int) -> str:
+    def origin(self, index: int) -> str:
         """Return where a record begins."""
-        return origin_of(self.records, int(self.places[place]))
+        return origin_of(self.records, int(self.indices[index]))
 
 
-def origin_of(records: Sequence[Record], place: int) -> str:
+def origin_of(records: Sequence[Record], index: int) -> str:
     """Return where one of some records begins, as `file:line`; read only where that is not known otherwise."""
-    return records.origin(place) if isinstance(records, _Lazy) else records[place].origin
+    return records.origin(index) if isinstance(records, _Lazy) else records[index].origin
 
 
 def stored(records: Sequence[Record]) -> tuple[RecordStore, np.ndarray | slice] | None:
-    """Return the store that records lie in, and their places in it; None when they lie in none."""
-    base, places = (records.records, records.places) if isinstance(records, RecordView) else (records, slice(None))
-    return (base, places) if isinstance(base, RecordStore) else None
+    """Return the store that records lie in, and their indices in it; None when they lie in none."""
+    base, indices = (records.records, records.indices) if isinstance(records, RecordView) else (records, slice(None))
+    return (base, indices) if isinstance(base, RecordStore) else None
 
 
 def categories_of(records: Sequence[Record]) -> tuple[np.ndarray, list[str]]:
     """Return the number of each record's category, and the categories' names."""
     if found := stored(records):
-        store, places = found
-        return store.column("category")[places], list(store.categories)
+        store, indices = found
+        return store.column("category")[indices], list(store.categories)
     names: dict[str, int] = {}
     return np.array([names.setdefault(r.category, len(names)) for r in records], np.int32), list(names)
 
@@ -193,7 +193,7 @@ def write_records(folder: Path, records: Iterable[tuple[int, Record]]) -> dict[s
     categories: dict[str, int] = {}
     lines: list[bytes] = []
     known: list[tuple[Any, ...]] = []
-    with _writing(folder / RECORDS, TEXT) as texts, _writing(folder / INDEX, SCHEMA) as index:
+    with _writing(folder / RECORDS, TEXT) as texts, _writing(folder / INDEX, SCHEMA) as known_of:
         for number, record in records:
             line = _to_line(record, number)
             category = categories.setdefault(record.category, len(categories))
@@ -202,10 +202,10 @@ def write_records(folder: Path, records: Iterable[tuple[int, Record]]) -> dict[s
             known.append((record.line, record.number, number, category, *digests))
             rows, size = rows + 1, size + len(line)
             if size >= BATCH_BYTES:
-                _write_batch(texts, index, lines, known)
+                _write_batch(texts, known_of, lines, known)
                 lines, known, size = [], [], 0
         if lines:
-            _write_batch(texts, index, lines, known)
+            _write_batch(texts, known_of, lines, known)
     return {"rows": rows, "categories": list(categories)}
 
 
@@ -216,14 +216,14 @@ def _writing(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatchWriter]:
 
 
 def _write_batch(
-    texts: pa.RecordBatchWriter, index: pa.RecordBatchWriter, lines: list[bytes], known: list[tuple[Any, ...]]
+    texts: pa.RecordBatchWriter, known_of: pa.RecordBatchWriter, lines: list[bytes], known: list[tuple[Any, ...]]
 ) -> None:
     texts.write_batch(pa.record_batch([to_binary(lines)], schema=TEXT))
     columns = [
         to_arrow(np.array(values, dtype), field.type)
         for values, dtype, field in zip(zip(*known, strict=True), DTYPES.values(), SCHEMA, strict=True)
     ]
-    index.write_batch(pa.record_batch(columns, schema=SCHEMA))
+    known_of.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
 
 def prompt_digest(record: Record) -> bytes:
@@ -266,7 +266,7 @@ def json_line(value: object) -> bytes:
     """Return JSON and a line end."""
     try:
         return _encode(value).encode("utf-8") + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, in a column that is kept but not learned
+    except UnicodeEncodeError:  # half a surrogate pair, in a column that is kept but not trained on
         return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
 

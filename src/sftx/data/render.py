@@ -35,15 +35,15 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, source: str, date: str | None = None) -> None:
         self.tokenizer = tokenizer
-        said = re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)  # not what its comments say
-        self.date = date if "strftime_now" in said else None
+        code = re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)  # not what its comments say
+        self.date = date if "strftime_now" in code else None
         """The day that the template writes as today; None when it writes none."""
         self.source = source if self.date is None else _dated(source, self.date)
-        self.thinking_switch = next((name for name, reads in SWITCHES.items() if re.search(reads, said)), None)
+        self.thinking_switch = next((name for name, reads in SWITCHES.items() if re.search(reads, code)), None)
         """The template's option for thinking; None when it has none."""
-        self.has_marks = "endgeneration" in said
-        self._takes_reasoning = REASONING.search(said) is not None
-        self._has_place_for = {"tools": "tools" in said, "tool_calls": "tool_calls" in said}
+        self.has_marks = "endgeneration" in code
+        self._takes_reasoning = REASONING.search(code) is not None
+        self._has_place_for = {"tools": "tools" in code, "tool_calls": "tool_calls" in code}
 
     def render(
         self,
@@ -79,7 +79,7 @@ class Renderer:
     def check_tools(self, record: Record) -> None:
         """Refuse tools that the template would leave out without a word.
 
-        Errors:
+        Raises:
             ModelError: it has no place for a tool's definition, or for a call.
         """
         uses = {"tools": bool(record.tools), "tool_calls": any(m.tool_calls for m in record.messages)}
@@ -87,7 +87,7 @@ class Renderer:
         if missing:
             raise ModelError(
                 f"the conversation has `{missing[0]}`, and the chat template has no place for them: they would not "
-                f"be learned. Choose a template_name that has, such as qwen2_5 or qwen3, or a model that brings one."
+                f"be trained on. Choose a template_name that has, such as qwen2_5 or qwen3, or a model that brings one."
             )
 
     def canonical(self, record: Record) -> Record:

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Row:
-    """One record as tokens: `ids_T` int32, `weights_T` float32 (0 where a token is not learned, usually 1)."""
+    """One record as tokens: `ids_T` int32, `weights_T` float32 (0 where a token is not supervised, usually 1)."""
 
     ids_T: np.ndarray
     weights_T: np.ndarray
@@ -26,7 +26,7 @@ class Row:
 
     @property
     def supervised_T(self) -> np.ndarray:  # noqa: N802 - a shape suffix
-        """Bool: true where a token is learned."""
+        """Bool: true where a token is supervised."""
         return self.weights_T > 0
 
     @property

@@ -34,7 +34,7 @@ def find_sources(folder: str, names: str | Sequence[str], *, key: str) -> list[S
     A name is a file (found as `find_file` does), a pattern such as `*.csv`, a folder, a folder that
     `datasets` saved, or, when there is nothing of that name, the id of a hub dataset.
 
-    Errors:
+    Raises:
         DataError: nothing of that name, found twice, or named twice.
     """
     wanted = [names] if isinstance(names, str) else list(names)
@@ -70,7 +70,7 @@ def _find(folder: str, name: str, key: str) -> list[Source]:
         raise _twice(key, name, folders)
     if folders:
         return _in_folder(folders[0], name, key)
-    if any(letter in name for letter in "*?["):
+    if any(character in name for character in "*?["):
         return _matching(base, name, key)
     raise _missing(base, name, key)
 
@@ -149,7 +149,7 @@ def _json(path: Path) -> dict[str, Any]:
 def fetch(sources: Iterable[Source], *, key: str) -> list[Source]:
     """Return the sources with each hub dataset's files in its place.
 
-    Errors:
+    Raises:
         DataError: `datasets` is not installed, or the hub has no such dataset or cannot be reached.
     """
     return [found for source in sources for found in (_fetched(source, key) if source.hub else [source])]
@@ -175,7 +175,7 @@ def _check_folder(base: Path, folder: str, name: str, key: str) -> None:
 def find_file(folder: str, name: str, *, key: str) -> Path:
     """Return the corpus's path: directly in the folder, or in its `csv/` subfolder (the original layout).
 
-    Errors:
+    Raises:
         DataError: no such folder, no such file (the nearest name is given), or found in both places.
     """
     base = _base(folder, name)

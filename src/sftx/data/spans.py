@@ -1,8 +1,8 @@
-"""Learned turns as text: each with the prompt that inference would render before it.
+"""Supervised turns as text: each with the prompt that inference would render before it.
 
-An assistant's turn is learned after exactly what inference puts there: the conversation so far, rendered
+An assistant's turn is trained on after exactly what inference puts there: the conversation so far, rendered
 with a generation prompt. Turns whose prompts continue one another share a row; where the template renders
-earlier turns differently later on (Qwen3 leaves out their thinking), each learned turn has its own.
+earlier turns differently later on (Qwen3 leaves out their thinking), each supervised turn has its own.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ WRITTEN_NO_THOUGHT = rf"(?:<think>\s*)?</think>\n*|{NO_THOUGHT}"
 
 @dataclass(frozen=True)
 class Turn:
-    """One learned turn: what inference puts before it, and what the model shall say, with the end of its turn."""
+    """One supervised turn: what inference puts before it, and what the model shall say, with the end of its turn."""
 
     index: int
     prompt: str
     answer: str
     marks: Marks | None = None
-    """The parts of the answer that the template marks for learning; None is all of it."""
+    """The parts of the answer that the template marks as supervised; None is all of it."""
 
     @property
     def text(self) -> str:
@@ -60,16 +60,16 @@ class Piece(NamedTuple):
     message: int
     """The turn's number in the conversation."""
     marks: Marks | None
-    """The parts of the answer that the template marks for learning; None is all of it."""
+    """The parts of the answer that the template marks as supervised; None is all of it."""
 
     @property
     def answer(self) -> str:
-        """What is learned."""
+        """What is supervised."""
         return self.joint[len(self.tail) :]
 
 
 class TurnReader:
-    """Finds the learned turns of one conversation."""
+    """Finds the supervised turns of one conversation."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class TurnReader:
         A template with a switch for thinking is asked for it when the turn has reasoning, and for none when it
         has not: then the empty thinking that it writes belongs to the prompt, as at inference without thinking.
 
-        Errors:
+        Raises:
             ModelError: no text is common to training and inference.
         """
         message = messages[index]
@@ -108,8 +108,8 @@ class TurnReader:
         """Render up to an answer: what stands before it, what follows, and the template's marks."""
         whole, marks = self._render(messages[: index + 1], generation_prompt=False, thinking=thinking)
         prompt = ""
-        for asked in dict.fromkeys((thinking, None)):
-            prompt, _ = self._render(messages[:index], generation_prompt=True, thinking=asked)
+        for switch in dict.fromkeys((thinking, None)):
+            prompt, _ = self._render(messages[:index], generation_prompt=True, thinking=switch)
             if whole.startswith(prompt):
                 return prompt, whole[len(prompt) :], marks
             empty = re.search(f"{NO_THOUGHT}$", prompt)
@@ -124,7 +124,7 @@ class TurnReader:
             return prompt, follows, None
         raise ModelError(
             "the chat template renders another text before the answer in training than at inference, so what is "
-            f"learned would never be asked for. Prompt ends with {prompt[-40:]!r}; choose another template_name."
+            f"learned would never be generated. Prompt ends with {prompt[-40:]!r}; choose another template_name."
         )
 
     def _render(
@@ -173,7 +173,7 @@ class TurnReader:
     def _next_stop(
         self, messages: list[dict[str, Any]], index: int, prompt: str, kept: str, thinking: bool | None
     ) -> str:
-        """Return what ends a turn that the template does not end: the token of whoever speaks next, as GLM's.
+        """Return what ends a turn that the template does not end: the token of the next speaker, as GLM's.
 
         Nothing after another control token: then the template does end the turn, at a token that stops nothing.
         """
@@ -227,7 +227,7 @@ def _thinks(message: dict[str, Any]) -> bool:
 
 
 def _within(marks: Marks, start: int, end: int, length: int) -> Marks | None:
-    """Return marks relative to an answer, None when they cover it; its last token, from `end`, is always learned."""
+    """Return marks relative to an answer, None when they cover it; its last token, from `end`, is always supervised."""
     inside: Marks = []
     for a, b in sorted((max(a - start, 0), min(b - start, end)) for a, b in marks):
         if inside and a <= inside[-1][1]:

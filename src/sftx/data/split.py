@@ -33,8 +33,8 @@ def split(records: Sequence[Record], ratio: float, max_rows: int) -> tuple[Recor
 def _keys(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Return each record's prompt digest and category number, and the categories' names."""
     if found := stored(records):
-        store, places = found
-        digests = store.column("prompt")[places]
+        store, indices = found
+        digests = store.column("prompt")[indices]
     else:
         digests = np.array([prompt_digest(record) for record in records], "V32")
     return digests.view("u1").reshape(-1, 32), *categories_of(records)

@@ -41,7 +41,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that gave no row: its place in the corpus, where it begins, and why."""
+    """A record that gave no row: its index in the corpus, where it begins, and why."""
 
     record: int
     origin: str
@@ -65,9 +65,9 @@ class Rows(Sequence[Row]):
     categories: list[str]
     """The categories' names."""
     category_numbers: np.ndarray
-    """Each row's place in `categories`; int32."""
+    """Each row's index in `categories`; int32."""
     records: np.ndarray
-    """The place in the corpus of the record each row came from, never falling; int64."""
+    """The index in the corpus of the record each row came from, never falling; int64."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -99,7 +99,7 @@ class Rows(Sequence[Row]):
 
     @property
     def truncated(self) -> np.ndarray:
-        """The places of the rows that lost tokens."""
+        """The indices of the rows that lost tokens."""
         return np.flatnonzero(self.full_lengths > self.lengths)
 
     @property
@@ -230,7 +230,7 @@ class TokenRows(Rows):
     def skipped(self) -> list[Skipped]:
         """The records that gave no row, and why; read anew each time."""
         lines = (self.folder / SKIPPED).read_text(encoding="utf-8").split("\n")[:-1]
-        return [Skipped(place, origin_of(self._corpus, place), reason) for place, reason in map(json.loads, lines)]
+        return [Skipped(index, origin_of(self._corpus, index), reason) for index, reason in map(json.loads, lines)]
 
     def _batch(self, number: int) -> _Batch:
         batch = self._batches.get(number)
@@ -266,7 +266,7 @@ def open_rows(
         corpus: the key of the corpus: records of the same key are the same.
 
     Raises:
-        DataError: no record can be learned from, or the policy refuses one.
+        DataError: no record can be trained on, or the policy refuses one.
         SftxError: a process that tokenises was ended; or the cache cannot be written.
     """
 
@@ -276,9 +276,9 @@ def open_rows(
         with closing(encode_blocks(records, template, policy, workers)) as blocks:
             facts = write_rows(into, blocks)
         if len(records) and not facts["rows"]:
-            place, reason = json.loads((into / SKIPPED).read_text(encoding="utf-8").partition("\n")[0])
+            index, reason = json.loads((into / SKIPPED).read_text(encoding="utf-8").partition("\n")[0])
             raise DataError(
-                f"no row can be trained on. The first of {len(records)}: {origin_of(records, place)}: {reason}"
+                f"no row can be trained on. The first of {len(records)}: {origin_of(records, index)}: {reason}"
             )
         return facts
 

@@ -14,7 +14,7 @@ from sftx.data.hub import hub_rows
 from sftx.data.problems import Problems
 from sftx.data.read import FileReader, How, described, sha256_file
 from sftx.data.record import Record, origin_text
-from sftx.data.shapes import Shaper, UsedColumns, said_of_columns
+from sftx.data.schemas import RecordBuilder, UsedColumns, describe_columns
 from sftx.data.sources import Source
 from sftx.data.streaming import Reader
 from sftx.data.tables import without_filled
@@ -34,12 +34,12 @@ class StreamedFiles:
     limit: int | None = None
     """Records of a pass at most."""
     detected: dict[str, str | None] = field(default_factory=dict)
-    """Format, encoding, delimiter and shape of the first file."""
+    """Format, encoding, delimiter and schema of the first file."""
     used: UsedColumns = field(default_factory=UsedColumns)
     """What became of its columns, as far as it is read."""
     notes: Sequence[str] = ()
     """What was left out or chosen while the first file was read, to be stated."""
-    skipped_rows: int = 0  # they are told with the steps
+    skipped_rows: int = 0  # they are reported with the steps
 
     @property
     def path(self) -> Path:
@@ -53,7 +53,7 @@ class StreamedFiles:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def holds(self, path: Path, sha256: str) -> bool:
-        """Tell whether a file is one of these, whatever its name; only files of its size are read for that."""
+        """Return True if a file is one of these, whatever its name; only files of its size are read for that."""
         size = path.stat().st_size
         return any(not s.hub and _size(s) == size and sha256_file(s.path) == sha256 for s in self.sources)
 
@@ -66,13 +66,13 @@ class StreamedFiles:
 
     @property
     def how_read(self) -> str:
-        """What was detected of the first file, as it is said."""
+        """What was detected of the first file, as it is logged."""
         return described(*(self.detected.get(name) for name in ("format", "encoding", "delimiter")))
 
     @property
     def columns(self) -> list[str]:
-        """What became of the columns of the first file, as it is said."""
-        return [said_of_columns(self.used.facts())]
+        """What became of the columns of the first file, as it is logged."""
+        return [describe_columns(self.used.facts())]
 
     def reader(self) -> Reader:
         """Return what reads them from the beginning."""
@@ -81,8 +81,8 @@ class StreamedFiles:
     def sample(self) -> list[Record]:
         """Return the first records.
 
-        Errors:
-            DataError: there is none, or one is not sound.
+        Raises:
+            DataError: there is none, or one is invalid.
         """
         records: list[Record] = []
         for item in self.reader().records(0):
@@ -97,10 +97,10 @@ class StreamedFiles:
         return iter(())
 
     def _open(self, source: Source) -> Iterator[Record | str]:
-        unsound: list[str] = []
+        invalid: list[str] = []
         on_skip: Callable[[int, int, str], None] | None = None
         if self.skip_bad_rows:
-            on_skip = lambda line, n, why: unsound.append(f"{origin_text(source.path, line, n)}: {why}")  # noqa: E731
+            on_skip = lambda line, n, why: invalid.append(f"{origin_text(source.path, line, n)}: {why}")  # noqa: E731
         reader: FileReader | HubReader
         if source.hub:
             reader = HubReader(source, self.how, keep_columns=self.keep_columns, on_skip=on_skip)
@@ -111,10 +111,10 @@ class StreamedFiles:
         for record in reader:
             if not self.detected:
                 self.detected, self.used, self.notes = _detected(reader), reader.used, reader.notes
-            yield from unsound
-            unsound.clear()
+            yield from invalid
+            invalid.clear()
             yield record
-        yield from unsound
+        yield from invalid
 
 
 class HubReader:
@@ -125,22 +125,22 @@ class HubReader:
     def __init__(
         self, source: Source, how: How, *, keep_columns: bool, on_skip: Callable[[int, int, str], None] | None
     ) -> None:
-        self.shape: str | None = None
+        self.schema: str | None = None
         self._source = source
         self._problems = Problems(source.path, on_skip)
         self.notes = self._problems.notes
-        self._shaper = Shaper(
-            self._problems, source=source.name, shape=how.shape, columns=how.columns, keep=keep_columns, kind="column"
+        self._builder = RecordBuilder(
+            self._problems, source=source.name, schema=how.schema, columns=how.columns, keep=keep_columns, kind="column"
         )
-        self.used = self._shaper.used
+        self.used = self._builder.used
 
     def __iter__(self) -> Iterator[Record]:
         name = self._source.path.as_posix()
         for number, row in enumerate(map(without_filled, hub_rows(name, f"train_file_name={name}")), 1):
             if number == 1:
-                self._shaper.header(list(row), 1)
-                self.shape = self._shaper.shape
-            record = self._shaper.record(number, row)
+                self._builder.header(list(row), 1)
+                self.schema = self._builder.schema
+            record = self._builder.record(number, row)
             self._problems.check(number - 1)  # the rest of what may have no end is not read for its problems
             if record is not None:
                 yield record
@@ -151,4 +151,4 @@ def _size(source: Source) -> int | None:
 
 
 def _detected(reader: FileReader | HubReader) -> dict[str, Any]:
-    return {name: getattr(reader, name) for name in ("format", "encoding", "delimiter", "shape")}
+    return {name: getattr(reader, name) for name in ("format", "encoding", "delimiter", "schema")}

@@ -34,14 +34,14 @@ def open_table(blob: Blob, kind: str) -> Iterator[tuple[list[str], Iterator[dict
             if isinstance(error, OSError) and error.errno is not None:
                 raise DataError(f"{blob.path}: cannot be read: {error.strerror or error}") from error
             what = str(error).split("\n")[0].rstrip(".")
-            raise DataError(f"{blob.path}: is not a sound {word} file: {what}; write or copy it again") from error
+            raise DataError(f"{blob.path}: is not a valid {word} file: {what}; write or copy it again") from error
 
 
 @contextmanager
 def on_disk(blob: Blob) -> Iterator[Path]:
     """Unpack what is compressed: these formats are read from several places."""
     if blob.compression is None:
-        blob.head(1)  # a file that cannot be opened is told the same way for all formats
+        blob.head(1)  # a file that cannot be opened is reported the same way for all formats
         yield blob.path
         return
     with tempfile.NamedTemporaryFile(prefix="sftx-") as copy:

@@ -33,7 +33,7 @@ PROBE = [{"role": "user", "content": "Question"}, {"role": "assistant", "content
 CHUNK = 2048
 """Records encoded at a time."""
 LOOKED_AT = 1000
-"""Rows from which is read whether a corpus was learned with thinking."""
+"""Rows from which is read whether a corpus was tokenised with thinking."""
 Pieces = list[list[Piece]]
 
 
@@ -50,7 +50,7 @@ class _Tried:
 def template_source(name: str) -> str:
     """Return the Jinja text of one of sftx's own templates.
 
-    Errors:
+    Raises:
         ConfigError: there is no template of that name.
     """
     path = TEMPLATES / f"{name}.jinja"
@@ -66,7 +66,7 @@ def template_source(name: str) -> str:
 class ChatTemplate:
     """Renders and tokenises conversations for one tokenizer.
 
-    Errors:
+    Raises:
         ModelError: the template cannot render, renders the prompt otherwise in training than at
             inference, or there is no token that could end a turn.
     """
@@ -95,7 +95,7 @@ class ChatTemplate:
         if completion == reader.rendered([PROBE[0], PROBE[1] | {"content": "Other"}], 1, None)[1]:
             raise ModelError(
                 "the chat template leaves out what an assistant says, as templates for images do when a text is not a "
-                "list of parts: nothing could be learned. Choose another template_name."
+                "list of parts: nothing could be trained on. Choose another template_name."
             )
         rest = completion.rpartition(PROBE[-1]["content"])[2]
         ends = self._special.pattern.findall(rest)
@@ -163,14 +163,14 @@ class ChatTemplate:
         same = next((i for i, (a, b) in enumerate(zip(off, on, strict=False)) if a != b), min(len(off), len(on)))
         tails = sorted(((off[same:], False), (on[same:], True)), key=lambda tail: -len(tail[0]))
         found: set[bool | None] = set()
-        for place in range(0, len(rows), max(1, len(rows) // LOOKED_AT)):
-            row = rows[place]
+        for index in range(0, len(rows), max(1, len(rows) // LOOKED_AT)):
+            row = rows[index]
             before = row.ids_T[: int(row.supervised_T.argmax())].tolist()
             found.add(next((switch for tail, switch in tails if before[len(before) - len(tail) :] == tail), None))
         return found.pop() if len(found) == 1 else None
 
     def encode(self, record: Record, policy: EncodePolicy) -> list[Row] | str:
-        """Return a record's rows, or the reason why it cannot be learned from.
+        """Return a record's rows, or the reason why it cannot be trained on.
 
         Supervised are the supervised turns' tokens and the token that ends each; nothing else.
 
@@ -249,11 +249,11 @@ class ChatTemplate:
 
     def _rendered(self, record: Record, weights: Weights) -> Pieces | str:
         """Return the pieces of a record's rows."""
-        learned = [i for i, weight in enumerate(weights) if weight]
-        if not learned:
-            return "none of its turns is learned: each has weight 0"
-        if learned[0] == 0:
-            return "it begins with an answer: there is no prompt to learn it after"
+        supervised = [i for i, weight in enumerate(weights) if weight]
+        if not supervised:
+            return "none of its turns is supervised: each has weight 0"
+        if supervised[0] == 0:
+            return "it begins with an answer: there is no prompt before it"
         tools = self._special.escape_all(record.tools)
         reader = TurnReader(self._renderer, self.stop_tokens, self._special, tools)
         self._renderer.check_tools(record)
@@ -261,7 +261,7 @@ class ChatTemplate:
         for json_arguments in (False, True) if any(m.tool_calls for m in record.messages) else (False,):
             messages = self._renderer.dicts(record.messages, self._special, json_arguments=json_arguments)
             try:
-                turns = [reader.turn(messages, i) for i in learned]
+                turns = [reader.turn(messages, i) for i in supervised]
                 return [pieces(row, self._special) for row in reader.rows(turns)]
             except ModelError as error:
                 failed.append(error)
@@ -310,10 +310,10 @@ class ChatTemplate:
         return drafts
 
     def _mask(self, piece: Piece, tail: list[int] | None, length: int) -> np.ndarray:
-        """Return which of an answer's tokens the template marks for learning."""
+        """Return which of an answer's tokens the template marks as supervised."""
         marks, answer = piece.marks or [], piece.answer
-        places = sorted({0, len(answer), *itertools.chain(*marks)})
-        parts = [answer[a:b] for a, b in itertools.pairwise(places)]
+        bounds = sorted({0, len(answer), *itertools.chain(*marks)})
+        parts = [answer[a:b] for a, b in itertools.pairwise(bounds)]
         found, offsets, ends = self._special.ends([piece.tail if tail else "\n", *parts])
         if not tail:
             own = self._special.tokenise_continuation(answer)
@@ -322,6 +322,6 @@ class ChatTemplate:
             offsets = offsets[len(tail) :]
         if len(offsets) != length:
             raise ModelError("the chat template's `{% generation %}` marks cut a control token; choose another.")
-        lies = dict(zip(places, ends, strict=True))
+        lies = dict(zip(bounds, ends, strict=True))
         spans = [(lies[a], lies[b]) for a, b in marks]
         return np.array([any(a < end and start < b for a, b in spans) for start, end in offsets], dtype=bool)

@@ -30,7 +30,7 @@ _COMMON_HANZI = frozenset(
 # A strict decode proves little: GB18030 accepts most bytes of Big5, Korean, Japanese and one-byte encodings.
 MIN_HANZI = 12
 MIN_HANZI_SHARE = 0.8
-"""Of all letters that are not ASCII."""
+"""Of all characters that are not ASCII."""
 MIN_HIGH_BYTES = 0.95
 """Share of second bytes from 0xA1 up (GB2312): real simplified Chinese has nearly no others."""
 MIN_BEYOND_HANGUL = 0.15
@@ -44,7 +44,7 @@ PROPOSABLE = {
     "euc_jp": "euc_jp", "euc_jis_2004": "euc_jp", "gb18030": "gb18030", "gbk": "gb18030", "gb2312": "gb18030",
     "koi8_r": "koi8_r", "cp874": "cp874", "latin_1": "cp1252", **{f"cp125{i}": f"cp125{i}" for i in range(9)},
 }  # fmt: skip
-_FOREIGN_LETTER = re.compile(r"[^\W\x00-\x7f]")
+_NOT_ASCII = re.compile(r"[^\W\x00-\x7f]")
 _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|table|\?xml|head|body)\b", re.I)
 _PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010fffd]")
 
@@ -59,7 +59,7 @@ class Survey:
     """True when it has only line ends."""
     nul: bool
     sample: str
-    """The first letters that are not ASCII."""
+    """The first characters that are not ASCII."""
 
 
 class BadByteError(Exception):
@@ -179,7 +179,7 @@ def _survey(blob: Blob, encoding: str) -> Survey:
         blank = blank and not text.strip("\r\n")
         nul = nul or "\0" in text
         if len(sample) < SAMPLE and not text.isascii():
-            sample += "".join(m.group() for m in islice(_FOREIGN_LETTER.finditer(text), SAMPLE - len(sample)))
+            sample += "".join(m.group() for m in islice(_NOT_ASCII.finditer(text), SAMPLE - len(sample)))
     return Survey(encoding, characters, blank, nul, sample)
 
 
@@ -209,7 +209,7 @@ def _known(blob: Blob, encoding: str) -> str:
 
 
 def _wide(head: bytes, names: Iterable[str], *codecs_: str) -> str | None:
-    """Return the encoding of several bytes a letter in which the beginning of a file has a known name."""
+    """Return the encoding of several bytes a character in which the beginning of a file has a known name."""
     if b"\0" not in head:
         return None
     lowered, names = head.lower(), list(names)
@@ -237,14 +237,14 @@ def _legacy(blob: Blob, error: BadByteError) -> Survey:
 
 
 def _is_chinese(sample: str) -> bool:
-    """Return True if letters decoded as GB18030 can hardly be anything but simplified Chinese."""
-    hanzi = [letter for letter in sample if "\u4e00" <= letter <= "\u9fff"]
+    """Return True if characters decoded as GB18030 can hardly be anything but simplified Chinese."""
+    hanzi = [character for character in sample if "\u4e00" <= character <= "\u9fff"]
     if len(hanzi) < max(MIN_HANZI, MIN_HANZI_SHARE * len(sample)):
         return False
-    pairs = [letter.encode("gb18030") for letter in hanzi]
+    pairs = [character.encode("gb18030") for character in hanzi]
     high = sum(pair[1] >= 0xA1 for pair in pairs)
     beyond_hangul = sum(pair[0] >= 0xC9 for pair in pairs)
-    common = sum(letter in _COMMON_HANZI for letter in hanzi)
+    common = sum(character in _COMMON_HANZI for character in hanzi)
     n = len(hanzi)
     return high >= MIN_HIGH_BYTES * n and beyond_hangul >= MIN_BEYOND_HANGUL * n and common >= MIN_COMMON * n
 
@@ -278,13 +278,13 @@ def _proposals(raw: bytes) -> list[str]:
 
 
 def _reading(line: bytes, encoding: str) -> str | None:
-    """Return what stands around a line's first letter that is not ASCII, or None if the encoding does not allow it."""
+    """Return what stands around a line's first character beyond ASCII, or None if the encoding does not allow it."""
     try:
-        text = codecs.getincrementaldecoder(encoding)().decode(line)  # its last letter may be cut
+        text = codecs.getincrementaldecoder(encoding)().decode(line)  # its last character may be cut
     except UnicodeDecodeError:
         return None
-    at = next((i for i, letter in enumerate(text) if not letter.isascii()), 0)
-    if any(unicodedata.category(letter) in ("Cc", "Co", "Cn") for letter in text if letter != "\t"):
+    at = next((i for i, character in enumerate(text) if not character.isascii()), 0)
+    if any(unicodedata.category(character) in ("Cc", "Co", "Cn") for character in text if character != "\t"):
         return None
     return text[max(at - 15, 0) : at + 15].strip()
 
@@ -309,8 +309,8 @@ def _bad_share(blob: Blob, encoding: str) -> float:
 
 
 def _sample(blob: Blob, encoding: str) -> str:
-    letters = (m.group() for text in _texts(blob, encoding, "ignore") for m in _FOREIGN_LETTER.finditer(text))
-    return "".join(islice(letters, SAMPLE))
+    characters = (m.group() for text in _texts(blob, encoding, "ignore") for m in _NOT_ASCII.finditer(text))
+    return "".join(islice(characters, SAMPLE))
 
 
 def _bad_byte(blob: Blob, error: BadByteError) -> str:

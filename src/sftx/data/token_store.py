@@ -65,7 +65,7 @@ def token_key(corpus: str, count: int, template: ChatTemplate, policy: EncodePol
 
 
 def to_batch(rows: Sequence[Row], records: Sequence[int]) -> pa.RecordBatch:
-    """Return rows as a record batch; `records` are the places in the corpus of the records they came from."""
+    """Return rows as a record batch; `records` are the indices in the corpus of the records they came from."""
     count = len(rows)
     lengths_R = np.fromiter((len(row.ids_T) for row in rows), np.int32, count)
     starts_S, ends_S, weights_S, spans_R = _spans([row.weights_T for row in rows], lengths_R)

@@ -28,20 +28,20 @@ ALONE = 2000
 MOST_WORKERS = 8
 
 
-def worker_count(asked: int | None, records: int) -> int:
+def worker_count(requested: int | None, records: int) -> int:
     """Return how many processes tokenise beside this one; None is one for each core, eight at most.
 
     Raises:
-        ConfigError: fewer than none were asked for.
+        ConfigError: a negative number was requested.
     """
-    if asked is not None and asked < 0:
-        raise ConfigError(f"`data.num_workers`: expected null or an integer >= 0, got {asked}.")
+    if requested is not None and requested < 0:
+        raise ConfigError(f"`data.num_workers`: expected null or an integer >= 0, got {requested}.")
     if records < ALONE:
         return 0
-    if asked is None:
+    if requested is None:
         cores = len(os.sched_getaffinity(0))
-        asked = min(cores, MOST_WORKERS) if cores > 1 else 0
-    return min(asked, -(-records // CHUNK))
+        requested = min(cores, MOST_WORKERS) if cores > 1 else 0
+    return min(requested, -(-records // CHUNK))
 
 
 def encode_blocks(
@@ -51,7 +51,7 @@ def encode_blocks(
 
     Raises:
         SftxError: what the template or the policy says of a record; or a process was ended.
-        ConfigError: fewer processes than none were asked for.
+        ConfigError: a negative number was requested.
     """
     chunks = [range(at, min(at + CHUNK, len(records))) for at in range(0, len(records), CHUNK)]
     count = worker_count(workers, len(records))
@@ -66,15 +66,15 @@ def encode_blocks(
 def encode_chunk(records: Sequence[Record], template: ChatTemplate, policy: EncodePolicy, chunk: range) -> Block:
     """Return the block of some records."""
     rows: list[Row] = []
-    places: list[int] = []
+    indices: list[int] = []
     skipped: list[tuple[int, str]] = []
-    for place, encoded in zip(chunk, template.encode_batch([records[i] for i in chunk], policy), strict=True):
+    for index, encoded in zip(chunk, template.encode_batch([records[i] for i in chunk], policy), strict=True):
         if isinstance(encoded, str):
-            skipped.append((place, encoded))
+            skipped.append((index, encoded))
         else:
             rows += encoded
-            places += [place] * len(encoded)
-    return Block(to_batch(rows, places), skipped)
+            indices += [index] * len(encoded)
+    return Block(to_batch(rows, indices), skipped)
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def _trial(
     _remark_on_adapter(config, session, adapter, effective)
     world = session.engine.world_size
     feed = data.stream.feed(config, world) if data.stream else _planned(config, session, world)
-    steps = derive_steps(config, feed.units, world)
+    steps = derive_steps(config, feed.sequences, world)
     effective.settings |= {"steps": steps.total, "steps_per_epoch": steps.per_epoch, "steps_formula": steps.formula}
     _remark_on_warmup(config, steps, effective)
     optimizer = build(config.optimizer).build(adapter.parameters, config.learning_rate, effective)

@@ -317,7 +317,7 @@ def _record(session: Session, trial: Trial) -> None:
     for name, number in (("skipped_steps", faults.skipped), ("rollbacks", faults.rollbacks), ("spikes", faults.spikes)):
         if number:
             metrics[f"train/{name}"] = number
-    if trial.feed.units is None:
+    if trial.feed.sequences is None:
         metrics |= {f"data/{kind}_rows": number for kind, number in trial.streamed.items()}
     if trial.stepper.loss_scale is not None:
         metrics["train/loss_scale"] = trial.stepper.loss_scale
@@ -347,7 +347,7 @@ def _evaluate(session: Session, trial: Trial) -> bool:
         session.numerics,
         session.eval_rows,
         token_budget=config.max_seq_length * trial.micro_batch,
-        flat=session.flat,
+        padding_free=session.padding_free,
         pad_id=session.pad_id,
         stop_requested=stop_requested,
     )

@@ -42,7 +42,7 @@ def token_losses(model: AdaptedModel, batch: Batch, device: torch.device) -> Tok
     if batch.positions_BT is None:
         selected_N = to_device(supervised_BT[:, positions_P].flatten().nonzero().flatten(), device)
     targets_N, weights_N, places_N = (
-        to_device(tensor[supervised_BT], device) for tensor in (batch.targets_BT, batch.weights_BT, batch.place_BT)
+        to_device(tensor[supervised_BT], device) for tensor in (batch.targets_BT, batch.weights_BT, batch.row_index_BT)
     )
     inputs: dict[str, Any] = {"input_ids": to_device(batch.ids_BT, device), "use_cache": False}
     if batch.positions_BT is not None:

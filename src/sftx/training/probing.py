@@ -43,7 +43,7 @@ def probe(config: TrainConfig, session: Session, trials: Sequence[Trial], pinned
         raise ConfigError(
             f"`batching=packed`: this model cannot keep rows apart: {found.documents_leak}. Use batching=padded."
         )
-    session.flat = padding_free and found.documents_leak is None
+    session.padding_free = padding_free and found.documents_leak is None
     for trial in trials:
         _record(found, trial.effective)
 

@@ -55,8 +55,8 @@ class Session:
     base_folder: Path
     saver: Saver
     signals: Signals
-    flat: bool = False
-    """Rows are laid end to end instead of padded."""
+    padding_free: bool = False
+    """Rows are concatenated instead of padded."""
     loss: LossFunction | None = None
     """What is trained on, None: the cross entropy. Evaluation reports the cross entropy in any case."""
     progress: Progress | None = None
@@ -76,7 +76,7 @@ class Session:
 
     def layout(self, micro_batch: int) -> Layout:
         """Return how rows become this rank's tensors."""
-        return Layout(self.flat, self.pad_id, self.engine.rank, self.engine.world_size, micro_batch)
+        return Layout(self.padding_free, self.pad_id, self.engine.rank, self.engine.world_size, micro_batch)
 
 
 @dataclass

@@ -32,14 +32,14 @@ class Evaluation:
         return {"eval/loss": self.loss, **named, "eval/supervised_tokens": self.tokens, "eval/seconds": self.seconds}
 
 
-def groups_by_length(lengths: Sequence[int], token_budget: int, *, flat: bool) -> list[tuple[int, ...]]:
+def groups_by_length(lengths: Sequence[int], token_budget: int, *, padding_free: bool) -> list[tuple[int, ...]]:
     """Group rows of like length so that a batch holds at most `token_budget` slots, padding included, or one row."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[tuple[int, ...]] = []
     group: list[int] = []
     used = 0
     for i in order:
-        slots = int(lengths[i] if flat or not group else lengths[group[0]])
+        slots = int(lengths[i] if padding_free or not group else lengths[group[0]])
         if group and used + slots > token_budget:
             groups.append(tuple(group))
             group, used = [], 0
@@ -57,7 +57,7 @@ def evaluate(
     rows: Rows,
     *,
     token_budget: int,
-    flat: bool,
+    padding_free: bool,
     pad_id: int,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
@@ -71,14 +71,14 @@ def evaluate(
     number = {c: i for i, c in enumerate(categories)}
     sums_C3 = torch.zeros(len(categories), 3, dtype=torch.float64, device=engine.device)
     model.module.eval()
-    groups = groups_by_length(rows.lengths.tolist(), token_budget, flat=flat)
+    groups = groups_by_length(rows.lengths.tolist(), token_budget, padding_free=padding_free)
     if engine.sharded:  # every rank must take part in every forward pass
         groups += [()] * (-len(groups) % engine.world_size)
     for indices in groups[engine.rank :: engine.world_size]:
         ends = stop_requested()  # a flag of the host, which does not wait for the device unless the ranks must agree
         if engine.sum(torch.tensor(float(ends), device=engine.device)).item() if engine.sharded else ends:
             break
-        batch = collate(rows, indices, flat=flat, pad_id=pad_id)
+        batch = collate(rows, indices, padding_free=padding_free, pad_id=pad_id)
         with numerics.autocast():
             found = token_losses(model, batch, engine.device)
         category_B = to_device(torch.tensor([number[of_row[i]] for i in indices] or [0]), engine.device)

@@ -1,4 +1,4 @@
-"""`sftx.data.shapes` and `turns`: rows of every shape become records, or are refused with their line."""
+"""`sftx.data.schemas` and `turns`: rows of every schema become records, or are refused with their line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sftx.data.cells import RowError
 from sftx.data.dialogue import turns_of
 from sftx.data.read import FileReader, How, read_file
 from sftx.data.record import Message, Record
-from sftx.data.shapes import said_of_columns
+from sftx.data.schemas import describe_columns
 from sftx.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -54,7 +54,7 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 @pytest.mark.parametrize(
-    ("row", "shape", "wanted"),
+    ("row", "schema", "wanted"),
     [
         ({"category": "c", "human": "q", "assistant": "a"}, "human_assistant", QA),
         ({"Assistant": "a", "CATEGORY": "c", "Human": "q"}, "human_assistant", QA),
@@ -88,15 +88,15 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     ],
 )  # fmt: skip
 def test_each_shape_is_recognised(
-    tmp_path: Path, row: dict[str, Any], shape: str, wanted: list[tuple[str, str]]
+    tmp_path: Path, row: dict[str, Any], schema: str, wanted: list[tuple[str, str]]
 ) -> None:
     reading = read_file(jsonl(tmp_path, row))
     (record,) = reading.records
     assert turns(record) == wanted
-    assert reading.shape == shape
-    assert record.category == ("c" if shape == "human_assistant" else "default")
-    assert turns(one(tmp_path, row, shape=shape)) == wanted
-    assert turns(one(tmp_path, row | {"category": "k", "note": [1]}, shape=shape)) == wanted
+    assert reading.schema == schema
+    assert record.category == ("c" if schema == "human_assistant" else "default")
+    assert turns(one(tmp_path, row, schema=schema)) == wanted
+    assert turns(one(tmp_path, row | {"category": "k", "note": [1]}, schema=schema)) == wanted
 
 
 def test_several_shapes_in_one_row(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_several_shapes_in_one_row(tmp_path: Path) -> None:
     record = one(tmp_path, row)
     assert turns(record) == QA
     assert record.extra == {"messages": CHAT, "prompt": "p", "completion": "x"}
-    assert one(tmp_path, row, shape="prompt_completion").human == "p"
+    assert one(tmp_path, row, schema="prompt_completion").human == "p"
     assert one(tmp_path, {"prompt": "p", "response": "r", "messages": CHAT}).human == "q"
 
 
@@ -264,7 +264,10 @@ def test_marks_that_cannot_be_honoured_are_refused(tmp_path: Path) -> None:
     )
     refused(tmp_path, {"messages": [CHAT[0], CHAT[1] | {"loss": False, "train": True}]}, "contradict each other")
     refused(
-        tmp_path, {"messages": [CHAT[0] | {"train": True}, CHAT[1]]}, "turn 1", "only an assistant's turns are learned"
+        tmp_path,
+        {"messages": [CHAT[0] | {"train": True}, CHAT[1]]},
+        "turn 1",
+        "only an assistant's turns are trained on",
     )
 
 
@@ -488,12 +491,12 @@ def test_used_and_unused_columns_and_the_range_of_weights(tmp_path: Path) -> Non
     rows = [{"Question": "q", "answer": "a", "thought": "t", "weight": w, "label": "x", "id": None} for w in (0.5, 3)]
     reader = FileReader(jsonl(tmp_path, *rows))
     list(reader)
-    assert said_of_columns(reader.used.facts()) == (
+    assert describe_columns(reader.used.facts()) == (
         "Question as question, answer, weight; unused: `thought`, `label`, `id`; weights of rows: 0.5 to 3"
     )
     reader = FileReader(jsonl(tmp_path, {"messages": [*CHAT, CHAT[0], CHAT[1] | {"loss": False}], "train": True}))
     list(reader)
-    assert said_of_columns(reader.used.facts()) == "messages, train; weights of turns: 0; weights of rows: 1"
+    assert describe_columns(reader.used.facts()) == "messages, train; weights of turns: 0; weights of rows: 1"
 
 
 def test_a_conversation_in_a_cell(tmp_path: Path) -> None:
@@ -549,20 +552,20 @@ def test_category_null_says_that_there_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "shape", "fragments"),
+    ("columns", "schema", "fragments"),
     [
         ({"humman": "x"}, "auto", ["`humman`", "Did you mean `human`?"]),
-        ({"human": "x", "messages": "y"}, "auto", ["no shape has all of human, messages"]),
-        ({"human": "x"}, "messages", ["the shape messages has not all of human"]),
-        ({"role": "x"}, "alpaca", ["the shape alpaca has not all of role"]),
+        ({"human": "x", "messages": "y"}, "auto", ["no schema has all of human, messages"]),
+        ({"human": "x"}, "messages", ["the schema messages has not all of human"]),
+        ({"role": "x"}, "alpaca", ["the schema alpaca has not all of role"]),
         ({}, "alpacca", ["data.schema=alpacca", "Did you mean `alpaca`?"]),
     ],
 )
 def test_a_mapping_that_cannot_be(
-    tmp_path: Path, columns: dict[str, str | None], shape: str, fragments: list[str]
+    tmp_path: Path, columns: dict[str, str | None], schema: str, fragments: list[str]
 ) -> None:
     with pytest.raises(DataError) as caught:
-        read_file(jsonl(tmp_path, {"x": "q"}), columns=columns, shape=shape)
+        read_file(jsonl(tmp_path, {"x": "q"}), columns=columns, schema=schema)
     for fragment in fragments:
         assert fragment in str(caught.value)
 
@@ -675,5 +678,5 @@ def test_a_first_row_without_a_shape_does_not_decide(tmp_path: Path) -> None:
     skipped: list[tuple[int, str]] = []
     reader = FileReader(path, How(), on_skip=lambda line, _, reason: skipped.append((line, reason)))
     assert [turns(r) for r in reader] == [QA]
-    assert reader.shape == "messages"
+    assert reader.schema == "messages"
     assert {line for line, _ in skipped} == {1}

@@ -1,4 +1,4 @@
-"""Shapes: how a row of columns becomes a record."""
+"""Schemas: how a row of columns becomes a record."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from sftx.data.columns import (
     FIELDS,
     MARKS,
     MEDIA,
-    SHAPES,
+    SCHEMAS,
     Names,
-    Shape,
-    ShapeName,
+    Schema,
+    SchemaName,
     candidates,
     check_columns,
     known_names,
@@ -39,7 +39,7 @@ from sftx.data.problems import Problems
 from sftx.data.record import Message, Record
 from sftx.data.tables import unwritable
 
-__all__ = ["DEFAULT_CATEGORY", "SHAPES", "ShapeName", "Shaper", "UsedColumns", "check_columns", "known_names"]
+__all__ = ["DEFAULT_CATEGORY", "SCHEMAS", "RecordBuilder", "SchemaName", "UsedColumns", "check_columns", "known_names"]
 
 T = TypeVar("T")
 DEFAULT_CATEGORY = "default"
@@ -53,7 +53,7 @@ class _Plan:
 
     places: dict[str, str]
     marks: dict[str, str]
-    """The columns by which a row says how much it is learned; they are kept as other columns are."""
+    """The columns by which a row says how much it is trained on; they are kept as other columns are."""
     media: tuple[str, ...]
     others: tuple[str, ...]
 
@@ -78,7 +78,7 @@ class UsedColumns:
         return {"columns": self.fields, "unused": list(self.unused), "weights": self.weights}
 
 
-def said_of_columns(facts: Mapping[str, Any]) -> str:
+def describe_columns(facts: Mapping[str, Any]) -> str:
     """Say in one line which column became what, which are unused, and which weights are in use."""
     parts = [", ".join(name if name == column else f"{column} as {name}" for name, column in facts["columns"].items())]
     if facts["unused"]:
@@ -88,7 +88,7 @@ def said_of_columns(facts: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-class Shaper:
+class RecordBuilder:
     """Turns the rows of one file into records."""
 
     def __init__(
@@ -96,29 +96,29 @@ class Shaper:
         problems: Problems,
         *,
         source: str,
-        shape: str = "auto",
+        schema: str = "auto",
         columns: Mapping[str, str | None] | None = None,
         keep: bool = True,
         kind: str = "key",
     ) -> None:
         self._problems, self._file, self._source = problems, str(problems.path), source
         self._columns, self._keep, self._kind = columns or {}, keep, kind
-        check_columns(shape, self._columns)
-        self._candidates = candidates(shape, self._columns)
-        self._shape: Shape | None = None
+        check_columns(schema, self._columns)
+        self._candidates = candidates(schema, self._columns)
+        self._schema: Schema | None = None
         self._pinned: dict[str, str] = {}
         self._plans: dict[tuple[str, ...], _Plan | str] = {}
         self.used = UsedColumns()
 
     @property
-    def shape(self) -> str | None:
-        """The name of the shape, once a row or header has shown it."""
-        return self._shape.name if self._shape else None
+    def schema(self) -> str | None:
+        """The name of the schema, once a row or header has shown it."""
+        return self._schema.name if self._schema else None
 
-    def header(self, names: Sequence[str], line: int, told: str = "") -> None:
+    def header(self, names: Sequence[str], line: int, hint: str = "") -> None:
         """Take the columns of all rows; raises DataError when one is missing or any is repeated."""
         plan = self._plan(tuple(names))
-        wrong = [*repeated(names), *([plan + told] if isinstance(plan, str) else [])]
+        wrong = [*repeated(names), *([plan + hint] if isinstance(plan, str) else [])]
         for reason in wrong:
             self._problems.file(line, reason)
         if wrong:
@@ -135,7 +135,7 @@ class Shaper:
 
     def _record(self, line: int, row: object) -> Record:
         if not isinstance(row, dict):
-            wanted = ", ".join(self._wanted(self._shape or self._candidates[0]))
+            wanted = ", ".join(self._wanted(self._schema or self._candidates[0]))
             raise RowError(f"{show(row)} is not an object; write one object with the keys {wanted}")
         plan = self._plan(tuple(row))
         if isinstance(plan, str):
@@ -147,9 +147,9 @@ class Shaper:
                     f"or ignore the column with {mapping({column: None})}"
                 )
         cells = {field: row[column] for field, column in plan.places.items()}
-        assert self._shape is not None
-        category = _category(cells, required="category" in self._shape.required)
-        messages, tools = self._turns(self._shape, cells, row)
+        assert self._schema is not None
+        category = _category(cells, required="category" in self._schema.required)
+        messages, tools = self._turns(self._schema, cells, row)
         weight = self._weight({field: row[column] for field, column in plan.marks.items()}, messages)
         extra = {name: row[name] for name in plan.others} if self._keep else {}
         for name, value in extra.items():
@@ -159,9 +159,9 @@ class Shaper:
                 )
         return Record(tuple(messages), category, self._file, line, extra, tools, weight, self._source)
 
-    def _turns(self, shape: Shape, cells: Mapping[str, object], row: Mapping[str, object]) -> Turns:
+    def _turns(self, schema: Schema, cells: Mapping[str, object], row: Mapping[str, object]) -> Turns:
         """Return a row's messages in order, and the definitions of its tools."""
-        messages, own = self._messages(shape, cells)
+        messages, own = self._messages(schema, cells)
         tools = _optional("tools", lambda: tools_of(cells["tools"])) if "tools" in cells else ()
         if tools and own and tools != own:
             raise RowError("tools are defined both beside the conversation and in its system turn; keep one of the two")
@@ -209,21 +209,21 @@ class Shaper:
         return plan
 
     def _make_plan(self, names: Names) -> _Plan | str:
-        shape = self._shape or self._detect(names)
+        schema = self._schema or self._detect(names)
         places: dict[str, str] = {}
         absent: dict[str, str] = {}
-        for name in (*shape.required, *shape.optional):
+        for name in (*schema.required, *schema.optional):
             # What the first row calls a column, all rows call it.
             column = self._pinned.get(name) or names.field(name)
             if column in names.names and column is not None:
                 places[name] = column
-            elif name in self._wanted(shape) or self._columns.get(name):
+            elif name in self._wanted(schema) or self._columns.get(name):
                 absent[name] = self._pinned.get(name) or self._columns.get(name) or name
         if absent:
-            return missing(self._kind, absent, names, shape)
-        if self._shape is None:
-            self._shape = shape
-            self._pinned = {name: places[name] for name in self._wanted(shape)}
+            return missing(self._kind, absent, names, schema)
+        if self._schema is None:
+            self._schema = schema
+            self._pinned = {name: places[name] for name in self._wanted(schema)}
         used = set(places.values())
         marks = {name: column for name in MARKS if (column := names.field(name)) and column not in used}
         media = tuple(column for name in MEDIA if (column := names.field(name)) and column not in used)
@@ -238,28 +238,28 @@ class Shaper:
             if not ignored and len(self.used.unused) < NAMED:
                 self.used.unused[name] = None
 
-    def _wanted(self, shape: Shape) -> tuple[str, ...]:
+    def _wanted(self, schema: Schema) -> tuple[str, ...]:
         """Return what must be there; who maps columns and no category has none."""
         maps = any(self._columns.get(name) for name in FIELDS)
-        if "category" in self._columns or (maps and shape.name == "human_assistant"):
-            return tuple(f for f in shape.required if f != "category" or self._columns.get(f))
-        return shape.required
+        if "category" in self._columns or (maps and schema.name == "human_assistant"):
+            return tuple(f for f in schema.required if f != "category" or self._columns.get(f))
+        return schema.required
 
-    def _detect(self, names: Names) -> Shape:
-        """Return the first shape of which everything is there, else the one of which most is."""
-        for shape in self._candidates:
-            if all(names.field(field) for field in self._wanted(shape)):
-                return shape
+    def _detect(self, names: Names) -> Schema:
+        """Return the first schema of which everything is there, else the one of which most is."""
+        for schema in self._candidates:
+            if all(names.field(field) for field in self._wanted(schema)):
+                return schema
         return max(
             self._candidates, key=lambda s: sum(names.field(f) is not None for f in s.required) / len(s.required)
         )
 
-    def _messages(self, shape: Shape, cells: Mapping[str, object]) -> Turns:
+    def _messages(self, schema: Schema, cells: Mapping[str, object]) -> Turns:
         """Return the messages of a row without its `system` column, and the tools that they define."""
-        if shape.name in ("messages", "sharegpt"):
-            (name,) = shape.required
+        if schema.name in ("messages", "sharegpt"):
+            (name,) = schema.required
             return turns_of(cells[name], f"`{name}`", self._columns)
-        if shape.name == "firefly":
+        if schema.name == "firefly":
             turns = rounds_of(cells["conversation"], "`conversation`", self._columns)
             if not turns[0]:
                 raise RowError(
@@ -267,12 +267,12 @@ class Shaper:
                     "with `human` and `assistant`"
                 )
             return turns
-        asked, answered = shape.required[-2:]
+        asked, answered = schema.required[-2:]
         lists = any(isinstance(cells[name], list | dict) for name in (asked, answered))
-        if shape.name == "prompt_completion" and lists:
+        if schema.name == "prompt_completion" and lists:
             messages, tools = _sides(cells, asked, answered, self._columns)
         else:
-            more = cells.get("input") if shape.name == "alpaca" else None
+            more = cells.get("input") if schema.name == "alpaca" else None
             messages, tools = _question(cells, asked, answered, more), ()
         if "history" in cells:
             before, earlier = _optional("history", lambda: rounds_of(cells["history"], "`history`", self._columns))
@@ -304,7 +304,7 @@ def _category(cells: Mapping[str, object], *, required: bool) -> str:
 
 
 def _texts(cells: Mapping[str, object], names: Iterable[str]) -> list[str]:
-    """Return cells that must be text and filled; what is wrong with any of them is said at once."""
+    """Return cells that must be text and filled; what is wrong with any of them is reported at once."""
     texts: list[str] = []
     wrong: list[str] = []
     for name in names:
@@ -325,7 +325,7 @@ def _question(cells: Mapping[str, object], asked: str, answered: str, more: obje
 
 
 def _sides(cells: Mapping[str, object], asked: str, answered: str, columns: Mapping[str, str | None]) -> Turns:
-    """Return the turns of a prompt and a completion, either of which may be a list; of the prompt none is learned."""
+    """Return the turns of a prompt and a completion, which may be lists; no turn of the prompt is supervised."""
     before, tools = _side(cells[asked], asked, "user", columns)
     after, more = _side(cells[answered], answered, "assistant", columns)
     if after[: len(before)] == before and len(after) > len(before):  # the completion repeats its prompt
