@@ -74,7 +74,7 @@ class RunFolderError(SftxError):
 
 
 class TrainingError(SftxError):
-    """Training cannot go on (a loss that is not finite, a rank that failed)."""
+    """Training cannot continue (a loss that is not finite, a rank that failed)."""
 
     exit_code = EXIT_FAULT
 

@@ -208,7 +208,7 @@ def free_bytes(folder: Path) -> tuple[int, int]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that its name never stands for half of it."""
+    """Remove a folder in one step: no half of it is ever seen under its name."""
     with explained(folder):
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
         try:

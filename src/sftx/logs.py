@@ -75,7 +75,7 @@ def _labelled(record: logging.LogRecord) -> bool:
 
 
 class LogFile(logging.FileHandler):
-    """A log file without which a run goes on when the disk refuses it."""
+    """A log file that a run continues without if the disk refuses it."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Say it once, and write no more."""

@@ -14,7 +14,7 @@ from sftx.processes import STOP_SIGNALS
 
 
 class EndNow(BaseException):
-    """Raised wherever the program stands, before there is anything to save; no `except Exception` swallows it."""
+    """Raised at any point of the program, before there is anything to save; no `except Exception` swallows it."""
 
 
 class Signals:

@@ -54,7 +54,7 @@ def _threads(process: int) -> Iterator[list[str]]:
 
 
 def _stat(path: Path) -> list[str] | None:
-    """Return what stands after the name: state, parent, group, session, ...; None when the process is gone."""
+    """Return the fields after the name: state, parent, group, session, ...; None when the process is gone."""
     try:
         return path.read_text().rpartition(")")[2].split()
     except OSError:

@@ -45,7 +45,7 @@ def refuse_alone(option: str, requested: int | None) -> None:
 
 
 def join(device: torch.device, timeout_seconds: int) -> list[str]:
-    """Join the process group, whoever started the ranks; return remarks on how it was set up."""
+    """Join the process group, however the ranks were started; return remarks on how it was set up."""
     from accelerate import PartialState
 
     remarks = leave_out_peer_access() if device.type == "cuda" else []

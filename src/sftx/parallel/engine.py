@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """One rank of a run; as it stands, the only one, with nothing to exchange."""
+    """One rank of a run; this base class is the only rank, with nothing to exchange."""
 
     rank = 0
     world_size = 1

@@ -139,7 +139,7 @@ class RankProcess:
                 os.kill(self.process.pid, number)
 
     def suspend(self, number: int) -> None:
-        """Stop it and its loaders, or let them go on."""
+        """Stop it and its loaders, or let them continue."""
         if self.ended is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)

@@ -37,7 +37,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank ended that did not finish; `text` goes on after `rank 2 `."""
+    """How a rank ended that did not finish; `text` follows `rank 2 ` in the message."""
 
     rank: int
     time: float

@@ -86,8 +86,8 @@ def open_folders(
 def choose_folder(config: TrainConfig, who: dict[str, Any]) -> RunFolder:
     """Return the newest unfinished run's folder of this identity, or else a new one; it is locked.
 
-    Two processes that choose at the same time never get the same folder: one of them has the lock, the other goes on
-    to the next candidate.
+    Two processes that choose at the same time never get the same folder: one of them has the lock, the other tries
+    the next candidate.
     """
     if config.resume == "auto" and (unfinished := _newest_unfinished(config, who)) is not None:
         return unfinished

@@ -1,6 +1,6 @@
 """One Hydra job, and the table at the end of several.
 
-Each trial of a multirun leaves `trial.json` in its folder, whatever became of it; the table at the
+Each trial of a multirun leaves `trial.json` in its folder, whether it failed or not; the table at the
 end is made from those, so that it does not matter which launcher ran the trials.
 """
 

@@ -98,7 +98,7 @@ def _finish(session: Session, trial: Trial) -> None:
 
 
 def _start(session: Session, trial: Trial) -> None:
-    """Evaluate before the first step, and open the stream of batches where the trial stands."""
+    """Evaluate before the first step, and open the stream of batches at the trial's step."""
     with trial.active(session):
         if trial.step == 0 and trial.evaluates:
             _evaluate(session, trial)
@@ -112,7 +112,7 @@ def _start(session: Session, trial: Trial) -> None:
 def _advance(session: Session, trial: Trial) -> None:
     """Make one optimizer step, then what is due after it: a record, an evaluation, a checkpoint."""
     config = trial.config
-    assert trial.upcoming is not None, "a trial is started before it goes on"
+    assert trial.upcoming is not None, "the trial was started"
     started = time.perf_counter()
     with record_function(DATA):
         step = next(trial.upcoming)
@@ -156,7 +156,7 @@ def _close_step(session: Session, trial: Trial) -> None:
 
 
 def _stop(session: Session, running: Sequence[Trial]) -> NoReturn:
-    """Save every trial that is not at its end, and say where each stands."""
+    """Save every trial that is not at its end, and report the step of each."""
     where_trials_are = []
     for trial in running:
         with trial.active(session):

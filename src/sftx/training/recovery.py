@@ -44,7 +44,7 @@ class Faults:
     """Of the newest steps, those that the loss scaler skipped."""
     rollbacks: int = 0
     spikes: int = 0
-    """Losses that stood far out and were learned from."""
+    """Spikes whose step was made all the same."""
     lr_factor: float = 1.0
 
 
@@ -97,7 +97,7 @@ def fault_of(trial: Trial, loss: float, norm: float) -> Fault | None:
 
 
 def recover(session: Session, trial: Trial, step: Step, result: StepResult) -> bool:
-    """Do what `on_nonfinite` or `on_loss_spike` says; return True when the trial stands at an earlier step.
+    """Do what `on_nonfinite` or `on_loss_spike` says; return True if the trial was rolled back.
 
     Raises:
         TrainingError: it says stop, or the others have not helped.

@@ -117,7 +117,7 @@ class Trial:
     evaluation_due: bool = False
     """The present step's evaluation was postponed: the run was stopped."""
     saved_step: int = -1
-    """The step whose checkpoint is in this run's folder and holds the trial as it stands."""
+    """The step whose checkpoint is in this run's folder and holds the trial's present state."""
     faults: Faults = field(default_factory=Faults)
     save_due: bool = False
     """`save_interval` is over on the main rank, and all ranks know it."""
@@ -142,13 +142,13 @@ class Trial:
             yield
 
     def open_feed(self, session: Session) -> None:
-        """Open the stream of steps where the trial stands."""
+        """Open the stream of steps at the trial's present step."""
         if self.upcoming is not None:
             self.upcoming.close()
         self.upcoming = self.feed.steps(self.step, self.steps.total, self.cursor, session.layout(self.micro_batch))
 
     def fail(self, error: SftxError) -> None:
-        """End the trial with an error, while others go on."""
+        """End the trial with an error, while others continue."""
         self.error, self.pending = error, None
         self.stepper.discard()
 

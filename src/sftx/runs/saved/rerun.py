@@ -1,4 +1,4 @@
-"""A saved run's `config.yaml`, ready to be run again: exactly as it stands, and as untrusted as anyone's."""
+"""A saved run's `config.yaml` as the configuration of a new run: unchanged, and checked as untrusted."""
 
 from __future__ import annotations
 

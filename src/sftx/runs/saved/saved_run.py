@@ -1,4 +1,4 @@
-"""A run folder as it was left, whoever made it and however it ended: read, not trusted, never changed."""
+"""Reads a run folder of any origin, however the run ended; nothing in it is trusted, and nothing is changed."""
 
 from __future__ import annotations
 

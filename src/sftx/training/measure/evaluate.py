@@ -19,7 +19,7 @@ from sftx.training.precision import Numerics
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Token-weighted losses: a token counts by its weight, in whichever row it stands."""
+    """Token-weighted losses: each token counts by its weight."""
 
     loss: float
     by_category: dict[str, float]

@@ -1,7 +1,7 @@
 """Checkpoints: published atomically, verified by hash, safetensors and JSON only.
 
 A checkpoint is `step-000100/`: the weights as `final/` would hold them, `optimizer.safetensors` with
-`optimizer.json`, `state.json` (where the run stands), and `manifest.json` (SHA-256 of every file, and of itself).
+`optimizer.json`, `state.json` (the run's progress), and `manifest.json` (SHA-256 of every file, and of itself).
 Random state is not in it: every draw is a function of (seed, step), so there is none to keep.
 """
 
@@ -31,7 +31,7 @@ FORMAT = 3
 """Of checkpoints, in their manifest; raise it when an older version could not read a new one, or the reverse."""
 MANIFEST = "manifest.json"
 READ = (".json", ".safetensors")
-"""How the names of files end that are read when a run goes on: none may be there that is not listed."""
+"""Suffixes of the files that a resumed run reads: a checkpoint may hold no unlisted one."""
 
 
 def folder_of(root: Path, step: int) -> Path:

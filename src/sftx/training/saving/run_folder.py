@@ -1,4 +1,4 @@
-"""The run folder: `output_dir`, which explains how its contents came to be."""
+"""The run folder, `output_dir`: its files, its lock, its manifest."""
 
 from __future__ import annotations
 
@@ -135,9 +135,9 @@ class RunFolder:
     def _without_manifest(self) -> str:
         """Say what to do with a folder of which it is not known which run it holds."""
         newest = max(self.checkpoints.glob("step-*"), default=None)
-        cure = (
-            f"or go on in another folder: output_dir=NEW resume={newest}" if newest else "or choose another output_dir"
-        )
+        cure = "or choose another output_dir"
+        if newest:
+            cure = f"or continue in another folder: output_dir=NEW resume={newest}"
         return f"It says which run this folder holds: put it back from a copy, {cure}."
 
     def open(self, config: TrainConfig, manifest: dict[str, Any]) -> None:
