@@ -61,7 +61,7 @@ def train(session: Session, trials: Sequence[Trial], ended: Callable[[Trial], No
         while running := [t for t in trials if not t.ended]:
             for trial in running:
                 if session.stopping and (not trial.finished or trial.evaluation_due):
-                    _stop(session, [t for t in running if not t.ended])
+                    _stop(session, [t for t in running if not t.ended and t.error is None])
                 if trial.error is None:
                     with _failing(trial, alone=alone), trial.active(session):
                         if not trial.finished:
