@@ -107,9 +107,9 @@ def sftx_part(asked: argparse.Namespace) -> dict[str, Any]:
     from sftx.build import build
     from sftx.config.check import freeze
     from sftx.config.compose import compose_checked
-    from sftx.data import store, tokenise  # noqa: F401 - loaded before the clock starts, as the peers' are
     from sftx.data.prepare import select
     from sftx.data.prepare import tokenise as to_rows
+    from sftx.data.store import tokenise  # noqa: F401 - loaded before the clock starts, as the peers' are
     from sftx.model.loading.family import family_named, family_of
     from sftx.model.loading.load import find_model, load_template
 

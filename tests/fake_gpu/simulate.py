@@ -206,7 +206,7 @@ def _batch(lengths: tuple[int, ...]) -> Any:
     """Return packed rows; the last 60 % of each are supervised."""
     import torch
 
-    from sftx.data.loader import IGNORE, Batch
+    from sftx.data.batches.collate import IGNORE, Batch
 
     total = sum(lengths)
     targets, weights = torch.full((1, total), IGNORE), torch.zeros(1, total)

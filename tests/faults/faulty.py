@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftx.data.loader import Batch
+from sftx.data.batches.collate import Batch
 from sftx.errors import DataError
 from sftx.parallel.engine import Engine
 from sftx.parallel.settings import Ddp

@@ -55,12 +55,12 @@ def note(folder: Path, *words: object) -> None:
 def watch_builds(folder: Path, victims: str, after: float) -> None:
     """Note each build, and kill the process that makes the first of the kind that a victim is wanted for."""
     import sftx.data.corpus
-    import sftx.data.store
+    import sftx.data.store.rows
     import sftx.files
 
     original = sftx.files.write_folder
     kinds: list[str] = []
-    for module, kind in ((sftx.data.corpus, "records"), (sftx.data.store, "tokens")):
+    for module, kind in ((sftx.data.corpus, "records"), (sftx.data.store.rows, "tokens")):
 
         def opened(*arguments: Any, kind: str = kind, open_entry: Any = module.open_entry) -> Any:
             kinds.append(kind)

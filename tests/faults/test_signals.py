@@ -189,7 +189,7 @@ def test_a_signal_in_a_save_changes_nothing_of_it(straight: Path, tmp_path: Path
     ("module", "name"),
     [
         ("sftx.data.corpus", "find_sources"),
-        ("sftx.data.tokenise", "encode_chunk"),
+        ("sftx.data.store.tokenise", "encode_chunk"),
         ("sftx.training.opening", "load_base"),
     ],
     ids=["reading", "tokenising", "loading"],

@@ -18,7 +18,7 @@ import pytest
 from sftx import PROJECT_ROOT
 from sftx.config.check import freeze
 from sftx.config.compose import compose_checked
-from sftx.data.problems import SKIP
+from sftx.data.files.problems import SKIP
 from sftx.errors import EXIT_USER, SftxError
 from sftx.model.loading.builtin import ensure_builtin
 from sftx.run import run

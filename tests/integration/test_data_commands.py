@@ -11,7 +11,7 @@ import pytest
 
 from sftx.cli import run as sftx
 from sftx.commands import data_check
-from sftx.data.audit import language_of
+from sftx.data.records.audit import language_of
 from sftx.errors import ConfigError, DataError, ModelError
 from sftx.run import run
 

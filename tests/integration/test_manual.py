@@ -305,7 +305,7 @@ def test_dataloader_num_workers(make_config, captured, monkeypatch: pytest.Monke
     """The batches are made in other processes, and are the same."""
     import os
 
-    import sftx.data.feed as feed
+    import sftx.data.batches.feed as feed
 
     made = tmp_path / "pids"
     collate = feed.collate

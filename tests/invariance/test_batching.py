@@ -9,8 +9,8 @@ import pytest
 import torch
 from tests.invariance.test_invariance import CLIPS, curve
 
-from sftx.data.loader import collate
-from sftx.data.rows import Row
+from sftx.data.batches.collate import collate
+from sftx.data.encode.row import Row
 from sftx.model.kernels import attention
 from sftx.run import run
 from sftx.training.saving.metrics import read_metrics

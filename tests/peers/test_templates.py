@@ -27,10 +27,10 @@ from typing import Any
 import pytest
 from tests.unit.test_template import byte_tokenizer
 
-from sftx.data.policy import EncodePolicy
-from sftx.data.record import Message, Record
-from sftx.data.render import INLINE, Renderer
-from sftx.data.template import ChatTemplate, template_source
+from sftx.data.encode.policy import EncodePolicy
+from sftx.data.encode.render import INLINE, Renderer
+from sftx.data.encode.template import ChatTemplate, template_source
+from sftx.data.records.record import Message, Record
 from sftx.errors import ModelError
 
 pytestmark = pytest.mark.peers

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sftx.data.read import sha256_file
+from sftx.data.records.read import sha256_file
 from sftx.errors import CheckpointError, RunFolderError
 from sftx.run import run
 from sftx.training.saving import checkpoint

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sftx.data.choose import ChoosePolicy, choose, exact_duplicates, facts_of, mixed
-from sftx.data.record import Record, pair
+from sftx.data.records.choose import ChoosePolicy, choose, exact_duplicates, facts_of, mixed
+from sftx.data.records.record import Record, pair
 from sftx.errors import ConfigError, DataError
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from sftx import PROJECT_ROOT
 from sftx.data import corpus as corpus_module
 from sftx.data.corpus import Corpus, LoadedFile, find_file
-from sftx.data.record import Record, pair
-from sftx.data.split import split
+from sftx.data.records.record import Record, pair
+from sftx.data.records.split import split
 from sftx.errors import DataError
 
 HEADER = "category,human,assistant"

@@ -1,4 +1,4 @@
-"""`sftx.data.digests`: the hash of a file that was not written to is known without reading it."""
+"""`sftx.data.store.digests`: the hash of a file that was not written to is known without reading it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sftx.data import digests
-from sftx.data import record_store as record_store_module
 from sftx.data.corpus import Corpus
-from sftx.data.digests import known_sha256
+from sftx.data.store import digests
+from sftx.data.store import record_store as record_store_module
+from sftx.data.store.digests import known_sha256
 from sftx.errors import DataError
 
 OLD = 10**9

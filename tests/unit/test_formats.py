@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftx.data.corpus import Corpus
-from sftx.data.jsontext import CHUNK
-from sftx.data.problems import SKIP
-from sftx.data.read import FileReader, How, read_file
-from sftx.data.record_store import message_dict
-from sftx.data.sources import Source
+from sftx.data.files.jsontext import CHUNK
+from sftx.data.files.problems import SKIP
+from sftx.data.files.sources import Source
+from sftx.data.records.read import FileReader, How, read_file
+from sftx.data.store.record_store import message_dict
 from sftx.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -451,7 +451,7 @@ def test_characters_and_bad_bytes_at_the_border_of_two_chunks(
     row = f"{text.get(codec, '请问我们的一')},q,a\r\n"
     raw = ("category,human,assistant\r\n" + 3 * row).encode(codec)
     for size in (1, 2, 3, 5, 7):
-        monkeypatch.setattr("sftx.data.blob.CHUNK", size)
+        monkeypatch.setattr("sftx.data.files.blob.CHUNK", size)
         given = codec if codec in text else "auto"
         reading = read_file(write(tmp_path, raw, "a.csv"), encoding=given)
         assert reading.records[0].category == text.get(codec, "请问我们的一")

@@ -17,7 +17,7 @@ LAYER_OF = {"build": "config", "run": "runs", "cli": "commands", "__main__": "co
 """Modules at the top; the others there are `base`."""
 ALLOWED_SETTINGS = {
     "commands/train.py sets logging.raiseExceptions",
-    "data/hub.py sets datasets.config.HF_HUB_OFFLINE",
+    "data/files/hub.py sets datasets.config.HF_HUB_OFFLINE",
     "model/kernels/compiled.py sets torch._dynamo.config.recompile_limit",
     "parallel/ddp.py sets os.environ",  # by `|=`
     "runs/trackers.py sets sys.argv",
@@ -32,7 +32,7 @@ STEPS = {"parallel/stepper.py"}
 PROBED_STEPS = {"training/saving/preflight.py"}
 """An optimizer of one parameter is tried there, to see how much state it keeps."""
 
-CROWDED = {"config", "data", "model"}
+CROWDED = {"config", "model"}
 
 
 def sources() -> list[Path]:

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sftx.data.template import template_source
+from sftx.data.encode.template import template_source
 from sftx.errors import ConfigError, ModelError
 from sftx.model.loading.builtin import NAME, ensure_builtin
 from sftx.model.loading.family import Family

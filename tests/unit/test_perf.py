@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.utils.flop_counter import FlopCounterMode
 
-from sftx.data.loader import Batch
+from sftx.data.batches.collate import Batch
 from sftx.model.head import HEAD
 from sftx.run import run
 from sftx.training import loop

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sftx.data.plan import Plan, pack
+from sftx.data.batches.plan import Plan, pack
 
 _random = random.Random(1)
 LENGTHS = [_random.randint(5, 400) for _ in range(500)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from sftx.data.loader import Batch
+from sftx.data.batches.collate import Batch
 from sftx.model.adapt import AdaptedModel
 from sftx.model.probe import ModelProbe
 from sftx.training.loss import token_losses

@@ -1,4 +1,4 @@
-"""`sftx.data.read`: one file to exact records, or one error that says where and what."""
+"""`sftx.data.records.read`: one file to exact records, or one error that says where and what."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from tests.conftest import ROOT
 
-from sftx.data.problems import SKIP
-from sftx.data.read import MAX_LISTED, FileReader, How, Reading, read_file, sha256_file
+from sftx.data.files.problems import SKIP
+from sftx.data.records.read import MAX_LISTED, FileReader, How, Reading, read_file, sha256_file
 from sftx.errors import DataError
 
 HEADER = "category,human,assistant\n"
@@ -606,9 +606,7 @@ def test_sha256(tmp_path: Path) -> None:
 def test_reading_imports_nothing_heavy(tmp_path: Path) -> None:
     path = write(tmp_path, HEADER + CHINESE, encoding="gb18030")
     heavy = "{'torch', 'numpy', 'pandas', 'charset_normalizer', 'transformers'}"
-    code = (
-        f"import sys; from sftx.data.read import read_file; read_file({str(path)!r}); print({heavy} & set(sys.modules))"
-    )
+    code = f"import sys; from sftx.data.records.read import read_file; read_file({str(path)!r}); print({heavy} & set(sys.modules))"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

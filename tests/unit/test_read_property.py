@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftx.data.problems import SKIP
-from sftx.data.read import FORMATS, FileReader, How, read_file
+from sftx.data.files.problems import SKIP
+from sftx.data.records.read import FORMATS, FileReader, How, read_file
 from sftx.errors import DataError
 
 QUICK = settings(max_examples=60, deadline=None, database=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""`sftx.data.record_store` and the cache: records on disk, one conversion, bounded memory."""
+"""`sftx.data.store.record_store` and the cache: records on disk, one conversion, bounded memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from sftx.data import record_store as record_store_module
-from sftx.data.choose import ChoosePolicy, choose, facts_of
 from sftx.data.corpus import Corpus, LoadedFile, convert
-from sftx.data.record import Message, Record
-from sftx.data.record_store import RecordStore, RecordView, write_records
-from sftx.data.split import split
+from sftx.data.records.choose import ChoosePolicy, choose, facts_of
+from sftx.data.records.record import Message, Record
+from sftx.data.records.split import split
+from sftx.data.store import record_store as record_store_module
+from sftx.data.store.record_store import RecordStore, RecordView, write_records
 from sftx.errors import DataError
 
 HEADER = "category,human,assistant\n"
@@ -96,7 +96,7 @@ def test_splits_of_a_store_and_of_a_list_are_the_same(tmp_path: Path) -> None:
 
 def test_a_split_reads_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(tmp_path / "s", [plain(i) for i in range(300)])
-    monkeypatch.setattr("sftx.data.record_store._from_line", None)
+    monkeypatch.setattr("sftx.data.store.record_store._from_line", None)
     training, held = split(store[:200], 0.1, 500)
     assert len(training) + len(held) == 200
 
@@ -104,7 +104,7 @@ def test_a_split_reads_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_the_policies_need_is_known_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [plain(i) for i in range(100)] + [plain(3), RICH]
     store = store_of(tmp_path / "s", records)
-    monkeypatch.setattr("sftx.data.record_store._from_line", None)
+    monkeypatch.setattr("sftx.data.store.record_store._from_line", None)
     for some, same in ((store, records), (store[5:80][::2], records[5:80][::2])):
         known, read = facts_of(some), facts_of(same)
         assert (known.prompts.tolist(), known.answers.tolist()) == (read.prompts.tolist(), read.answers.tolist())
@@ -181,7 +181,7 @@ def test_sixteen_processes_convert_a_file_once(tmp_path: Path, cache: Path) -> N
 def test_a_converter_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path, cache: Path) -> None:
     path = put(tmp_path / "a.csv", "c,q,a\n")
     code = (
-        "import os, sys, time; from pathlib import Path; from sftx.data import corpus, record_store\n"
+        "import os, sys, time; from pathlib import Path; from sftx.data import corpus; from sftx.data.store import record_store\n"
         "def hang(into, records): (into / 'records.arrow').write_text('half'); print('in', flush=True); time.sleep(60)\n"
         "record_store.write_records = hang\n"
         f"corpus.Corpus().load({str(tmp_path)!r}, 'a.csv', key='k', keep_columns=True)"
@@ -225,7 +225,7 @@ with (gzip.open(path, "wt", encoding="utf-8", newline="") if path.suffix == ".gz
     else:
         out.writelines(json.dumps(r, ensure_ascii=False) + "\\n" for r in rows())
 from sftx.data.corpus import Corpus
-from sftx.data.split import split
+from sftx.data.records.split import split
 before = peak()
 loaded = Corpus().load(str(path.parent), path.name, key="k", keep_columns=False)
 training, held = split(loaded.records, 0.05, 500)

@@ -1,4 +1,4 @@
-"""`sftx.data.schemas` and `turns`: rows of every schema become records, or are refused with their line."""
+"""`sftx.data.records.schemas` and `turns`: rows of every schema become records, or are refused with their line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from sftx.data.cells import RowError
-from sftx.data.dialogue import turns_of
-from sftx.data.read import FileReader, How, read_file
-from sftx.data.record import Message, Record
-from sftx.data.schemas import describe_columns
+from sftx.data.records.cells import RowError
+from sftx.data.records.dialogue import turns_of
+from sftx.data.records.read import FileReader, How, read_file
+from sftx.data.records.record import Message, Record
+from sftx.data.records.schemas import describe_columns
 from sftx.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -1,4 +1,4 @@
-"""`sftx.data.sources`: what a corpus name means."""
+"""`sftx.data.files.sources`: what a corpus name means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from sftx import EMBEDDED_DATA
 from sftx.data.corpus import Corpus, LoadedFile
-from sftx.data.sources import Source, fetch, find_sources
+from sftx.data.files.sources import Source, fetch, find_sources
 from sftx.errors import DataError
 
 HEADER = "category,human,assistant\n"
@@ -221,7 +221,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
-    monkeypatch.setattr("sftx.data.hub.urllib.request.urlopen", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("sftx.data.files.hub.urllib.request.urlopen", lambda *_, **__: nullcontext())
     return stand_in
 
 
@@ -268,7 +268,7 @@ def test_without_a_way_to_the_hub_only_what_is_kept_is_read(
     def nothing(*_: str, split: str) -> object:
         raise ConnectionError("Couldn't find it")
 
-    monkeypatch.setattr("sftx.data.hub.urllib.request.urlopen", unreachable)
+    monkeypatch.setattr("sftx.data.files.hub.urllib.request.urlopen", unreachable)
     hub.load_dataset = kept
     assert load(tmp_path, "owner/name").records[0].human == "q1"
     assert not hub.config.HF_HUB_OFFLINE

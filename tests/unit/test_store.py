@@ -21,14 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftx import cli
-from sftx.data import cache, token_store, tokenise
-from sftx.data.cache import Names
-from sftx.data.policy import EncodePolicy
-from sftx.data.record import Record, pair
-from sftx.data.rows import Row
-from sftx.data.store import MemoryRows, Rows, TokenRows, open_rows
-from sftx.data.template import ChatTemplate, template_source
-from sftx.data.token_store import Block, to_batch, token_key, write_rows
+from sftx.data.encode.policy import EncodePolicy
+from sftx.data.encode.row import Row
+from sftx.data.encode.template import ChatTemplate, template_source
+from sftx.data.records.record import Record, pair
+from sftx.data.store import cache, token_store, tokenise
+from sftx.data.store.cache import Names
+from sftx.data.store.rows import MemoryRows, Rows, TokenRows, open_rows
+from sftx.data.store.token_store import Block, to_batch, token_key, write_rows
 from sftx.errors import ConfigError, DataError, SftxError
 from sftx.model.loading.builtin import ensure_builtin
 
@@ -272,9 +272,9 @@ def test_nothing_is_kept_when_no_record_can_be_used(template: ChatTemplate) -> N
 BUILDER = """
 import os, pickle, sys, time
 from pathlib import Path
-from sftx.data import tokenise
-from sftx.data.store import open_rows
-from sftx.data.template import ChatTemplate
+from sftx.data.store import tokenise
+from sftx.data.store.rows import open_rows
+from sftx.data.encode.template import ChatTemplate
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 made, records, policy = pickle.loads((folder / "job").read_bytes())
 encode = tokenise.encode_blocks
@@ -535,7 +535,7 @@ def test_a_run_that_has_its_rows_imports_nothing_for_making_them(tmp_path: Path)
         "template = load_template(source, family, None, family_named)\n"
         "assert len(open_data(config)(template).train[0].ids_T)\n"
         "heavy = {'datasets', 'pandas', 'pyarrow.parquet', 'pyarrow.dataset', 'pyarrow.compute'}\n"
-        "print((heavy | {'sftx.data.tokenise'}) & set(sys.modules))"
+        "print((heavy | {'sftx.data.store.tokenise'}) & set(sys.modules))"
     )
     env = {**os.environ, "SFTX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     for _ in ("cold", "warm"):

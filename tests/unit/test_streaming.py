@@ -14,11 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sftx.data.feed import Layout, Step
-from sftx.data.plan import Batching
-from sftx.data.record import Record, pair
-from sftx.data.rows import Row
-from sftx.data.streaming import Reader, StreamedFeed, StreamOrder
+from sftx.data.batches.feed import Layout, Step
+from sftx.data.batches.plan import Batching
+from sftx.data.batches.streaming import Reader, StreamedFeed, StreamOrder
+from sftx.data.encode.row import Row
+from sftx.data.records.record import Record, pair
 from sftx.errors import DataError
 
 ONE = Layout(padding_free=True, pad_id=0, rank=0, world_size=1, batch_size=2)

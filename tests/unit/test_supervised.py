@@ -1,4 +1,4 @@
-"""`sftx.data.supervised`: each supervised text is taught exactly once, and each turn ends where generation stops."""
+"""`sftx.data.encode.supervised`: each supervised text is taught exactly once, and each turn ends where generation stops."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.unit.test_template_families import FAMILIES, template_of
 from tests.unit.test_template_turns import CALL, WEATHER, learned, said, system, talk
 
 from sftx.data.corpus import Corpus
-from sftx.data.policy import EncodePolicy
-from sftx.data.record import Message, Record
-from sftx.data.template import ChatTemplate
+from sftx.data.encode.policy import EncodePolicy
+from sftx.data.encode.template import ChatTemplate
+from sftx.data.records.record import Message, Record
 from sftx.errors import ModelError
 
 ROOM = EncodePolicy(10_000)

@@ -1,4 +1,4 @@
-"""`sftx.data.template`: what is rendered, which tokens it becomes, and which of them are learned."""
+"""`sftx.data.encode.template`: what is rendered, which tokens it becomes, and which of them are learned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sftx.data.loader import collate
-from sftx.data.policy import EncodePolicy
-from sftx.data.record import Record, pair
-from sftx.data.store import open_rows
-from sftx.data.template import ChatTemplate, Row, template_source
+from sftx.data.batches.collate import collate
+from sftx.data.encode.policy import EncodePolicy
+from sftx.data.encode.template import ChatTemplate, Row, template_source
+from sftx.data.records.record import Record, pair
+from sftx.data.store.rows import open_rows
 from sftx.errors import ConfigError, DataError, ModelError
 from sftx.model.loading.builtin import PATTERN, ensure_builtin
 from sftx.model.loading.load import _choose_pad

@@ -9,9 +9,9 @@ import pytest
 from tests.unit.test_template import byte_tokenizer
 
 from sftx.config.options import component_of
-from sftx.data.policy import EncodePolicy
-from sftx.data.record import Message, Record
-from sftx.data.template import TEMPLATES, ChatTemplate, template_source
+from sftx.data.encode.policy import EncodePolicy
+from sftx.data.encode.template import TEMPLATES, ChatTemplate, template_source
+from sftx.data.records.record import Message, Record
 from sftx.errors import ConfigError
 from sftx.model.loading.family import family_named
 from sftx.model.loading.markers import check_markers

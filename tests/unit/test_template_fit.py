@@ -7,10 +7,10 @@ from tests.unit.test_template import QWEN_STOPS, byte_tokenizer, template_source
 from tests.unit.test_template_families import template_of
 from tests.unit.test_template_turns import rows_of, said, system, talk
 
-from sftx.data.policy import EncodePolicy, TooLong
-from sftx.data.record import Message
-from sftx.data.rows import Row
-from sftx.data.template import ChatTemplate
+from sftx.data.encode.policy import EncodePolicy, TooLong
+from sftx.data.encode.row import Row
+from sftx.data.encode.template import ChatTemplate
+from sftx.data.records.record import Message
 from sftx.errors import DataError
 
 CHATML = ChatTemplate(

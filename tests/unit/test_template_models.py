@@ -15,9 +15,9 @@ from tests.unit.test_template_turns import CALL, ROOM, WEATHER, learned, said, t
 from transformers import PreTrainedTokenizerFast
 
 from sftx.config.compose import compose_checked
-from sftx.data.record import Message, Record
-from sftx.data.template import ChatTemplate, template_source
-from sftx.data.token_store import token_key
+from sftx.data.encode.template import ChatTemplate, template_source
+from sftx.data.records.record import Message, Record
+from sftx.data.store.token_store import token_key
 from sftx.errors import ConfigError, ModelError, RunFolderError
 from sftx.model.loading.builtin import ensure_builtin
 from sftx.model.loading.family import Family, family_named

@@ -12,10 +12,10 @@ from tests.unit.test_template_families import spans, template_of
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from sftx.data.policy import EncodePolicy
-from sftx.data.record import Message, Record
-from sftx.data.rows import Row
-from sftx.data.template import ChatTemplate, template_source
+from sftx.data.encode.policy import EncodePolicy
+from sftx.data.encode.row import Row
+from sftx.data.encode.template import ChatTemplate, template_source
+from sftx.data.records.record import Message, Record
 from sftx.errors import ModelError
 from sftx.model.loading.builtin import ensure_builtin
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sftx.cli import main as sftx_main
-from sftx.data.problems import MAX_TEXT
-from sftx.data.read import read_file
+from sftx.data.files.problems import MAX_TEXT
+from sftx.data.records.read import read_file
 from sftx.errors import ConfigError, DataError, printed
 from sftx.logs import RunLog, ThirdPartyLog
 from sftx.terminal import visible, visible_lines

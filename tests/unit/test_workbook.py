@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from sftx.data.corpus import Corpus
-from sftx.data.read import FileReader, How, read_file
-from sftx.data.sources import Source
+from sftx.data.files.sources import Source
+from sftx.data.records.read import FileReader, How, read_file
 from sftx.errors import DataError
 
 openpyxl = pytest.importorskip("openpyxl")

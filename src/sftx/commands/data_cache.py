@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from sftx.data import cache
+from sftx.data.store import cache
 from sftx.errors import DataError, did_you_mean
 
 

@@ -16,15 +16,15 @@ from rich.text import Text
 from sftx.build import build
 from sftx.commands.preview import heading, legend, preview
 from sftx.config.schema import TrainConfig
-from sftx.data.audit import LISTED, Audit, audit
-from sftx.data.choose import choose, facts_of
 from sftx.data.corpus import Corpus, LoadedFile
+from sftx.data.encode.template import ChatTemplate
+from sftx.data.files.sources import fetch, find_sources
 from sftx.data.prepare import Data, rows_of, select_from, tokenise
-from sftx.data.record import Record
-from sftx.data.record_store import RecordView
-from sftx.data.sources import fetch, find_sources
-from sftx.data.store import Rows
-from sftx.data.template import ChatTemplate
+from sftx.data.records.audit import LISTED, Audit, audit
+from sftx.data.records.choose import choose, facts_of
+from sftx.data.records.record import Record
+from sftx.data.store.record_store import RecordView
+from sftx.data.store.rows import Rows
 from sftx.errors import DataError
 from sftx.files import write_bytes
 from sftx.model.loading.family import family_named, family_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from sftx.data.rows import Row
+from sftx.data.encode.row import Row
 from sftx.terminal import visible
 
 SHOWN_TOKENS = 400

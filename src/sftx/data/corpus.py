@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sftx.config.bounds import Bounds
-from sftx.data.cache import SKIPPED, Names, entry_folder, open_entry
-from sftx.data.columns import FIELDS, RESERVED
-from sftx.data.digests import Stamp, known_sha256, stamp
-from sftx.data.policy import EncodePolicy
-from sftx.data.read import FileReader, How, described, suffixes
-from sftx.data.record import Record, origin_text
-from sftx.data.schemas import describe_columns
-from sftx.data.sources import Source, fetch, find_file, find_sources
+from sftx.data.encode.policy import EncodePolicy
+from sftx.data.files.sources import Source, fetch, find_file, find_sources
+from sftx.data.records.columns import FIELDS, RESERVED
+from sftx.data.records.read import FileReader, How, described, suffixes
+from sftx.data.records.record import Record, origin_text
+from sftx.data.records.schemas import describe_columns
+from sftx.data.store.cache import SKIPPED, Names, entry_folder, open_entry
+from sftx.data.store.digests import Stamp, known_sha256, stamp
 from sftx.errors import DataError
 from sftx.files import write_chunks
 
 __all__ = ["Converted", "Corpus", "LoadedFile", "convert", "find_file", "find_sources"]
 
 if TYPE_CHECKING:  # numpy and torch are imported when a corpus is read, not when its settings are checked
-    from sftx.data.choose import ChoosePolicy
-    from sftx.data.record_store import RecordStore
-    from sftx.data.stream_files import StreamedFiles
+    from sftx.data.batches.stream_files import StreamedFiles
+    from sftx.data.records.choose import ChoosePolicy
+    from sftx.data.store.record_store import RecordStore
 
 READER_VERSION = 11
 """Part of the cache key: raise it when the same file would be read differently."""
@@ -147,7 +147,7 @@ class Corpus:
 
     def choose_policy(self) -> ChoosePolicy:
         """Return which of its records are used, and how often."""
-        from sftx.data.choose import ChoosePolicy
+        from sftx.data.records.choose import ChoosePolicy
 
         return ChoosePolicy(
             self.duplicates,
@@ -174,7 +174,7 @@ class Corpus:
         Raises:
             DataError: no such file, or found twice.
         """
-        from sftx.data.stream_files import StreamedFiles
+        from sftx.data.batches.stream_files import StreamedFiles
 
         sources = find_sources(folder, name, key="train_file_name")
         return StreamedFiles(sources, self._how(), keep_columns, self.on_bad_rows == "skip", limit)
@@ -188,7 +188,7 @@ class Corpus:
         Raises:
             DataError: a file that cannot be read exactly.
         """
-        from sftx.data.record_store import RecordStore
+        from sftx.data.store.record_store import RecordStore
 
         stamps = [stamp(source.path) for source in sources]
         digests = [known_sha256(source.path) for source in sources]
@@ -210,7 +210,7 @@ class Corpus:
         self, into: Path, sources: Sequence[Source], stamps: Sequence[Stamp], keep_columns: bool
     ) -> dict[str, Any]:
         """Fill a folder with the records of files; return what else is to be known of them."""
-        from sftx.data.record_store import json_line, write_records
+        from sftx.data.store.record_store import json_line, write_records
 
         how = self._how()
         files: list[dict[str, Any]] = []
@@ -261,7 +261,7 @@ def convert(files: Sequence[Path], out: Path, corpus: Corpus | None = None, *, k
         DataError: a file that cannot be read exactly, or a column that has a name of the new form.
         RunFolderError: the result cannot be written.
     """
-    from sftx.data.record_store import json_line
+    from sftx.data.store.record_store import json_line
 
     if Path(out).resolve() in {Path(file).resolve() for file in files}:
         raise DataError(f"{out}: is one of the files to convert; give another name for the result")
@@ -282,7 +282,7 @@ def _is_plain(record: Record) -> bool:
 
 
 def _row(record: Record, reserved: Set[str], *, plain: bool) -> dict[str, object]:
-    from sftx.data.record_store import message_dict
+    from sftx.data.store.record_store import message_dict
 
     made: dict[str, object] = {"category": record.category}
     if plain:

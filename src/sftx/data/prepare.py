@@ -12,15 +12,15 @@ import numpy as np
 from sftx.build import build
 from sftx.config.derive import sequences_per_device
 from sftx.config.schema import TrainConfig
-from sftx.data.cache import Names
-from sftx.data.choose import Facts, choose, facts_of, mixed
+from sftx.data.batches.stream_files import StreamedFiles
+from sftx.data.batches.streaming import Encoder, StreamedFeed, StreamOrder
 from sftx.data.corpus import Corpus, LoadedFile
-from sftx.data.record_store import RecordView
-from sftx.data.split import split
-from sftx.data.store import MemoryRows, Rows, open_rows, rises
-from sftx.data.stream_files import StreamedFiles
-from sftx.data.streaming import Encoder, StreamedFeed, StreamOrder
-from sftx.data.template import ChatTemplate
+from sftx.data.encode.template import ChatTemplate
+from sftx.data.records.choose import Facts, choose, facts_of, mixed
+from sftx.data.records.split import split
+from sftx.data.store.cache import Names
+from sftx.data.store.record_store import RecordView
+from sftx.data.store.rows import MemoryRows, Rows, open_rows, rises
 from sftx.errors import DataError
 
 

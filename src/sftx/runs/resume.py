@@ -18,7 +18,7 @@ from sftx.config.derive import RUNS, config_hash, identity, with_output_dir
 from sftx.config.overrides import bare, override_text
 from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
-from sftx.data.read import sha256_file
+from sftx.data.records.read import sha256_file
 from sftx.effective import Effective
 from sftx.errors import ModelError, RunFolderError
 from sftx.model.loading.load import Source

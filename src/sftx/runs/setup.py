@@ -12,8 +12,8 @@ import torch
 from sftx.build import build
 from sftx.config.derive import Steps, derive_steps, first_micro_batch, sequences_per_device
 from sftx.config.schema import PER_TRIAL, TrainConfig
-from sftx.data.feed import PlannedFeed
-from sftx.data.plan import Plan
+from sftx.data.batches.feed import PlannedFeed
+from sftx.data.batches.plan import Plan
 from sftx.data.prepare import Data, open_data
 from sftx.effective import Effective
 from sftx.errors import ConfigError

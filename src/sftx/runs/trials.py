@@ -25,7 +25,7 @@ from sftx.config.check import freeze
 from sftx.config.compose import Request
 from sftx.config.guard import unasked
 from sftx.config.schema import TrainConfig
-from sftx.data.sources import find_sources
+from sftx.data.files.sources import find_sources
 from sftx.errors import ConfigError, SftxError, StoppedError, put_place, say
 from sftx.files import write_json, write_text
 from sftx.runs.launch import launch

@@ -14,7 +14,7 @@ from sftx.errors import ConfigError
 from sftx.files import append_line, write_text
 
 if TYPE_CHECKING:  # imported when a callback acts, not when its settings are checked
-    from sftx.data.loader import Batch
+    from sftx.data.batches.collate import Batch
     from sftx.training.measure.evaluate import Evaluation
     from sftx.training.trial import Session, Trial
 

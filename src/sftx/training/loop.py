@@ -24,8 +24,8 @@ from typing import NoReturn
 import torch
 from torch.profiler import record_function
 
-from sftx.data.feed import Step
-from sftx.data.loader import Batch
+from sftx.data.batches.collate import Batch
+from sftx.data.batches.feed import Step
 from sftx.errors import SftxError, StoppedError, is_out_of_memory
 from sftx.files import append_line
 from sftx.seeds import key_of

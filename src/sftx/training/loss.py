@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sftx.data.loader import IGNORE, Batch
+from sftx.data.batches.collate import IGNORE, Batch
 from sftx.model.adapt import AdaptedModel
 from sftx.model.head import LossRequest
 from sftx.model.kernels.attention import padding_free_inputs

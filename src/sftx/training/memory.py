@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sftx.config.derive import largest_divisor, sequences_per_device
-from sftx.data.loader import Batch
+from sftx.data.batches.collate import Batch
 from sftx.errors import TrainingError, is_out_of_memory
 from sftx.terminal import counted
 

@@ -10,7 +10,7 @@ import torch
 
 from sftx.build import build
 from sftx.config.schema import TrainConfig
-from sftx.data.template import ChatTemplate
+from sftx.data.encode.template import ChatTemplate
 from sftx.effective import Effective
 from sftx.logs import ONLY
 from sftx.model.adapt import AdaptedModel, Adapter

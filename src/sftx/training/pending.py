@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from sftx.data.feed import Step
+from sftx.data.batches.feed import Step
 from sftx.parallel.engine import Engine
 from sftx.signals import Signals
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from sftx.data.feed import Step
+from sftx.data.batches.feed import Step
 from sftx.errors import TrainingError
 from sftx.training.saving import checkpoint
 from sftx.training.saving.metrics import drop_after

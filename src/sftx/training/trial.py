@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from sftx.config.derive import Steps, largest_divisor, sequences_per_device
 from sftx.config.schema import TrainConfig
-from sftx.data.feed import Feed, Layout, Step
-from sftx.data.store import Rows
-from sftx.data.template import ChatTemplate
+from sftx.data.batches.feed import Feed, Layout, Step
+from sftx.data.encode.template import ChatTemplate
+from sftx.data.store.rows import Rows
 from sftx.effective import Effective
 from sftx.errors import SftxError
 from sftx.logs import log_context

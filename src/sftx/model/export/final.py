@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sftx.data.template import ChatTemplate
+from sftx.data.encode.template import ChatTemplate
 from sftx.files import write_folder
 from sftx.model.adapt import AdaptedModel, Adapter
 from sftx.model.export.tokenizer_files import copy_tokenizer

@@ -12,7 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
-from sftx.data.template import template_source
+from sftx.data.encode.template import template_source
 from sftx.files import cache_root, write_folder
 from sftx.locks import exclusive
 from sftx.model.export.tokenizer_files import save_tokenizer

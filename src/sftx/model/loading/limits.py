@@ -9,9 +9,9 @@ import numpy as np
 from torch import nn
 
 from sftx.config.schema import TrainConfig
+from sftx.data.encode.template import ChatTemplate
 from sftx.data.prepare import Data
-from sftx.data.store import Rows
-from sftx.data.template import ChatTemplate
+from sftx.data.store.rows import Rows
 from sftx.errors import ModelError
 from sftx.model.loading.load import Source
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftx.data.template import ChatTemplate, template_source
+from sftx.data.encode.template import ChatTemplate, template_source
 from sftx.errors import ConfigError, ModelError, nearest_folder
 from sftx.model.kernels.attention import register
 from sftx.model.loading import builtin

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sftx.data.template import PROBE, ChatTemplate
+from sftx.data.encode.template import PROBE, ChatTemplate
 from sftx.errors import ConfigError, ModelError
 
 MARKER = re.compile(

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from sftx.config.derive import PATHS, flat
-from sftx.data.digests import known_sha256
+from sftx.data.store.digests import known_sha256
 from sftx.runs.saved.saved_run import CONFIG, METRICS, Records, SavedRun, at
 from sftx.training.saving.run_folder import MANIFEST
 

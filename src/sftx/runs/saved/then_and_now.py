@@ -15,8 +15,8 @@ from sftx.config.check import config_from
 from sftx.config.derive import flat, identity
 from sftx.config.schema import TrainConfig
 from sftx.data.corpus import Corpus
-from sftx.data.digests import known_sha256
-from sftx.data.sources import fetch, find_sources
+from sftx.data.files.sources import fetch, find_sources
+from sftx.data.store.digests import known_sha256
 from sftx.errors import DataError, ModelError, RunFolderError
 from sftx.model.loading import builtin
 from sftx.model.loading.load import find_model

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sftx.data.loader import collate
-from sftx.data.store import Rows
+from sftx.data.batches.collate import collate
+from sftx.data.store.rows import Rows
 from sftx.model.adapt import AdaptedModel
 from sftx.parallel.engine import Engine
 from sftx.tensors import to_device

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sftx.data.feed import Step
+from sftx.data.batches.feed import Step
 
 DENSE_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12,

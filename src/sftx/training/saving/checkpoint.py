@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sftx.data.read import sha256_file
+from sftx.data.records.read import sha256_file
 from sftx.errors import CheckpointError, DataError, ModelError, TrainingError, other_format
 from sftx.files import remove_folder, write_folder
 from sftx.model.adapt import AdaptedModel

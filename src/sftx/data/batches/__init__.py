@@ -1,0 +1,1 @@
+"""From rows to micro-batches: order, packing, collation, streaming."""

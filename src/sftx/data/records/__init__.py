@@ -1,0 +1,1 @@
+"""From rows to conversations: schemas, checks, selection, split, audit."""

@@ -1,0 +1,1 @@
+"""Records and tokens on disk, and the processes that tokenise."""
