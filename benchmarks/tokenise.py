@@ -105,8 +105,8 @@ def _model(name: str) -> Path:
 def sftx_part(asked: argparse.Namespace) -> dict[str, Any]:
     """Read the file and tokenise it, as a run does; the second time both are there already."""
     from sftx.build import build
-    from sftx.config.check import freeze
-    from sftx.config.compose import compose_checked
+    from sftx.config.checks.check import freeze
+    from sftx.config.composition.prepare import compose_checked
     from sftx.data.prepare import select
     from sftx.data.prepare import tokenise as to_rows
     from sftx.data.store import tokenise  # noqa: F401 - loaded before the clock starts, as the peers' are

@@ -66,8 +66,8 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
     """Return a function that composes `overrides`, as `python train.py` would, into a TrainConfig."""
 
     def make(*overrides: str, small: bool = True, output: str = "run") -> Any:
-        from sftx.config.check import freeze
-        from sftx.config.compose import compose_checked
+        from sftx.config.checks.check import freeze
+        from sftx.config.composition.prepare import compose_checked
 
         typed = {o.split("=", 1)[0] for o in overrides}
         base = [o for o in SMALL if small and o.split("=", 1)[0] not in typed]
@@ -140,7 +140,7 @@ def no_config_dir() -> Any:
 @pytest.fixture
 def my_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that writes `my_parts.py`, which can then be imported; nothing of it outlives the test."""
-    from sftx.config import signature
+    from sftx.config.checks import signature
 
     def forget() -> None:
         sys.modules.pop("my_parts", None)

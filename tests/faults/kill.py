@@ -291,8 +291,8 @@ def _run(request: dict[str, Any], folder: Path, shared: mmap.mmap, seen: Path) -
         os.dup2(said if standard else os.open(os.devnull, os.O_RDONLY), standard)
     code = 1
     try:
-        from sftx.config.check import freeze
-        from sftx.config.compose import compose_checked
+        from sftx.config.checks.check import freeze
+        from sftx.config.composition.prepare import compose_checked
         from sftx.errors import reported
         from sftx.runs.launch import launch
         from sftx.signals import Signals

@@ -9,8 +9,8 @@ from typing import Any
 
 from tests.conftest import SMALL, over
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 from sftx.config.schema import TrainConfig
 from sftx.training.saving.metrics import read_metrics
 

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from tests.conftest import ROOT, SMALL, over
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 from sftx.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER
 from sftx.run import run
 

@@ -25,8 +25,8 @@ from tests.faults.kill import Zygote
 from tests.faults.moment import told
 from tests.invariance.test_invariance import assert_same_weights, curve
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 from sftx.config.schema import TrainConfig
 from sftx.errors import EXIT_STOPPED, RunFolderError, StoppedError
 from sftx.processes import STOP_SIGNALS

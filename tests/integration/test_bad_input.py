@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from sftx import PROJECT_ROOT
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 from sftx.data.files.problems import SKIP
 from sftx.errors import EXIT_USER, SftxError
 from sftx.model.loading.builtin import ensure_builtin

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from tests.conftest import ROOT, SMALL, over
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked, prepare
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked, prepare
 from sftx.errors import ConfigError
 
 PAGES = ["docs/components.md", "docs/components.zh-CN.md"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 from sftx.config.derive import sequences_per_device
 from sftx.config.options import options
 from sftx.errors import ConfigError

@@ -51,7 +51,7 @@ def test_a_group_is_added_in_two_places(tmp_path: Path) -> None:
     assert "`cooling` has no option 'fun'. Did you mean `fan`?" in run("cooling=fun").stderr
     assert "cooling=fan" in run("--help").stdout
     page = subprocess.run(
-        [sys.executable, "-m", "sftx.config.reference"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": "src"},
+        [sys.executable, "-m", "sftx.config.help.reference"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": "src"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "`cooling.blades`: `3`, an integer >= 2" in page.stdout

@@ -25,8 +25,8 @@ QUICK = over(SMALL, "max_steps=3", "max_train_rows=24")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a finished run on data of its own, started in that data's folder."""
-    from sftx.config.check import freeze
-    from sftx.config.compose import compose_checked
+    from sftx.config.checks.check import freeze
+    from sftx.config.composition.prepare import compose_checked
     from sftx.run import run
 
     home = tmp_path_factory.mktemp("home")

@@ -17,8 +17,8 @@ from tests.conftest import ROOT, SMALL, TWO_RANKS, over
 from tests.faults.test_signals import interrupt
 from tests.invariance.test_invariance import assert_same_weights, curve
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 from sftx.config.schema import TrainConfig
 from sftx.errors import EXIT_STOPPED, RunFolderError, StoppedError
 from sftx.run import run

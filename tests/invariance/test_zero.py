@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT, SMALL, TWO_RANKS, over
 from tests.invariance.test_invariance import CLIPS, curve, weights
 
-from sftx.config.compose import prepare
+from sftx.config.composition.prepare import prepare
 from sftx.errors import ConfigError
 from sftx.run import run
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_split_is_refused(words: list[str], said: str) -> None:
 
 
 def test_zero3_brings_an_optimizer_that_it_can_split() -> None:
-    from sftx.config.compose import compose_checked
+    from sftx.config.composition.prepare import compose_checked
 
     assert compose_checked(["parallel=zero3"]).optim == "adamw"
 

@@ -12,8 +12,8 @@ import pytest
 
 from sftx import cli
 from sftx.commands.run_report import difference_lines
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 from sftx.errors import RunFolderError
 from sftx.files import write_json, write_text
 from sftx.runs.saved.comparison import ABSENT, Difference, compare, compare_records, first_change, judge, same

@@ -6,11 +6,11 @@ from functools import cache
 import pytest
 from omegaconf import OmegaConf
 
-from sftx.config import by_hydra
-from sftx.config.aliases import ALIASES, MIRRORS, OTHER_NAMES
-from sftx.config.compose import compose_checked, prepare
+from sftx.config.composition import by_hydra
+from sftx.config.composition.aliases import ALIASES, MIRRORS, OTHER_NAMES
+from sftx.config.composition.command_line import read_command_line
+from sftx.config.composition.prepare import compose_checked, prepare
 from sftx.config.options import options
-from sftx.config.overrides import read_command_line
 from sftx.errors import ConfigError
 
 PLACES = ["command line", "JSON"]
@@ -289,7 +289,7 @@ def test_the_family_follows_the_folder_unless_typed(tmp_path, place, config, fam
 
 def test_a_knob_that_nothing_uses_is_said() -> None:
     """`lora_rank` means nothing to full mode, nor warm-up to a constant rate; where they are used nothing is said."""
-    from sftx.config.compose import prepare
+    from sftx.config.composition.prepare import prepare
 
     notes = prepare(["mode=full", "scheduler=constant", "lora_rank=8", "warmup_steps=5", "weight_decay=0.1"]).notes
     assert notes == [

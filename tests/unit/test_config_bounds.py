@@ -8,10 +8,10 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from sftx.config.bounds import Bounds
-from sftx.config.compose import prepare
+from sftx.config.checks.signature import read_signature
+from sftx.config.composition.prepare import prepare
 from sftx.config.options import component_of, options
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, TrainConfig
-from sftx.config.signature import read_signature
 from sftx.errors import ConfigError
 
 CHOICES = [

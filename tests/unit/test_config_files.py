@@ -9,15 +9,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from sftx import PROJECT_ROOT
-from sftx.config.aliases import MIRRORS
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
-from sftx.config.help import asks_for_help, help_text
+from sftx.config.checks.check import freeze
+from sftx.config.checks.signature import read_signature
+from sftx.config.composition.aliases import MIRRORS
+from sftx.config.composition.prepare import compose_checked
+from sftx.config.composition.yaml_file import read_yaml
+from sftx.config.help.reference import knob_defaults, parameters
+from sftx.config.help.text import asks_for_help, help_text
 from sftx.config.options import component_of, file_of, options
-from sftx.config.reference import knob_defaults, parameters
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TrainConfig
-from sftx.config.signature import read_signature
-from sftx.config.yamlfile import read_yaml
 
 FILES = sorted(p.relative_to(PROJECT_ROOT) for top in ("conf", "sweeps") for p in (PROJECT_ROOT / top).rglob("*.yaml"))
 COMPONENTS = [(p.parent.name, p.stem) for p in FILES if p.parent.name in GROUPS and p.stem != "none"]
@@ -121,7 +121,7 @@ def test_the_reference_is_current():
 
 
 def test_the_reference_is_what_the_module_prints():
-    out = subprocess.run([sys.executable, "-m", "sftx.config.reference"], capture_output=True, check=True)
+    out = subprocess.run([sys.executable, "-m", "sftx.config.help.reference"], capture_output=True, check=True)
     assert out.stdout.decode("utf-8") == parameters()
 
 

@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from sftx.config import by_hydra
-from sftx.config.compose import compose_checked, prepare
-from sftx.config.grammar import grammar, quote, read_override, split_commas
-from sftx.config.overrides import override_text, read_command_line
+from sftx.config.composition import by_hydra
+from sftx.config.composition.command_line import override_text, read_command_line
+from sftx.config.composition.grammar import grammar, quote, read_override, split_commas
+from sftx.config.composition.prepare import compose_checked, prepare
 from sftx.config.values import Sweep
 from sftx.errors import ConfigError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sftx.config.compose import prepare
+from sftx.config.composition.prepare import prepare
 from sftx.config.options import options
 from sftx.errors import ConfigError
 

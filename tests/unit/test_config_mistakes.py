@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from sftx.config.argsfile import read_args_file
-from sftx.config.compose import prepare
-from sftx.config.yamlfile import read_yaml
+from sftx.config.composition.args_file import read_args_file
+from sftx.config.composition.prepare import prepare
+from sftx.config.composition.yaml_file import read_yaml
 from sftx.errors import ConfigError
 
 PLACES = ["command line", "experiment", "sweep", "JSON"]

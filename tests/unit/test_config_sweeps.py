@@ -7,8 +7,8 @@ import time
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sftx.config import by_hydra
-from sftx.config.compose import prepare
+from sftx.config.composition import by_hydra
+from sftx.config.composition.prepare import prepare
 from sftx.errors import ConfigError
 
 

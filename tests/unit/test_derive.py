@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 from sftx.config.derive import SEQUENCES, config_hash, derive_steps, differences
 from sftx.config.schema import TrainConfig
 

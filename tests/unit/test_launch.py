@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sftx.config.check import config_from
-from sftx.config.compose import prepare
-from sftx.config.safety import unlisted
+from sftx.config.checks.check import config_from
+from sftx.config.composition.prepare import prepare
+from sftx.config.untrusted.allowlist import unlisted
 from sftx.errors import ConfigError, RankError
 from sftx.parallel import supervisor
 from sftx.run import run

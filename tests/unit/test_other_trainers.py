@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from sftx import PROJECT_ROOT
-from sftx.config.check import _keys_of_options
-from sftx.config.compose import prepare
+from sftx.config.checks.check import _keys_of_options
+from sftx.config.composition.prepare import prepare
+from sftx.config.help.other_trainers import TABLE, counterpart
 from sftx.config.options import ALL_GROUPS, options
-from sftx.config.other_trainers import TABLE, counterpart
 from sftx.config.schema import GROUPS, KNOBS
 from sftx.errors import ConfigError
 

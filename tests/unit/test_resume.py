@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked
 from sftx.config.derive import config_hash
 from sftx.config.schema import TrainConfig
 from sftx.effective import Effective

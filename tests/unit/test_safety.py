@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftx.build import build
-from sftx.config import safety
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked, prepare
+from sftx.config.checks.check import freeze
+from sftx.config.checks.signature import defined_as, find
+from sftx.config.composition.prepare import compose_checked, prepare
 from sftx.config.options import component_of, options
 from sftx.config.schema import COMPONENTS, GROUPS
-from sftx.config.signature import defined_as, find
-from sftx.config.strangers import package_problem
+from sftx.config.untrusted import allowlist
+from sftx.config.untrusted.file_keys import package_problem
 from sftx.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -277,8 +277,8 @@ def test_a_components_file_stays_in_its_place(package: str) -> None:
 
 
 def test_a_log_is_not_named_by_a_path() -> None:
-    assert safety.unlisted_hydra({"job": {"name": "../x"}}, [], str)
-    assert not safety.unlisted_hydra({"job": {"name": "train"}}, [], str)
+    assert allowlist.unlisted_hydra({"job": {"name": "../x"}}, [], str)
+    assert not allowlist.unlisted_hydra({"job": {"name": "train"}}, [], str)
 
 
 def test_the_bait_would_have_worked(lay: Any, tmp_path: Path) -> None:
@@ -353,9 +353,9 @@ def test_no_name_of_the_standard_library_runs(target: str, allow: list[str]) -> 
     before = set(sys.modules)
     node = {"_target_": target}
     for tree in ({"scheduler": node}, {"callback": {"x": node}}, {"data": {"columns": [{"a": node}]}}):
-        assert safety.unlisted(tree, allow, str), tree
+        assert allowlist.unlisted(tree, allow, str), tree
     for place in ({"callbacks": {"x": node}}, {"launcher": node}, {"sweeper": node}, {"sweeper": {"sampler": node}}):
-        assert safety.unlisted_hydra(place, allow, str), place
+        assert allowlist.unlisted_hydra(place, allow, str), place
     assert set(sys.modules) == before, "a name is looked up before it is imported"
 
 
@@ -370,7 +370,7 @@ def test_sftxs_own_options_may_run() -> None:
     targets = {component_of(g, o).get("_target_") for g in GROUPS for o in options(g)} - {None}
     assert len(targets) >= 25
     for target in targets:
-        assert safety.refusal(target, []) is None
+        assert allowlist.refusal(target, []) is None
         assert defined_as(find(target)) == target
     assert targets == COMPONENTS
 
@@ -417,23 +417,23 @@ def test_a_package_covers_what_it_defines_and_not_what_it_imports(
     monkeypatch.syspath_prepend(str(tmp_path))
     allow = ["safe_package.*"]
     for name in ("Public", "parts.Part", "parts.Again", "parts.Part.make"):
-        assert safety.refusal(f"safe_package.{name}", allow) is None, name
+        assert allowlist.refusal(f"safe_package.{name}", allow) is None, name
     for name in ("os.system", "Later", "system", "parts.Run", "parts.Part.__init__", "parts.Part.mro", "nothing.X"):
-        assert safety.refusal(f"safe_package.{name}", allow), name
-    assert safety.refusal("safe_package.Later", ["safe_package.Later"]) is None, "a whole name is what was meant"
-    assert safety.refusal("safe_package_2.Part", allow)
+        assert allowlist.refusal(f"safe_package.{name}", allow), name
+    assert allowlist.refusal("safe_package.Later", ["safe_package.Later"]) is None, "a whole name is what was meant"
+    assert allowlist.refusal("safe_package_2.Part", allow)
 
 
 @pytest.mark.parametrize(
     "text", ["${oc.env:HOME}", "${seed}", "${hydra:runtime.cwd}", "${now:%Y}", "${oc.select:a,${b}}"]
 )
 def test_resolvers_that_only_look_up_are_allowed(text: str) -> None:
-    assert safety.bad_resolvers("key", text, str) == []
+    assert allowlist.bad_resolvers("key", text, str) == []
 
 
 @pytest.mark.parametrize("text", ["${x:1}", "a${oc.select:a,${oc.create:x}}", "${${a}:b}", "${seed} '${oc.decode:1}'"])
 def test_other_resolvers_are_not(text: str) -> None:
-    assert len(safety.bad_resolvers("key", text, str)) == 1
+    assert len(allowlist.bad_resolvers("key", text, str)) == 1
 
 
 def test_a_sweep_over_sftxs_own_classes_is_right(tmp_path: Path) -> None:
@@ -455,11 +455,11 @@ def test_a_sweep_over_sftxs_own_classes_is_right(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_plugins_that_are_known(place: dict[str, Any]) -> None:
-    assert safety.unlisted_hydra(place, [], str) == []
+    assert allowlist.unlisted_hydra(place, [], str) == []
     other = {"callbacks": place}
-    assert safety.unlisted_hydra(other, [], str), "each in its own place"
+    assert allowlist.unlisted_hydra(other, [], str), "each in its own place"
     for space in ({"x": {"_target_": "a.B"}}, {"_target_": "a.B"}):  # Hydra makes these with the sweeper
-        assert safety.unlisted_hydra({"sweeper": {"search_space": space}}, [], str)
+        assert allowlist.unlisted_hydra({"sweeper": {"search_space": space}}, [], str)
 
 
 def test_what_hydra_ships_may_log() -> None:

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from sftx import PROJECT_ROOT
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked, options
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked, options
 from sftx.training import schedulers as s
 from sftx.training.plot_schedules import svg
 

@@ -14,8 +14,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked, prepare
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked, prepare
 from sftx.logs import RunLog, ThirdPartyLog
 from sftx.runs import trackers
 from sftx.runs.trials import _scrub_record

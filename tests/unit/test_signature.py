@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from sftx.config.signature import TargetNotFound, read_signature
-from sftx.config.types import describe
+from sftx.config.checks.signature import TargetNotFound, read_signature
+from sftx.config.checks.types import describe
 
 OWN = '''
 import abc

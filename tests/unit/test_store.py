@@ -523,8 +523,8 @@ def test_a_run_that_has_its_rows_imports_nothing_for_making_them(tmp_path: Path)
     )
     code = (
         "import sys\n"
-        "from sftx.config.check import freeze\n"
-        "from sftx.config.compose import compose_checked\n"
+        "from sftx.config.checks.check import freeze\n"
+        "from sftx.config.composition.prepare import compose_checked\n"
         "from sftx.data.prepare import open_data\n"
         "from sftx.model.loading.family import family_named, family_of\n"
         "from sftx.model.loading.load import find_model, load_template\n"

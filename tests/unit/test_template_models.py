@@ -14,7 +14,7 @@ from tests.unit.test_template_families import spans, template_of
 from tests.unit.test_template_turns import CALL, ROOM, WEATHER, learned, said, talk
 from transformers import PreTrainedTokenizerFast
 
-from sftx.config.compose import compose_checked
+from sftx.config.composition.prepare import compose_checked
 from sftx.data.encode.template import ChatTemplate, template_source
 from sftx.data.records.record import Message, Record
 from sftx.data.store.token_store import token_key

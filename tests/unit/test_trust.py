@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sftx.config.check import freeze
-from sftx.config.compose import compose_checked, prepare
+from sftx.config.checks.check import freeze
+from sftx.config.composition.prepare import compose_checked, prepare
 from sftx.errors import ConfigError, ModelError
 from sftx.model.loading.family import Family
 from sftx.model.loading.load import find_model, load_base, load_template

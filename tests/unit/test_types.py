@@ -9,8 +9,8 @@ from typing import Annotated, Literal, Optional, Union  # noqa: F401
 import pytest
 
 from sftx.config.bounds import Bounds  # noqa: F401
+from sftx.config.checks.types import describe, is_text, matches, options_of
 from sftx.config.schema import Node  # noqa: F401
-from sftx.config.types import describe, is_text, matches, options_of
 
 MATCHES = [
     ("int", [0, -3], [1.0, "1", True, None]),

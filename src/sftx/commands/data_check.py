@@ -41,8 +41,8 @@ def _check(asked: argparse.Namespace) -> int:
     files, settings = sort_words(asked.words)
     if asked.png and find_spec("matplotlib") is None:
         raise ConfigError("--png needs matplotlib, which is not installed: pip install matplotlib")
-    from sftx.config.check import freeze
-    from sftx.config.compose import compose_checked
+    from sftx.config.checks.check import freeze
+    from sftx.config.composition.prepare import compose_checked
 
     config = freeze(compose_checked(settings))
     from sftx.commands import data_report

@@ -27,8 +27,8 @@ def _convert(asked: argparse.Namespace) -> int:
     if len(files) < 2 or Path(files[-1]).suffix != ".jsonl":
         raise DataError(f"sftx data convert: expected FILES OUT.jsonl, got {' '.join(files)}.")
     from sftx.build import build
-    from sftx.config.check import freeze
-    from sftx.config.compose import compose_checked
+    from sftx.config.checks.check import freeze
+    from sftx.config.composition.prepare import compose_checked
     from sftx.data.corpus import convert
 
     config = freeze(compose_checked(settings))

@@ -36,9 +36,9 @@ def main(words: Sequence[str]) -> None:
     Raises:
         SftxError: what the user can fix.
     """
-    from sftx.config import by_hydra
-    from sftx.config.compose import prepare
-    from sftx.config.help import asks_for_help, help_text
+    from sftx.config.composition import by_hydra
+    from sftx.config.composition.prepare import prepare
+    from sftx.config.help.text import asks_for_help, help_text
 
     if asks_for_help(words):
         print(help_text(), flush=True)

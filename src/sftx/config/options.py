@@ -10,10 +10,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from sftx import PROJECT_ROOT
-from sftx.config.aliases import OTHER_NAMES
+from sftx.config.composition.aliases import OTHER_NAMES
+from sftx.config.composition.yaml_file import YamlFile, read_yaml
 from sftx.config.schema import GROUPS, OVERLAYS
 from sftx.config.values import show
-from sftx.config.yamlfile import YamlFile, read_yaml
 from sftx.errors import did_you_mean
 
 ALL_GROUPS = frozenset(GROUPS) | frozenset(OVERLAYS)

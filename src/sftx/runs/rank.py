@@ -46,9 +46,9 @@ def main() -> None:
 
 
 def _train(order: dict[str, Any]) -> list[dict[str, Any]]:
-    from sftx.config.check import config_from
+    from sftx.config.checks.check import config_from
     from sftx.config.options import user_folders
-    from sftx.config.safety import unlisted
+    from sftx.config.untrusted.allowlist import unlisted
 
     with Signals(), unblocked():
         user_folders[:] = map(Path, order["folders"])

@@ -14,8 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from sftx.config.composition.command_line import bare, override_text
 from sftx.config.derive import RUNS, config_hash, identity, with_output_dir
-from sftx.config.overrides import bare, override_text
 from sftx.config.schema import TrainConfig
 from sftx.data.prepare import Data
 from sftx.data.records.read import sha256_file

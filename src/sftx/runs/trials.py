@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
-from sftx.config.aliases import set_mirrors
-from sftx.config.check import freeze
-from sftx.config.compose import Request
-from sftx.config.guard import unasked
+from sftx.config.checks.check import freeze
+from sftx.config.composition.aliases import set_mirrors
+from sftx.config.composition.prepare import Request
 from sftx.config.schema import TrainConfig
+from sftx.config.untrusted.guard import unasked
 from sftx.data.files.sources import find_sources
 from sftx.errors import ConfigError, SftxError, StoppedError, put_place, say
 from sftx.files import write_json, write_text

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sftx.config.yamlfile import read_yaml
+from sftx.config.composition.yaml_file import read_yaml
 from sftx.errors import RunFolderError, nearest_folder
 from sftx.terminal import visible
 from sftx.training.saving.metrics import read_metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.build import build
-from sftx.config.check import config_from
+from sftx.config.checks.check import config_from
 from sftx.config.derive import flat, identity
 from sftx.config.schema import TrainConfig
 from sftx.data.corpus import Corpus

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx import train_command
-from sftx.config.grammar import KEY
+from sftx.config.composition.grammar import KEY
 
 
 @dataclass

@@ -17,8 +17,8 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sftx.config import source
-from sftx.config.aliases import set_mirrors
+from sftx.config.composition import source
+from sftx.config.composition.aliases import set_mirrors
 
 CONFIG_NAME = "train"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)

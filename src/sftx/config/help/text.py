@@ -7,10 +7,10 @@ import textwrap
 from collections.abc import Sequence
 
 from sftx import __version__, train_command
+from sftx.config.checks.types import bounds_of, options_of
+from sftx.config.help.reference import defaults, knob_defaults
 from sftx.config.options import options
-from sftx.config.reference import defaults, knob_defaults
 from sftx.config.schema import GROUPS, KNOBS, OVERLAYS, TYPES
-from sftx.config.types import bounds_of, options_of
 from sftx.config.values import show
 
 EXAMPLES = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.conf import HydraConf
 
-from sftx.config.safety import JOB_NAME, nodes
+from sftx.config.untrusted.allowlist import JOB_NAME, nodes
 from sftx.config.values import show
 
 TYPED_ONLY: dict[str, Any] = {"allow_targets": [], "trust_remote_code": False}

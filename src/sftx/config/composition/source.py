@@ -16,12 +16,12 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from sftx.config.aliases import refuse_in_yaml
+from sftx.config.composition.aliases import refuse_in_yaml
+from sftx.config.composition.overlays import Reading, overlay_body
+from sftx.config.composition.yaml_file import read_yaml
 from sftx.config.options import ALL_GROUPS, CONF, folder_of, user_folders
-from sftx.config.overlay import Reading, overlay_body
 from sftx.config.schema import GROUPS, LIST_GROUPS, OVERLAYS
-from sftx.config.strangers import file_problems, package_problem
-from sftx.config.yamlfile import read_yaml
+from sftx.config.untrusted.file_keys import file_problems, package_problem
 from sftx.errors import raise_problems
 
 LAYERS = {"train": 0, **{group: 2 + i for i, group in enumerate(OVERLAYS)}}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sftx.config.aliases import MIRRORS
+from sftx.config.checks.signature import find
+from sftx.config.composition.aliases import MIRRORS
 from sftx.config.options import component_of, option_keys, options
 from sftx.config.schema import LIST_GROUPS
-from sftx.config.signature import find
 
 DOCS = "docs/components.md"
 

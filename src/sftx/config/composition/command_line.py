@@ -10,14 +10,14 @@ from typing import Any
 from hydra.core.override_parser.types import Glob
 
 from sftx import train_command
-from sftx.config.aliases import plain_name, resolve_precision, translate
-from sftx.config.argsfile import read_args_file
-from sftx.config.grammar import grammar, read_override, unwritable_name
+from sftx.config.checks.types import is_text
+from sftx.config.composition.aliases import plain_name, resolve_precision, translate
+from sftx.config.composition.args_file import read_args_file
+from sftx.config.composition.grammar import grammar, read_override, unwritable_name
+from sftx.config.help.other_trainers import counterpart
 from sftx.config.options import ALL_GROUPS, options
-from sftx.config.other_trainers import counterpart
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, TYPES
-from sftx.config.strangers import file_problems
-from sftx.config.types import is_text
+from sftx.config.untrusted.file_keys import file_problems
 from sftx.config.values import Deleted, Sweep, show
 from sftx.errors import did_you_mean
 

@@ -11,14 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx import train_command
-from sftx.config.interface import DOCS, left_from_option, name_own_components, not_a_component
+from sftx.config.checks.interface import DOCS, left_from_option, name_own_components, not_a_component
+from sftx.config.checks.rules import broken_rules
+from sftx.config.checks.signature import TargetNotFound, read_signature
+from sftx.config.checks.types import describe, is_text, matches, options_of
+from sftx.config.help.other_trainers import counterpart
 from sftx.config.options import option_keys, options
-from sftx.config.other_trainers import counterpart
-from sftx.config.rules import broken_rules
-from sftx.config.safety import pattern_problem, refusal, unlisted
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TYPES, TrainConfig
-from sftx.config.signature import TargetNotFound, read_signature
-from sftx.config.types import describe, is_text, matches, options_of
+from sftx.config.untrusted.allowlist import pattern_problem, refusal, unlisted
 from sftx.config.values import found, show
 from sftx.errors import ConfigError, did_you_mean, nearest
 

@@ -10,10 +10,10 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig
 
-from sftx.config.check import Origin, Tree, check_knob, check_resolved
-from sftx.config.idle import Uses
+from sftx.config.checks.check import Origin, Tree, check_knob, check_resolved
+from sftx.config.checks.idle import Uses
+from sftx.config.checks.rules import RULES, broken_rules
 from sftx.config.options import ALL_GROUPS
-from sftx.config.rules import RULES, broken_rules
 from sftx.config.schema import KNOBS
 from sftx.config.values import Sweep, show
 

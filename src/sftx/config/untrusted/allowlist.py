@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
+from sftx.config.checks.signature import TargetNotFound, defined_as, find
 from sftx.config.schema import COMPONENTS
-from sftx.config.signature import TargetNotFound, defined_as, find
 from sftx.config.values import show
 from sftx.errors import did_you_mean
 

@@ -1,18 +1,18 @@
-"""`python -m sftx.config.reference` writes docs/parameters.md: every key, group and option."""
+"""`python -m sftx.config.help.reference` writes docs/parameters.md: every key, group and option."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from sftx.config.aliases import ALIASES, HALVES, OTHER_NAMES
+from sftx.config.checks.signature import TargetNotFound, read_signature
+from sftx.config.checks.types import describe
+from sftx.config.composition.aliases import ALIASES, HALVES, OTHER_NAMES
+from sftx.config.composition.yaml_file import read_yaml
+from sftx.config.help.other_trainers import TABLE
 from sftx.config.options import CONF, component_of, file_of, option_keys, options
-from sftx.config.other_trainers import TABLE
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TYPES
-from sftx.config.signature import TargetNotFound, read_signature
-from sftx.config.types import describe
 from sftx.config.values import show
-from sftx.config.yamlfile import read_yaml
 
 HEAD = """# Parameters / 参数
 

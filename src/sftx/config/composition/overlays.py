@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from sftx.config import hydra_keys
-from sftx.config.aliases import ALIASES, refuse_in_yaml
-from sftx.config.grammar import brings_keys, grammar, read_override
+from sftx.config.checks import hydra_keys
+from sftx.config.checks.types import matches
+from sftx.config.composition.aliases import ALIASES, refuse_in_yaml
+from sftx.config.composition.grammar import brings_keys, grammar, read_override
+from sftx.config.composition.yaml_file import YamlFile, shown
 from sftx.config.options import ALL_GROUPS, unknown_option
 from sftx.config.schema import GROUPS, LIST_GROUPS, OVERLAYS, TYPES
-from sftx.config.types import matches
 from sftx.config.values import Sweep, each, show
-from sftx.config.yamlfile import YamlFile, shown
 from sftx.errors import did_you_mean
 
 

@@ -13,22 +13,29 @@ from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig, OmegaConf
 
 from sftx import train_command
-from sftx.config import source
-from sftx.config.aliases import PrecisionExcept, plain_name, resolve_precision
-from sftx.config.by_hydra import COMPOSITION_ERRORS, CONFIG_NAME, first_sentence, load, register_sources, with_overrides
+from sftx.config.checks.hydra_keys import check_key
+from sftx.config.checks.idle import Uses
+from sftx.config.checks.interface import name_own_components
+from sftx.config.composition import source
+from sftx.config.composition.aliases import PrecisionExcept, plain_name, resolve_precision
+from sftx.config.composition.by_hydra import (
+    COMPOSITION_ERRORS,
+    CONFIG_NAME,
+    first_sentence,
+    load,
+    register_sources,
+    with_overrides,
+)
+from sftx.config.composition.command_line import CommandLine, bare, override_text, read_command_line
+from sftx.config.composition.grammar import brings_keys, read_override
+from sftx.config.composition.overlays import Reading, known_values
+from sftx.config.composition.sweeps import Axes, Point, check_space, first_point, is_sweep, values_of
+from sftx.config.composition.yaml_file import interpolation_problem
 from sftx.config.derive import PATHS
-from sftx.config.grammar import brings_keys, read_override
-from sftx.config.guard import bad_callbacks, guard
-from sftx.config.hydra_keys import check_key
-from sftx.config.idle import Uses
-from sftx.config.interface import name_own_components
 from sftx.config.options import ALL_GROUPS, family_of_type, options, unknown_option, user_folders
-from sftx.config.overlay import Reading, known_values
-from sftx.config.overrides import CommandLine, bare, override_text, read_command_line
-from sftx.config.space import Axes, Point, check_space, first_point, is_sweep, values_of
-from sftx.config.strangers import TYPED_ONLY, placed_elsewhere
+from sftx.config.untrusted.file_keys import TYPED_ONLY, placed_elsewhere
+from sftx.config.untrusted.guard import bad_callbacks, guard
 from sftx.config.values import Deleted, Sweep, each, over, show
-from sftx.config.yamlfile import interpolation_problem
 from sftx.errors import did_you_mean, raise_problems
 from sftx.secrets import scrub_text
 

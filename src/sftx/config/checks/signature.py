@@ -1,7 +1,7 @@
 """What a component takes: its class is imported and asked by `inspect` and `typing`.
 
 A component imports torch when it is built, not when its module is imported, so that a mistake is reported at once.
-Only what the allowlist allows is imported (see `safety.refusal`).
+Only what the allowlist allows is imported (see `allowlist.refusal`).
 """
 
 from __future__ import annotations

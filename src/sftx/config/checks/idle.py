@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
-from sftx.config.aliases import MIRRORS
-from sftx.config.check import Origin, Tree, check_knob
+from sftx.config.checks.check import Origin, Tree, check_knob
+from sftx.config.checks.rules import evaluates
+from sftx.config.composition.aliases import MIRRORS
 from sftx.config.options import ALL_GROUPS, component_of
-from sftx.config.rules import evaluates
-from sftx.config.safety import nodes
 from sftx.config.schema import KNOBS
+from sftx.config.untrusted.allowlist import nodes
 from sftx.config.values import show
 
 Values = dict[str, Any]

@@ -104,7 +104,9 @@ def _mended(text: str) -> str:
     if _parse(f"k={text}") is not None:
         return text
     if text.startswith("[") and text.endswith("]"):
-        return "[" + ",".join(map(_mended, split_commas(text[1:-1]))) + "]"
+        made = "[" + ",".join(map(_mended, split_commas(text[1:-1]))) + "]"
+        if _parse(f"k={made}") is not None:
+            return made
     if text.startswith("{") and text.endswith("}"):
         pairs = [piece.partition(":") for piece in split_commas(text[1:-1])]
         made = "{" + ",".join(f"{_bare_name(key)}:{_mended(value)}" for key, colon, value in pairs if colon) + "}"

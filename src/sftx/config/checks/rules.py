@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sftx.config.safety import pattern_problem
+from sftx.config.untrusted.allowlist import pattern_problem
 from sftx.config.values import show
 from sftx.errors import did_you_mean
 

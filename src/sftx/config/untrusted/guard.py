@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sftx.config.check import Origin, Tree, check_component
-from sftx.config.safety import pattern_problem, unlisted_hydra
-from sftx.config.strangers import TYPED_ONLY
+from sftx.config.checks.check import Origin, Tree, check_component
+from sftx.config.untrusted.allowlist import pattern_problem, unlisted_hydra
+from sftx.config.untrusted.file_keys import TYPED_ONLY
 from sftx.config.values import show
 
 

@@ -1,0 +1,1 @@
+"""What a configuration may hold: types, rules, settings without effect."""

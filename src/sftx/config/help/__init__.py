@@ -1,0 +1,1 @@
+"""`--help`, docs/parameters.md, and the names of other trainers."""
