@@ -15,7 +15,7 @@ from sftx.commands import data_cache, data_check, data_convert, diff, ls, repro,
 from sftx.errors import reported
 
 GROUPS = {"data": "look at corpora, and at what is kept of them"}
-"""Words that stand before a command's own name."""
+"""Words before a command's own name."""
 COMMANDS = (train, data_check, data_convert, data_cache, ls, diff, repro)
 
 
@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> int:
     if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.words += rest  # files and settings may stand between options
+        arguments.words += rest  # files and settings may come between options
     code: int = arguments.run(arguments)
     sys.stdout.flush()
     return code

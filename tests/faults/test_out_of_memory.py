@@ -119,9 +119,9 @@ def test_memory_that_is_out_elsewhere_is_a_short_message(make_config, monkeypatc
 
 def test_the_first_micro_batch(make_config) -> None:
     typed = ["gradient_accumulation_steps=12", AUTO]
-    assert first_micro_batch(make_config(*typed, "max_seq_length=1024"), tried=True) == 12
-    assert first_micro_batch(make_config(*typed, "max_seq_length=1024"), tried=False) == 4
-    assert first_micro_batch(make_config(*typed, "max_seq_length=99999"), tried=False) == 1
+    assert first_micro_batch(make_config(*typed, "max_seq_length=1024"), measured=True) == 12
+    assert first_micro_batch(make_config(*typed, "max_seq_length=1024"), measured=False) == 4
+    assert first_micro_batch(make_config(*typed, "max_seq_length=99999"), measured=False) == 1
     assert [largest_divisor(12, n) for n in (12, 6, 5, 1, 0)] == [12, 6, 4, 1, 1]
 
 

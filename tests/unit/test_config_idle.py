@@ -17,7 +17,7 @@ IDLE = [
     ("template_name=chatml model.template=chatml", "template_name=chatml is used"),
     ("max_steps=5 num_train_epochs=3", "max_steps=5 ends the run"),
     ("mode=full lora_alpha=3", "mode=full does not use it"),
-    ("mode.rank=4 lora_rank=8", "mode.rank=4 stands in its place"),
+    ("mode.rank=4 lora_rank=8", "mode.rank=4 is used instead"),
     ("scheduler=constant warmup_steps=3", "scheduler=constant does not use it"),
     ("eval_ratio=0 eval_steps=3", "there is no evaluation"),
     ("eval_ratio=0 eval_max_rows=3", "there is no evaluation"),
@@ -94,7 +94,7 @@ def test_a_sweep_over_a_setting_without_effect_is_refused(words):
         ("mode=lora,full lora_rank=8,16", "1 of 4 trials repeats another: lora_rank has no effect where mode=full"),
         ("mode=lora,full lora_rank=8,16 seed=1,2,3", "3 of 12 trials repeat another: lora_rank has no effect"),
         ("data.duplicates=keep,drop_near data.near_threshold=0.7,0.8,0.9", "2 of 6 trials repeat another"),
-        ("optim=adamw_torch,adamw_hf", "1 of 2 trials repeats another: a value stands twice"),
+        ("optim=adamw_torch,adamw_hf", "1 of 2 trials repeats another: a value is listed twice"),
     ],
 )
 def test_trials_that_repeat_others_are_counted(words, said):

@@ -179,11 +179,11 @@ def test_a_wrong_knob_is_not_blamed_on_the_components_that_use_it():
     [
         ("experiment", b"seed: 3\nlora_rank: [8\n", "planted.yaml:3: not valid YAML"),
         ("sweep", b"seed: 3\nlora_rank:\t- 8: 3\n", "planted.yaml:2: not valid YAML"),
-        ("scheduler", b"seed: 3\nlora_rank: 8\nseed: 4\n", "planted.yaml:3: `seed` stands twice, first in line 1"),
+        ("scheduler", b"seed: 3\nlora_rank: 8\nseed: 4\n", "planted.yaml:3: `seed` is repeated, first in line 1"),
         (
             "experiment",
             b"hydra:\n  verbose: true\n  verbose: true\n",
-            "planted.yaml:3: `verbose` stands twice, first in line 2",
+            "planted.yaml:3: `verbose` is repeated, first in line 2",
         ),
         ("sweep", "种子: 3".encode("gb18030"), "is not UTF-8"),
         ("scheduler", b"- a\n- b\n", "planted.yaml:1: expected `key: value` lines, got a list"),
@@ -278,7 +278,7 @@ def test_a_components_file_cannot_choose_another_group(tmp_path):
         (b'{\n"lora_rank": 8,\n}', ":3: not valid JSON"),
         (b'{"a": 1', "not valid JSON"),
         (b"[1]", ":1: expected an object"),
-        (b'{\n"seed": 1,\n"seed": 2}', ":3: `seed` stands twice, first in line 2"),
+        (b'{\n"seed": 1,\n"seed": 2}', ":3: `seed` is repeated, first in line 2"),
         ('{"路径": 1}'.encode("gb18030"), "is not UTF-8"),
         ('{\n"秩 1": 1}'.encode(), ":2: unknown key '秩 1'"),
     ],

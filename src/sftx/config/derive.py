@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config.schema import TrainConfig
+from sftx.config.trees import flat
 from sftx.terminal import counted, differing
 
 PATHS = {"output_dir", "train_file_path", "train_file_name", "eval_file_name", "model_name_or_path", "adapter"}
@@ -22,7 +23,7 @@ PRESENTATION = {
     "allow_targets", "async_save", "lost_work_minutes", "final_dtype", "deterministic",
 }  # fmt: skip
 MACHINES = {"parallel", "gradient_accumulation_steps", "per_device_train_batch_size"}
-UNTRIED_TOKENS = 4096
+UNMEASURED_TOKENS = 4096
 LENGTH = {"num_train_epochs", "max_steps"}
 SEQUENCES = "per_device_train_batch_size x gradient_accumulation_steps x processes"
 """The name in an identity of how many sequences make a step."""
@@ -41,7 +42,7 @@ class Steps:
 
 
 def derive_steps(config: TrainConfig, units: int | None, world_size: int) -> Steps:
-    """Return the run's steps: whole passes over the rows (or packs of them), unless `max_steps` says otherwise."""
+    """Return the run's steps: whole passes over the rows (or packs of them), unless `max_steps` is set."""
     if units is None:
         assert config.max_steps is not None, "the rules ask for it"
         return Steps(None, config.max_steps, f"max_steps={config.max_steps} (streamed: a pass has no known length)")
@@ -67,15 +68,15 @@ def sequences_per_device(config: TrainConfig) -> int:
     return accumulation if batch == "auto" else batch * accumulation
 
 
-def first_micro_batch(config: TrainConfig, *, tried: bool) -> int:
-    """Return the sequences of a micro-batch at the start; without `tried`, where memory does not say that it is full.
+def first_micro_batch(config: TrainConfig, *, measured: bool) -> int:
+    """Return the sequences of a micro-batch at the start; without `measured`, where memory use cannot be measured.
 
-    There, `auto` is so many that UNTRIED_TOKENS hold them at their longest, which most computers have room for.
+    There, `auto` is so many that UNMEASURED_TOKENS hold them at their longest, which most computers have room for.
     """
     if config.per_device_train_batch_size != "auto":
         return config.per_device_train_batch_size
     sequences = config.gradient_accumulation_steps
-    return sequences if tried else largest_divisor(sequences, UNTRIED_TOKENS // config.max_seq_length)
+    return sequences if measured else largest_divisor(sequences, UNMEASURED_TOKENS // config.max_seq_length)
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -117,7 +118,7 @@ def _settings(config: TrainConfig, left_out: set[str]) -> dict[str, Any]:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Name what differs between two identities, as `key: was -> is`."""
-    was, now = flat(one.get("config")), flat(other.get("config"))
+    was, now = (flat(identity.get("config")) for identity in (one, other))
     changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
     out = [f"{key}: {_changed(was.get(key), now.get(key))}" for key in changed]
     for key, word in (
@@ -127,18 +128,6 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     ):
         if one.get(key) != other.get(key):
             out.append(f"{word} is another")
-    return out
-
-
-def flat(tree: Any, head: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, its keys dotted."""
-    if not isinstance(tree, dict):
-        return {head: tree} if head else {}
-    if not tree and head:
-        return {head: tree}
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{head}.{key}" if head else str(key))
     return out
 
 

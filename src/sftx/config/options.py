@@ -34,7 +34,7 @@ user_folders: list[Path] = []
 
 
 def folder_of(root: Path, group: str) -> Path:
-    """Return the folder of a group's files; sftx's own sweeps stand at the top level of the checkout."""
+    """Return the folder of a group's files; sftx's own sweeps are at the top level of the checkout."""
     return PROJECT_ROOT / "sweeps" if root == CONF and group == "sweep" else root / group
 
 

@@ -16,7 +16,7 @@ Node = dict[str, Any]
 
 
 def knob(en: str, zh: str, *, per_trial: bool = False) -> Any:
-    """Declare a key: its meaning in English and Chinese; its type, and a number's bounds, stand before it.
+    """Declare a key: its meaning in English and Chinese; its type, and a number's bounds, are its annotation.
 
     `per_trial`: trials that share a base model may differ in it; the other keys are facts of the base or the data.
     """

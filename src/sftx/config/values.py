@@ -47,7 +47,7 @@ def show(value: Any) -> str:
 
 
 def found(value: Any) -> str:
-    """Write a value for `expected ..., got ...`; a string stands in quotes."""
+    """Write a value for `expected ..., got ...`; a string is quoted."""
     if value == "":
         return "an empty value"
     return repr(value) if isinstance(value, str) else show(value)

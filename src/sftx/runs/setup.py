@@ -130,7 +130,7 @@ def _trial(
         folder=folder,
         recorder=SilentRecorder(),
         effective=effective,
-        micro_batch=first_micro_batch(config, tried=session.engine.device.type == "cuda"),
+        micro_batch=first_micro_batch(config, measured=session.engine.device.type == "cuda"),
         save_interval=SaveInterval(60 * config.lost_work_minutes),
     )
 

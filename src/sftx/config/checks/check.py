@@ -18,6 +18,7 @@ from sftx.config.checks.types import describe, is_text, matches, options_of
 from sftx.config.help.other_trainers import counterpart
 from sftx.config.options import option_keys, options
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TYPES, TrainConfig
+from sftx.config.trees import get
 from sftx.config.untrusted.allowlist import pattern_problem, refusal, unlisted
 from sftx.config.values import found, show
 from sftx.errors import ConfigError, did_you_mean, nearest
@@ -45,7 +46,7 @@ class Tree:
         self.values = {k: self._resolve(cfg, k, v, failed) for k, v in self.raw.items()}
         causes = {k: why for k, why in failed.items() if not self._rests_on_another(k, failed)}
         for key, why in (causes or failed).items():
-            self.problems.append(f"{origin(key)}: `{key}`: {show(_at(self.raw, key))} cannot be resolved: {why}.")
+            self.problems.append(f"{origin(key)}: `{key}`: {show(get(self.raw, key))} cannot be resolved: {why}.")
         self.unresolved |= set(failed)
 
     @property
@@ -75,13 +76,7 @@ class Tree:
 
     def targets(self, key: str) -> list[str]:
         """Return the keys that a value's interpolations name."""
-        return re.findall(r"\$\{([\w.]+)\}", str(_at(self.raw, key)))
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+        return re.findall(r"\$\{([\w.]+)\}", str(get(self.raw, key)))
 
 
 def check_tree(cfg: DictConfig, origin: Origin = lambda _: "config") -> list[str]:
@@ -118,7 +113,7 @@ def check_resolved(tree: Tree, origin: Origin, *, rules: bool = True) -> list[st
 def freeze(cfg: DictConfig) -> TrainConfig:
     """Return the composed configuration as a frozen `TrainConfig`, checked once more.
 
-    Errors:
+    Raises:
         ConfigError: every problem found.
     """
     problems = check_tree(cfg)
@@ -218,14 +213,14 @@ def check_component(key: str, tree: Tree, wrong: set[str], origin: Origin) -> li
 
     A value taken from a knob in `wrong` is that knob's problem and is not reported again.
     """
-    node = _at(tree.values, key)
+    node = get(tree.values, key)
     if not isinstance(node, dict):
         return [f"{origin(key)}: `{key}`: expected a component with `_target_`, got {found(node)}."]
     target = node.get("_target_")
     if not isinstance(target, str):
         return [f"{origin(key)}: `{key}._target_` names no class."]
     if refusal(target, tree.allow):
-        return []  # `unlisted` says so, wherever in the tree it stands
+        return []  # reported by `unlisted`
     try:
         signature = read_signature(target)
     except TargetNotFound as error:

@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx import train_command
+from sftx.config.trees import leaves, remove
 from sftx.config.values import found
 from sftx.errors import did_you_mean
 
 OPEN = ("job_logging", "hydra_logging", "launcher", "sweeper")
-"""Nodes of which Hydra's schema says nothing."""
+"""Nodes that Hydra's schema leaves open."""
 
 
 @cache
@@ -55,26 +56,9 @@ def check_key(key: str, value: Any, origin: str) -> str | None:
 def check_body(body: dict[str, Any], place: Callable[[str], str]) -> list[str]:
     """Return what is wrong with a file's `hydra:` node, and take it out of the node."""
     problems = []
-    for key, value in list(_leaves(body)):
+    for key, value in list(leaves(body)):
         problem = check_key(key, value, place(key))
         if problem:
             problems.append(problem)
-            _remove(body, key.split("."))
+            remove(body, key)
     return problems
-
-
-def _leaves(tree: dict[str, Any], head: str = "") -> list[tuple[str, Any]]:
-    out: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        is_node = isinstance(value, dict) and value
-        out += _leaves(value, f"{head}{key}.") if is_node else [(f"{head}{key}", value)]
-    return out
-
-
-def _remove(tree: dict[str, Any], parts: list[str]) -> None:
-    """Take a leaf out, and the nodes that it leaves empty."""
-    head, *rest = parts
-    if rest:
-        _remove(tree[head], rest)
-    if not rest or not tree[head]:
-        del tree[head]

@@ -31,7 +31,7 @@ RULES: list[Rule] = []
 
 
 def rule(*keys: str) -> Callable[[Callable[[Tree], str | None]], Callable[[Tree], str | None]]:
-    """Register a rule over some keys: it is asked only when these are right in themselves."""
+    """Register a rule over some keys: it is checked only if each of these is valid itself."""
 
     def register(problem: Callable[[Tree], str | None]) -> Callable[[Tree], str | None]:
         RULES.append(Rule(keys, problem))
@@ -41,7 +41,7 @@ def rule(*keys: str) -> Callable[[Callable[[Tree], str | None]], Callable[[Tree]
 
 
 def broken_rules(tree: Tree, wrong: set[str] = frozenset()) -> Iterator[tuple[Rule, str]]:  # type: ignore[assignment]
-    """Yield the rules that a resolved configuration breaks, each with what to say; `wrong` keys are left out."""
+    """Yield the rules that a resolved configuration breaks, each with its message; `wrong` keys are left out."""
     for one in RULES:
         if not wrong.intersection(one.keys) and all(k in tree for k in one.keys):
             text = one.problem(tree)
@@ -197,11 +197,11 @@ def _splittable_base(tree: Tree) -> str | None:
 
 @rule("parallel")
 def _as_many_as_were_started(tree: Tree) -> str | None:
-    asked, started = tree["parallel"].get("num_processes"), os.environ.get("WORLD_SIZE", "1")
-    if "RANK" not in os.environ or asked is None or started == str(asked):
+    requested, started = tree["parallel"].get("num_processes"), os.environ.get("WORLD_SIZE", "1")
+    if "RANK" not in os.environ or requested is None or started == str(requested):
         return None
     return (
-        f"`parallel.num_processes={asked}`, but a launcher (torchrun) has started {started} processes: "
+        f"`parallel.num_processes={requested}`, but a launcher (torchrun) has started {started} processes: "
         "leave it out, or start without the launcher."
     )
 

@@ -1,4 +1,4 @@
-"""What a component takes: its class is imported and asked by `inspect` and `typing`.
+"""What a component takes: its class is imported and inspected.
 
 A component imports torch when it is built, not when its module is imported, so that a mistake is reported at once.
 Only what the allowlist allows is imported (see `allowlist.refusal`).

@@ -50,7 +50,7 @@ PRECISIONS = {
     "bf16": {"fp16": False, "bf16": True},
     "fp32": {"fp16": False, "bf16": False},
 }
-"""Option of `precision` -> what the manual's two keys say of it."""
+"""Option of `precision` -> the values of the manual's two keys."""
 
 Origin = Callable[[str], str]
 """Names where a key got its value, for a message."""
@@ -146,7 +146,7 @@ def _translate_halves(values: Mapping[str, Any], origin: Origin, out: Choices) -
         )
         return
     if len(given) == 2:
-        option: Any = next(o for o, says in PRECISIONS.items() if says == given)
+        option: Any = next(o for o, halves in PRECISIONS.items() if halves == given)
     else:
         [(key, value)] = given.items()
         option = over(value, lambda on: key if on else PrecisionExcept(key))

@@ -54,7 +54,7 @@ def read_args_file(name: str) -> ArgsFile:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as it stands: a key that stands twice is not lost."""
+    """A JSON object as it stands: a repeated key is not lost."""
 
 
 def _flatten(pairs: _Pairs, head: str, path: Path, text: str, out: ArgsFile) -> None:
@@ -63,7 +63,7 @@ def _flatten(pairs: _Pairs, head: str, path: Path, text: str, out: ArgsFile) -> 
         place = f"{path}:{_line_of(key, text, after=out.places.get(head.rstrip('.')))}"
         if dotted in out.places:
             lines = [n for n, _ in _lines_with(key, text)]
-            out.problems.append(f"{path}:{lines[-1]}: `{dotted}` stands twice, first in line {lines[0]}: keep one.")
+            out.problems.append(f"{path}:{lines[-1]}: `{dotted}` is repeated, first in line {lines[0]}: keep one.")
             continue
         out.places[dotted] = place
         match = KEY.fullmatch(dotted)

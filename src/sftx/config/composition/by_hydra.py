@@ -48,7 +48,7 @@ def load(overrides: list[str]) -> tuple[DictConfig, DictConfig]:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Keep the first sentence of what Hydra or OmegaConf says."""
+    """Return the first sentence of a message of Hydra or OmegaConf."""
     message = str(error).strip() or str(error.__cause__ or type(error).__name__)
     cause = str(error.__cause__ or "").split("\n")[0]
     first = re.sub(r"\s+", " ", message.split("\n")[0]).rstrip(".:")
@@ -88,5 +88,5 @@ def run_once(job: TaskFunction, cfg: DictConfig, hydra: DictConfig) -> None:
 
 
 def run_by_hydra(job: TaskFunction) -> None:
-    """Let Hydra do what `sys.argv` says: run a sweep or a job with callbacks of Hydra's, show, or complete a word."""
+    """Let Hydra do what `sys.argv` requests: a sweep, a job with Hydra's callbacks, `--info`, completion."""
     main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)(job)()

@@ -80,7 +80,7 @@ def override_text(key: str, value: Any) -> str:
 
 
 def read_command_line(argv: list[str]) -> CommandLine:
-    """Read what follows `train.py`; what is wrong with it stands in `problems`."""
+    """Read what follows `train.py`; what is wrong with it is in `problems`."""
     line = CommandLine()
     line.texts, files = _sort_words(argv, line)
     for file in files:
@@ -197,7 +197,7 @@ def _cannot_go(key: str) -> bool:
 
 
 def _as_typed(key: str, value: Any, raw: str, *, multirun: bool) -> Any:
-    """Give a typed value the meaning that its key asks for."""
+    """Convert a typed value to what its key expects."""
     if isinstance(value, Deleted) and plain_name(key) in ALL_GROUPS:
         return [] if plain_name(key) in LIST_GROUPS else None
     if isinstance(value, Glob):

@@ -79,7 +79,7 @@ def read_override(text: str, *, multirun: bool) -> Typed | None:
     override = _parse(text)
     if override is None:
         pieces = split_commas(raw) if multirun else [raw]
-        override = _parse(f"{key}={','.join(map(_mended, pieces))}")
+        override = _parse(f"{key}={','.join(map(_fixed, pieces))}")
     if override is None:
         return None
     value = Deleted(override.value()) if override.is_delete() else _value(override)
@@ -98,18 +98,18 @@ def _parse(text: str) -> Override | None:
         return None
 
 
-def _mended(text: str) -> str:
+def _fixed(text: str) -> str:
     """Quote what Hydra refuses, inside of lists and mappings too; a mapping's name it refuses cannot be quoted."""
     text = text.strip()
     if _parse(f"k={text}") is not None:
         return text
     if text.startswith("[") and text.endswith("]"):
-        made = "[" + ",".join(map(_mended, split_commas(text[1:-1]))) + "]"
+        made = "[" + ",".join(map(_fixed, split_commas(text[1:-1]))) + "]"
         if _parse(f"k={made}") is not None:
             return made
     if text.startswith("{") and text.endswith("}"):
         pairs = [piece.partition(":") for piece in split_commas(text[1:-1])]
-        made = "{" + ",".join(f"{_bare_name(key)}:{_mended(value)}" for key, colon, value in pairs if colon) + "}"
+        made = "{" + ",".join(f"{_bare_name(key)}:{_fixed(value)}" for key, colon, value in pairs if colon) + "}"
         if all(colon for _, colon, _ in pairs) and _parse(f"k={made}") is not None:
             return made
     return quote(text)
@@ -130,7 +130,7 @@ def unwritable_name(text: str) -> str | None:
 
 
 def split_commas(text: str) -> list[str]:
-    """Split at the commas that stand outside of quotes and brackets."""
+    """Split at the commas outside of quotes and brackets."""
     pieces, depth, quoted, start = [], 0, "", 0
     for i, char in enumerate(text):
         if quoted:

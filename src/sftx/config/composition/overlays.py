@@ -13,13 +13,14 @@ from sftx.config.composition.grammar import brings_keys, grammar, read_override
 from sftx.config.composition.yaml_file import YamlFile, shown
 from sftx.config.options import ALL_GROUPS, unknown_option
 from sftx.config.schema import GROUPS, LIST_GROUPS, OVERLAYS, TYPES
+from sftx.config.trees import leaves
 from sftx.config.values import Sweep, each, show
 from sftx.errors import did_you_mean
 
 
 @dataclass
 class Reading:
-    """What the files of one composition said."""
+    """What was read from the files of one composition."""
 
     typed: frozenset[str] = frozenset()
     """Keys that the command line sets: a sweep file's values of these give way."""
@@ -158,7 +159,7 @@ def _space(params: dict[str, Any], file: YamlFile, reading: Reading) -> dict[str
         return file.place(f"hydra.sweeper.params.{key}")
 
     values: dict[str, Any] = {}
-    for key, value in _flat(params).items():
+    for key, value in leaves(params):
         if isinstance(value, list) and not _takes_list(key):
             reading.problems.append(
                 f"{place(key)}: `{key}`: found {show(value)}, which is one value; "
@@ -201,13 +202,3 @@ def known_values(group: str, value: Any, origin: str, reading: Reading) -> Any:
 
 def _takes_list(key: str) -> bool:
     return key in LIST_GROUPS or "." in key or (key in TYPES and matches([], TYPES[key]))
-
-
-def _flat(params: dict[str, Any], head: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in params.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{head}{key}.")
-        else:
-            out[f"{head}{key}"] = value
-    return out

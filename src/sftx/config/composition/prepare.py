@@ -1,8 +1,7 @@
-"""From `sys.argv` to a checked command line: everything wrong is said before anything heavy is imported."""
+"""From `sys.argv` to a checked command line: every problem is reported before anything heavy is imported."""
 
 from __future__ import annotations
 
-import gc
 import json
 import shlex
 from contextlib import suppress
@@ -14,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sftx import train_command
 from sftx.config.checks.hydra_keys import check_key
-from sftx.config.checks.idle import Uses
 from sftx.config.checks.interface import name_own_components
+from sftx.config.checks.unused import Uses
 from sftx.config.composition import source
 from sftx.config.composition.aliases import PrecisionExcept, plain_name, resolve_precision
 from sftx.config.composition.by_hydra import (
@@ -44,7 +43,7 @@ __all__ = ["CONFIG_NAME", "Request", "compose_checked", "family_of_type", "optio
 
 @dataclass
 class Request:
-    """A command line that will compose: what Hydra gets, and what is to be said about it."""
+    """A command line that will compose: what Hydra gets, and the notes on it."""
 
     argv: list[str]
     notes: list[str]
@@ -69,8 +68,8 @@ class Request:
 def prepare(argv: list[str]) -> Request:
     """Check a command line as a whole and return what Hydra shall run.
 
-    Errors:
-        ConfigError: every problem found, wherever it stands (command line, JSON, experiment, sweep).
+    Raises:
+        ConfigError: every problem found in any source (command line, JSON, experiment, sweep).
     """
     return _prepared(argv)[0]
 
@@ -89,13 +88,7 @@ def _prepared(argv: list[str]) -> tuple[Request, DictConfig]:
         # nothing is checked here: only completion, which runs nothing, is given what was typed
         words = line.flags + (line.texts if line.completes else [])
         return Request(words, line.notes, False, [], list(argv)), OmegaConf.create()
-    collects = gc.isenabled()
-    gc.disable()  # composing makes many small objects and little garbage: a quarter of the time is saved
-    try:
-        return _Preparation(line).finish(argv)
-    finally:
-        if collects:
-            gc.enable()
+    return _Preparation(line).finish(argv)
 
 
 class _Preparation:
@@ -147,7 +140,7 @@ class _Preparation:
         return request, base
 
     def origin(self, key: str) -> str:
-        """Say where a key got its value: the command line, the JSON file, or a YAML file and line."""
+        """Return where a key got its value: the command line, the JSON file, or a YAML file and line."""
         parts, name = key.split("."), plain_name(key)
         for n in range(len(parts), 0, -1):
             head = plain_name(".".join(parts[:n]))
@@ -281,7 +274,7 @@ class _Preparation:
         return base if complete else self._compose(first_point(self.axes))
 
     def _add_file_axes(self) -> bool:
-        """Take in the search space that a file holds, and decide whether this is a multirun; tell whether it grew."""
+        """Take in the search space that a file holds, and decide if this is a multirun; return True if it grew."""
         self.multirun |= str(self.hydra.mode or "").endswith("MULTIRUN")
         sweeper = OmegaConf.to_container(self.hydra.sweeper, resolve=False)
         params = (sweeper.get("params") if isinstance(sweeper, dict) else None) or {}
@@ -315,7 +308,7 @@ class _Preparation:
         return grew
 
     def _follow_family(self, base: DictConfig) -> bool:
-        """Choose `model=` by the folder's own model_type, unless a person chose; tell whether that changes it."""
+        """Choose `model=` by the folder's own model_type, unless a person chose; return True if that changes it."""
         if {"model"} & (self.line.values.keys() | self.axes.keys() | self.reading.chosen):
             return False
         raw = OmegaConf.to_container(base, resolve=False)
@@ -379,5 +372,5 @@ def _family_of(name: str) -> str | None:
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, OSError):
-        return None  # said with its reason when the model is loaded
+        return None  # reported when the model is loaded
     return family_of_type(model_type) or "generic"

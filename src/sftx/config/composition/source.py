@@ -1,6 +1,6 @@
 """Where Hydra reads sftx's YAML from: `conf/`, `sweeps/` and the user's folders.
 
-Hydra's own file source would do, but for three things: overlays apply globally whether or not their header says so,
+Hydra's own file source would do, but for three things: overlays apply globally even without a header,
 an error must name the file and the line, and one error must not hide the next.
 """
 

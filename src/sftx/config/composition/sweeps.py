@@ -11,10 +11,11 @@ from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig
 
 from sftx.config.checks.check import Origin, Tree, check_knob, check_resolved
-from sftx.config.checks.idle import Uses
 from sftx.config.checks.rules import RULES, broken_rules
+from sftx.config.checks.unused import Uses
 from sftx.config.options import ALL_GROUPS
 from sftx.config.schema import KNOBS
+from sftx.config.trees import replaced
 from sftx.config.values import Sweep, show
 
 Axes = dict[str, tuple[Any, ...]]
@@ -26,7 +27,7 @@ MOST_COMBINED = 20_000
 
 
 def is_sweep(value: Any) -> bool:
-    """True for a value that stands for several."""
+    """Return True for a value that is several."""
     return isinstance(value, Sweep | IntervalSweep)
 
 
@@ -45,10 +46,10 @@ def first_point(axes: Axes) -> Point:
 def check_space(axes: Axes, compose: Callable[[Point], DictConfig | None], origin: Origin, uses: Uses) -> list[str]:
     """Return every problem of every point: wrong values at any position, and combinations that cannot be.
 
-    `uses` is shown every point.
+    `uses` sees every point.
 
     `compose` returns the configuration at a point. Axes of options, and those whose values name other
-    keys, are composed; plain values are laid over the composed tree, which is a thousand times faster.
+    keys, are composed; plain values are put into the composed tree, which is a thousand times faster.
     """
     composed = {k: v for k, v in axes.items() if k in ALL_GROUPS or "${" in str(v)}
     plain = {k: v for k, v in axes.items() if k not in composed}
@@ -99,13 +100,7 @@ def _with(tree: Tree, key: str, value: Any) -> Tree:
     """Return a copy of the tree with one nested value replaced, and without its own problems."""
     out = copy.copy(tree)
     out.problems = []
-    out.raw, out.values = copy.deepcopy(tree.raw), copy.deepcopy(tree.values)
-    *parents, leaf = key.split(".")
-    for top in (out.raw, out.values):
-        node: Any = top
-        for part in parents:
-            node = node.setdefault(part, {}) if isinstance(node, dict) else {}
-        node[leaf] = value
+    out.raw, out.values = (replaced(part, {key: value}) for part in (tree.raw, tree.values))
     return out
 
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sftx import INSTALLED, PROJECT_ROOT
+from sftx.config.trees import leaves, remove
 
 Lines = dict[str, tuple[int, "Lines"]]
 """key (or index in a list) -> its line, and the lines below it."""
@@ -59,7 +60,7 @@ class YamlFile:
     def settings(self) -> list[str]:
         """Return the dotted keys of its values; of Hydra's own and of the defaults list, none."""
         own = {k: v for k, v in self.body.items() if k not in ("defaults", "hydra")}
-        return [key for key, _ in _leaves(own, "")]
+        return [key for key, _ in leaves(own)]
 
     def place(self, key: str) -> str:
         """Return `file:line` of a dotted key, or the file's name."""
@@ -78,7 +79,7 @@ _read: dict[tuple[str, int, int], YamlFile] = {}
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """Read a YAML file; what is wrong stands in `problems`, the rest in `body`. Unchanged files are read once."""
+    """Read a YAML file; what is wrong is in `problems`, the rest in `body`. Unchanged files are read once."""
     try:
         stat = path.stat()
         key = (str(path), stat.st_mtime_ns, stat.st_size)
@@ -118,22 +119,22 @@ def _parse(path: Path, text: str) -> YamlFile:
     problems = list(_twice(node, where)) if node is not None else []
     lines = _lines(node) if node is not None else {}
     body = {str(k): v for k, v in body.items()}
-    for key, value in list(_leaves(body, "")):
+    for key, value in list(leaves(body)):
         reason = interpolation_problem(value)
         if reason:
             problems.append(f"{where}:{_line_of(lines, key) or 1}: `{key}`: {value} is no interpolation: {reason}.")
-            _remove(body, key)
+            remove(body, key)
     return YamlFile(path, text, body, lines, tuple(problems))
 
 
 def _twice(node: yaml.Node, where: str) -> Iterator[str]:
-    """Yield the keys that stand twice in one mapping: YAML itself would silently take the last."""
+    """Yield the keys that are repeated in one mapping: YAML itself would silently take the last."""
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.value in first and key.value != "<<":
-                yield f"{where}:{line}: `{key.value}` stands twice, first in line {first[key.value]}: keep one."
+                yield f"{where}:{line}: `{key.value}` is repeated, first in line {first[key.value]}: keep one."
             first.setdefault(str(key.value), line)
             yield from _twice(value, where)
     elif isinstance(node, yaml.SequenceNode):
@@ -160,14 +161,6 @@ def _line_of(lines: Lines, key: str) -> int | None:
     return None
 
 
-def _leaves(tree: dict[str, Any], head: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{head}{key}.")
-        else:
-            yield f"{head}{key}", value
-
-
 def interpolation_problem(value: Any) -> str | None:
     """Return what is wrong with the grammar of `${...}` in a text, or None."""
     if "${" not in str(value):
@@ -177,11 +170,3 @@ def interpolation_problem(value: Any) -> str | None:
     except OmegaConfBaseException as error:
         return str(error).split("\n")[0].rstrip(".")
     return None
-
-
-def _remove(tree: dict[str, Any], dotted: str) -> None:
-    for key in list(tree):
-        if key == dotted:
-            del tree[key]
-        elif dotted.startswith(f"{key}.") and isinstance(tree[key], dict):
-            _remove(tree[key], dotted[len(key) + 1 :])

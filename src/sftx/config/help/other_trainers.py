@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True)
 class Counterpart:
-    """Names that other trainers use for one thing; those with `*` stand for all that begin so."""
+    """Names that other trainers use for one thing; those with `*` are prefixes."""
 
     names: str
     """Separated by spaces."""

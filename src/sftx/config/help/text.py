@@ -21,12 +21,12 @@ EXAMPLES = (
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """True when the user asks for sftx's own help (`--hydra-help` is Hydra's)."""
+    """Return True if the user asks for sftx's own help (`--hydra-help` is Hydra's)."""
     return any(a in ("--help", "-h") for a in argv)
 
 
 def chinese() -> bool:
-    """True when the user's language is Chinese."""
+    """Return True if the user's language is Chinese."""
     return any(os.environ.get(v, "").lower().startswith("zh") for v in ("LC_ALL", "LC_MESSAGES", "LANG"))
 
 

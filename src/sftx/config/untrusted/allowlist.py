@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from omegaconf.grammar_parser import parse
 
 from sftx.config.checks.signature import TargetNotFound, defined_as, find
 from sftx.config.schema import COMPONENTS
+from sftx.config.trees import nodes
 from sftx.config.values import show
 from sftx.errors import did_you_mean
 
@@ -80,7 +81,7 @@ def refusal(
 
 
 def cure(target: str) -> str:
-    """Say what to type if the target is the user's own."""
+    """Return what to type if the target is the user's own."""
     top = target.partition(".")[0]
     if top in sys.stdlib_module_names or top in ("sftx", "hydra", "omegaconf"):
         return "Do not run a configuration that names it."
@@ -138,15 +139,6 @@ def _hydra_refusal(key: str, target: Any, allow: Sequence[str]) -> str | None:
         return "sftx has no component that Hydra itself runs: take it out."
     known = ", ".join(sorted(name.rpartition(".")[2] for name in listed))
     return refusal(target, allow, listed, f"one of {known}" if known else "an sftx component")
-
-
-def nodes(tree: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield every key of a tree, at any depth and in lists too, with its own name and its value."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
-    for name, value in items:
-        key = f"{path}.{name}" if path else str(name)
-        yield key, str(name), value
-        yield from nodes(value, key)
 
 
 def bad_resolvers(key: str, value: Any, origin: Origin) -> list[str]:

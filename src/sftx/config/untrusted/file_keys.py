@@ -1,4 +1,4 @@
-"""What a file may not set, whoever wrote it: the keys by which a configuration would reach past the allowlist.
+"""What a file may not set, whoever wrote the file: the keys by which a configuration would reach past the allowlist.
 
 Asked as each file is read (conf/, `--config-dir` folders, experiments, sweeps, JSON): a file's value may be
 hidden at one point of a sweep and come into force at another, and `hydra.searchpath` imports as it is read.
@@ -13,13 +13,14 @@ from typing import Any
 
 from hydra.conf import HydraConf
 
-from sftx.config.untrusted.allowlist import JOB_NAME, nodes
+from sftx.config.trees import nodes, remove
+from sftx.config.untrusted.allowlist import JOB_NAME
 from sftx.config.values import show
 
 TYPED_ONLY: dict[str, Any] = {"allow_targets": [], "trust_remote_code": False}
 """Keys that only a person may set, on the command line, with the one value that a file may hold."""
 SHIPPED = {"hydra.run.dir": ".", "hydra.output_subdir": None}
-"""Keys that may stand in a file only with the value that conf/train.yaml gives them."""
+"""Keys that a file may hold only with the value that conf/train.yaml gives them."""
 SWEEPER = frozenset({
     "_target_", "params", "search_space", "max_batch_size", "sampler", "direction", "study_name", "n_trials", "n_jobs",
     "max_failure_rate",
@@ -51,13 +52,13 @@ def file_problems(body: dict[str, Any], place: Callable[[str], str], package: st
     head = f"{package}." if package else ""
     for key, _, value in list(nodes(body)):
         problem = setting_problem(f"{head}{key}", value)
-        if problem and _take_out(body, key.split(".")):
+        if problem and remove(body, key):
             problems.append(f"{place(key)}: {problem}")
     defaults = body.get("defaults")
     if isinstance(defaults, list):
-        said = [(place(f"defaults.{i}"), placed_elsewhere(entry)) for i, entry in enumerate(defaults)]
-        problems += [f"{line}: {problem}" for line, problem in said if problem]
-        body["defaults"] = [entry for entry, (_, problem) in zip(defaults, said, strict=True) if not problem]
+        checked = [(place(f"defaults.{i}"), placed_elsewhere(entry)) for i, entry in enumerate(defaults)]
+        problems += [f"{line}: {problem}" for line, problem in checked if problem]
+        body["defaults"] = [entry for entry, (_, problem) in zip(defaults, checked, strict=True) if not problem]
     return problems
 
 
@@ -70,7 +71,7 @@ def setting_problem(key: str, value: Any) -> str | None:
     if parts[0] == "hydra" and len(parts) > 1 and not (isinstance(value, dict) and value and len(parts) == 2):
         return _hydra_problem(parts, value)
     if parts[0].startswith("hydra/"):
-        return f"`{key}`: Hydra's own choices stand in the defaults list: `- override /{parts[0]}: {show(value)}`."
+        return f"`{key}`: Hydra's own options are chosen in the defaults list: `- override /{parts[0]}: {show(value)}`."
     return None
 
 
@@ -114,21 +115,3 @@ def placed_elsewhere(entry: Any) -> str | None:
         if at and package != group and not package.startswith(f"{group}."):
             return f"`{key}`: an option of `{group}` goes to `{group}` and nowhere else: take out `@{package}`."
     return None
-
-
-def _take_out(body: dict[str, Any], parts: list[str]) -> bool:
-    """Take a key out of a nested body; False when it went with its parent already."""
-    for n in range(len(parts), 0, -1):  # a key may itself hold dots
-        head, rest = ".".join(parts[:n]), parts[n:]
-        if head not in body:
-            continue
-        if not rest:
-            del body[head]
-            return True
-        if isinstance(body[head], dict):
-            taken = _take_out(body[head], rest)
-            if not body[head]:
-                del body[head]
-            return taken
-        return isinstance(body[head], list)  # within a list: it is said, and the list stays
-    return False

@@ -1,4 +1,4 @@
-"""Guard a composition before Hydra gets it: what would run, and what was set that nobody typed."""
+"""Guard a composition before Hydra gets it: what would run, and privileges that were not typed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sftx.config.values import show
 
 
 def guard(cfg: DictConfig, hydra: DictConfig, privileges: dict[str, Any], origin: Origin) -> list[str]:
-    """Return what Hydra's own tree would run and may not, and the privileges that nobody typed."""
+    """Return what Hydra's own tree would run and may not, and the privileges that were not typed."""
     return [*unlisted_hydra(_plain(hydra), _patterns(privileges), origin), *unasked(cfg, privileges, origin)]
 
 

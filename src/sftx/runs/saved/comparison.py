@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from sftx.config.derive import PATHS, flat
+from sftx.config.derive import PATHS
+from sftx.config.trees import flat
 from sftx.data.store.digests import known_sha256
 from sftx.runs.saved.saved_run import CONFIG, METRICS, Records, SavedRun, at
 from sftx.training.saving.run_folder import MANIFEST

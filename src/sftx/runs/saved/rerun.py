@@ -18,7 +18,8 @@ from sftx.config.composition.grammar import read_override
 from sftx.config.composition.yaml_file import read_yaml
 from sftx.config.derive import PATHS
 from sftx.config.schema import TrainConfig
-from sftx.config.untrusted.allowlist import cure, nodes
+from sftx.config.trees import nodes
+from sftx.config.untrusted.allowlist import cure
 from sftx.config.untrusted.file_keys import TYPED_ONLY, file_problems
 from sftx.config.values import Deleted, Sweep, show
 from sftx.errors import ConfigError, RunFolderError, did_you_mean

@@ -12,8 +12,9 @@ from typing import Any
 
 from sftx.build import build
 from sftx.config.checks.check import config_from
-from sftx.config.derive import flat, identity
+from sftx.config.derive import identity
 from sftx.config.schema import TrainConfig
+from sftx.config.trees import flat
 from sftx.data.corpus import Corpus
 from sftx.data.files.sources import fetch, find_sources
 from sftx.data.store.digests import known_sha256

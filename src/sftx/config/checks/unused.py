@@ -1,4 +1,4 @@
-"""Settings that have no effect in the configuration they stand in, and sweeps that train the same model twice."""
+"""Settings that have no effect in their configuration, and sweeps that train the same model twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sftx.config.checks.rules import evaluates
 from sftx.config.composition.aliases import MIRRORS
 from sftx.config.options import ALL_GROUPS, component_of
 from sftx.config.schema import KNOBS
-from sftx.config.untrusted.allowlist import nodes
+from sftx.config.trees import MISSING, get, nodes, replaced
 from sftx.config.values import show
 
 Values = dict[str, Any]
@@ -118,15 +118,15 @@ LOOKED_AT = {key for row in ROWS for key in row.keys + row.reads} | set(COMPONEN
 
 
 @dataclass(frozen=True)
-class Idle:
-    """Why a setting has no effect of its own, and the settings through which it has one all the same."""
+class Unused:
+    """Why a setting has no effect itself, and the settings through which it still has one."""
 
     reason: str
     only_sets: tuple[str, ...] = ()
 
 
-def idle_settings(values: Values, raw: Values, keys: Iterable[str], wrong: set[str]) -> dict[str, Idle]:
-    """Return those of some keys that have no effect; `raw` is the tree whose interpolations stand as written.
+def unused_settings(values: Values, raw: Values, keys: Iterable[str], wrong: set[str]) -> dict[str, Unused]:
+    """Return those of some keys that have no effect; `raw` is the tree with unresolved interpolations.
 
     What rests on a `wrong` key is left out: that key's own problem is reported.
     """
@@ -136,7 +136,7 @@ def idle_settings(values: Values, raw: Values, keys: Iterable[str], wrong: set[s
         reason = _reason(values, key, wrong)
         live = tuple(r for r in readers[key] if _lives(values, r, readers, wrong)) if reason else ()
         if reason and not (live and key in COMPONENT_KNOBS):
-            found[key] = Idle(reason, live)
+            found[key] = Unused(reason, live)
     return found
 
 
@@ -160,27 +160,19 @@ def _reason(values: Values, key: str, wrong: set[str]) -> str | None:
         return _unused(values, key)
     for row in ROWS:
         tops = {k.split(".")[0] for k in (key, *row.reads)}
-        if key in row.keys and _holds(values, key) and not tops & wrong and tops <= values.keys():
+        if key in row.keys and get(values, key, MISSING) is not MISSING and not tops & wrong and tops <= values.keys():
             return row.why(values)
     return None
 
 
-def _holds(values: Any, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True
-
-
 def _unused(values: Values, knob: str) -> str:
-    """Say why the chosen component does not refer to a knob."""
+    """Return why the chosen component does not refer to a knob."""
     group = COMPONENT_KNOBS[knob]
     option = values.get(MIRRORS[group])
     usual = component_of(group, str(option))
     field = next((k for k, v in usual.items() if v == f"${{{knob}}}"), None)
     if field is not None and isinstance(values.get(group), dict) and field in values[group]:
-        return f"{group}.{field}={show(values[group][field])} stands in its place"
+        return f"{group}.{field}={show(values[group][field])} is used instead"
     return f"{group}={option} does not use it"
 
 
@@ -196,8 +188,8 @@ class Uses:
         self.different: set[tuple[tuple[str, str], ...]] = set()
         """The points without what has no effect there."""
         self.set_at: dict[str, int] = defaultdict(int)
-        self.idle_at: dict[str, list[Idle]] = defaultdict(list)
-        self.said: dict[str, str] = {}
+        self.unused_at: dict[str, list[Unused]] = defaultdict(list)
+        self.reasons: dict[str, str] = {}
 
     def look(self, tree: Tree, options: Values, plain: Mapping[str, tuple[Any, ...]]) -> None:
         """Look at all points that have these options composed."""
@@ -207,52 +199,50 @@ class Uses:
         swept = {k: right for k, v in plain.items() if k in LOOKED_AT and (right := _right(k, v, self.origin))}
         for combination in islice(product(*swept.values()), MOST_POINTS - self.points):
             point = dict(zip(swept, combination, strict=True))
-            values = _laid_over(tree.values, point)
-            idle = idle_settings(values, tree.raw, keys, tree.wrong)
+            values = _without_wrong_groups(replaced(tree.values, point))
+            unused = unused_settings(values, tree.raw, keys, tree.wrong)
             self.points += 1
             for key in keys:
                 self.set_at[key] += 1
-                if key in idle:
-                    self.idle_at[key].append(idle[key])
-                    self.said.setdefault(key, self._said(key, values, idle[key]))
-            dead = {k for k, one in idle.items() if not one.only_sets}
+                if key in unused:
+                    self.unused_at[key].append(unused[key])
+                    self.reasons.setdefault(key, self._reason_for(key, values, unused[key]))
+            dead = {k for k, one in unused.items() if not one.only_sets}
             self.different.add(tuple((k, show(v)) for k, v in (options | point).items() if k not in dead))
 
-    def _said(self, key: str, values: Values, idle: Idle) -> str:
-        value: Any = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+    def _reason_for(self, key: str, values: Values, unused: Unused) -> str:
+        value = get(values, key)
         place = self.origin(key)
         where = "" if place.startswith(("command line", "config")) else f" ({place})"
-        does = f"only sets {', '.join(idle.only_sets)}" if idle.only_sets else "has no effect"
-        return f"{key}={show(value)}{where} {does}: {idle.reason}"
+        does = f"only sets {', '.join(unused.only_sets)}" if unused.only_sets else "has no effect"
+        return f"{key}={show(value)}{where} {does}: {unused.reason}"
 
     def _everywhere(self, key: str) -> bool:
-        return len(self.idle_at[key]) == self.set_at[key] > 0
+        return len(self.unused_at[key]) == self.set_at[key] > 0
 
     def problems(self) -> list[str]:
         """Return a problem for each key that is swept though it has no effect at any point."""
         return [
-            f"{self.origin(key)}: `{key}`: all its values train the same model: {self.idle_at[key][0].reason}. "
+            f"{self.origin(key)}: `{key}`: all its values train the same model: {self.unused_at[key][0].reason}. "
             f"Take it out of the sweep."
             for key, values in self.axes.items()
-            if len(values) > 1 and self._everywhere(key) and not any(i.only_sets for i in self.idle_at[key])
+            if len(values) > 1 and self._everywhere(key) and not any(i.only_sets for i in self.unused_at[key])
             and self.points < MOST_POINTS
         ]  # fmt: skip
 
     def notes(self) -> list[str]:
-        """Return what to say of each setting that has no effect, wherever it is set."""
-        return [said for key, said in sorted(self.said.items()) if self._everywhere(key)]
+        """Return a note on each setting that has no effect, wherever it is set."""
+        return [reason for key, reason in sorted(self.reasons.items()) if self._everywhere(key)]
 
     def repeats(self) -> list[str]:
-        """Return what to say when some trials of the sweep train what others train."""
+        """Return a note if some trials of the sweep repeat others."""
         trials = _count(self.axes)
         same = trials - trials * len(self.different) // max(1, self.points)
         if not same:
             return []
-        partly = [k for k in self.axes if self.idle_at[k] and not self._everywhere(k)]
-        why = "; ".join(f"{k} has no effect where {self.idle_at[k][0].reason}" for k in partly)
-        return [f"{same} of {trials} trials repeat{'s' * (same == 1)} another: {why or 'a value stands twice'}"]
+        partly = [k for k in self.axes if self.unused_at[k] and not self._everywhere(k)]
+        why = "; ".join(f"{k} has no effect where {self.unused_at[k][0].reason}" for k in partly)
+        return [f"{same} of {trials} trials repeat{'s' * (same == 1)} another: {why or 'a value is listed twice'}"]
 
 
 def _count(axes: Mapping[str, tuple[Any, ...]]) -> int:
@@ -266,14 +256,5 @@ def _right(key: str, values: tuple[Any, ...], origin: Origin) -> list[Any]:
     return [v for v in values if key not in KNOBS or not check_knob(key, v, origin)]
 
 
-def _laid_over(values: Values, point: Values) -> Values:
-    """Return a tree with some of its values replaced."""
-    out = dict(values)
-    for key, value in point.items():
-        node, (*parents, leaf) = out, key.split(".")
-        for part in parents:
-            below = node.get(part)
-            node[part] = dict(below) if isinstance(below, dict) else {}
-            node = node[part]
-        node[leaf] = value
-    return {k: v for k, v in out.items() if k not in ALL_GROUPS or isinstance(v, dict)}
+def _without_wrong_groups(values: Values) -> Values:
+    return {k: v for k, v in values.items() if k not in ALL_GROUPS or isinstance(v, dict)}
