@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import marshal
 import os
@@ -10,11 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from selectors import EVENT_READ, BaseSelector
 from typing import Any
 
 from sftx.parallel.activity import kill_session
@@ -23,44 +22,10 @@ WHERE = signal.SIGQUIT
 """Asks a rank for its stack; answered even by one whose main thread waits for a lock."""
 WHERE_SECONDS = 1.0
 TAIL_LINES = 40
-"""What is kept of what a rank prints, other than the main one."""
-
-
-class Lines:
-    """One end of a pipe, read as far as there is something to read."""
-
-    def __init__(self, descriptor: int, take: Callable[[str], None]) -> None:
-        os.set_blocking(descriptor, False)
-        self._descriptor: int | None = descriptor
-        self._take, self._rest = take, b""
-
-    def listen(self, selector: BaseSelector) -> None:
-        """Register with a selector."""
-        assert self._descriptor is not None
-        selector.register(self._descriptor, EVENT_READ, self)
-
-    def read(self, selector: BaseSelector) -> None:
-        """Take the lines that have come."""
-        while self._descriptor is not None:
-            try:
-                piece = os.read(self._descriptor, 1 << 16)
-            except BlockingIOError:
-                return
-            *lines, self._rest = (self._rest + piece).split(b"\n")
-            for line in lines:
-                self._take(line.decode("utf-8", "replace"))
-            if not piece:
-                self.close(selector)
-
-    def close(self, selector: BaseSelector) -> None:
-        """Take what is left without an end of line, and close."""
-        if self._descriptor is None:
-            return
-        if self._rest:
-            self._take(self._rest.decode("utf-8", "replace"))
-        selector.unregister(self._descriptor)
-        os.close(self._descriptor)
-        self._descriptor = None
+"""Those that are shown of what a rank printed, other than the main one."""
+MOST_BYTES = 1 << 20
+"""Of what a rank prints; what is beyond is dropped with all before it."""
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 class RankProcess:
@@ -68,35 +33,30 @@ class RankProcess:
 
     def __init__(
         self, module: str, number: int, count: int, order: Mapping[str, Any], environment: Mapping[str, str],
-        state: int, rendezvous: int | None, selector: BaseSelector,
+        state: int, rendezvous: int | None,
     ) -> None:  # fmt: skip
         self.number = number
         self.messages: dict[str, Any] = {}
         """Those it sent: `failed` or `finished`, among others."""
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.tail: list[str] = []
+        """The last lines that it printed, once it has ended; the main rank has the terminal."""
         self.ended: int | None = None
         """Its exit code, or the negative number of the signal that killed it."""
         self.ended_at = 0.0
-        self._where = os.memfd_create("sftx-where", 0)
-        reading, reports = os.pipe()
-        printing, output = os.pipe()
-        handed = [state, reports, self._where, *([] if rendezvous is None else [rendezvous])]
-        is_main = number == 0  # the terminal is the main rank's
+        self._reports, self._output, self._where = (_memory_file(name) for name in ("reports", "output", "where"))
+        self._received = 0
+        """Bytes of its messages that were read."""
+        output = None if number == 0 else self._output
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, str(number), "of", str(count)],
             env={**environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            pass_fds=handed,
+            pass_fds=[state, self._reports, self._where, *([] if rendezvous is None else [rendezvous])],
             stdin=subprocess.PIPE,
-            stdout=None if is_main else output,
-            stderr=None if is_main else output,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
-        os.close(reports)
-        os.close(output)
-        self._lines = [Lines(reading, self._receive), Lines(printing, self.tail.append)]
-        for lines in self._lines:
-            lines.listen(selector)
-        handles = {"state": state, "reports": reports, "where": self._where, "rendezvous": rendezvous}
+        handles = {"state": state, "reports": self._reports, "where": self._where, "rendezvous": rendezvous}
         plain = marshal.dumps({**order, **handles, "parent": os.getpid()})  # plain values: nothing in them can run
         assert self.process.stdin is not None
         with suppress(BrokenPipeError), self.process.stdin as pipe:  # it has ended already, which will be noticed
@@ -112,24 +72,24 @@ class RankProcess:
         """True when its work is done."""
         return "finished" in self.messages
 
-    def _receive(self, line: str) -> None:
-        with suppress(ValueError):  # half a line of one that was killed
+    def receive(self) -> None:
+        """Read the messages that have arrived, and keep its output small."""
+        lines, end, _ = os.pread(self._reports, MOST_BYTES, self._received).rpartition(b"\n")
+        self._received += len(lines + end)
+        for line in lines.splitlines():
             self.messages |= json.loads(line)
+        if os.fstat(self._output).st_size > MOST_BYTES:
+            os.ftruncate(self._output, 0)
 
-    def reap(self, selector: BaseSelector) -> None:
+    def reap(self) -> None:
         """Notice the end of the process, and end what it started and did not end."""
-        if (
-            self.ended is not None
-            or os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        ):
+        if self.ended is not None or os.waitid(os.P_PID, self.process.pid, ENDED) is None:
             return
         self.ended_at = time.monotonic()
-        for lines in self._lines:
-            lines.read(selector)
+        self.receive()
         if not self.finished:
             kill_session(self.process.pid)
-        for lines in self._lines:
-            lines.close(selector)
+        self.tail = os.pread(self._output, MOST_BYTES, 0).decode("utf-8", "replace").splitlines()[-TAIL_LINES:]
         self.ended = self.process.wait()
 
     def send(self, number: int) -> None:
@@ -162,8 +122,16 @@ class RankProcess:
         return "\n".join(line for line in text.splitlines() if line.startswith("  "))
 
     def close(self) -> None:
-        """Close the file of its stack."""
-        os.close(self._where)
+        """Close its files."""
+        for descriptor in (self._reports, self._output, self._where):
+            os.close(descriptor)
+
+
+def _memory_file(name: str) -> int:
+    """Return a file in memory to which whoever inherits it appends."""
+    descriptor = os.memfd_create(f"sftx-{name}", 0)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+    return descriptor
 
 
 def first_frame(stack: str) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from sftx.errors import EXIT_FAULT, SftxError, StoppedError, printed, summary
@@ -23,16 +23,15 @@ class Supervised:
         self.rank, self.state = rank, state
         self.rendezvous = rendezvous
         """The socket at which the main rank gathers the others; only the main rank has it."""
-        self._pipe = os.fdopen(reports, "wb")
+        self._reports = os.fdopen(reports, "wb")
         self._broken_by: BaseException | None = None
         """The error of the first collective that failed."""
         self._reported = False
 
     def send(self, **facts: Any) -> None:
         """Send one message."""
-        with suppress(OSError):  # the supervisor is gone: the kernel ends this process too
-            self._pipe.write(json.dumps(facts).encode() + b"\n")
-            self._pipe.flush()
+        self._reports.write(json.dumps(facts).encode() + b"\n")
+        self._reports.flush()
 
     @contextmanager
     def collective(self, kind: int) -> Iterator[None]:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from selectors import DefaultSelector
 from types import FrameType
 from typing import Any
 
@@ -61,7 +60,6 @@ class Supervisor:
         """What ended the run, once it is known."""
         self.state, self._state_descriptor = SharedState.make(count)
         self._hangs = HangWatch(self.state, hang_seconds, timeout_seconds)
-        self._selector = DefaultSelector()
         self._forwarded: int | None = None
         self._handlers: dict[int, Any] = {}
         self._noticed: float | None = None
@@ -79,10 +77,10 @@ class Supervisor:
         try:
             self._start(order, environment)
             while any(rank.runs for rank in self.ranks):
-                for key, _ in self._selector.select(POLL_SECONDS):
-                    key.data.read(self._selector)
+                time.sleep(POLL_SECONDS)
                 for rank in self.ranks:
-                    rank.reap(self._selector)
+                    rank.receive()
+                    rank.reap()
                 self._decide(time.monotonic())
         finally:
             self._close()
@@ -108,21 +106,17 @@ class Supervisor:
             for number in range(self.count):
                 own = shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
                 handed = rendezvous.fileno() if number == 0 else None
-                self.ranks.append(
-                    RankProcess(
-                        self._module, number, self.count, order, own, self._state_descriptor, handed, self._selector
-                    )
-                )
+                state = self._state_descriptor
+                self.ranks.append(RankProcess(self._module, number, self.count, order, own, state, handed))
 
     def _close(self) -> None:
         for rank in self.ranks:
             rank.kill()
             while rank.runs:  # only after an error of the supervisor's own
-                rank.reap(self._selector)
+                rank.reap()
                 time.sleep(POLL_SECONDS)
             rank.close()
         restore(self._handlers, None if self._forwarded is None else signal.Signals(self._forwarded).name)
-        self._selector.close()
         os.close(self._state_descriptor)
 
     def _take_signals(self) -> None:
