@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+Origin = Callable[[str], str]
+"""Names where a key got its value, for a message."""
+
 
 @dataclass(frozen=True)
 class Sweep:

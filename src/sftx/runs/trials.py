@@ -24,7 +24,7 @@ from sftx.config.checks.check import freeze
 from sftx.config.composition.aliases import set_mirrors
 from sftx.config.composition.prepare import Request
 from sftx.config.schema import TrainConfig
-from sftx.config.untrusted.guard import unasked
+from sftx.config.untrusted.guard import untyped_privileges
 from sftx.data.files.sources import find_sources
 from sftx.errors import ConfigError, SftxError, StoppedError, put_place, say
 from sftx.files import write_json, write_text
@@ -59,7 +59,7 @@ def run_job(composed: DictConfig, request: Request) -> float | None:
 def _run_job(composed: DictConfig, request: Request) -> float | None:
     hydra = HydraConfig.get()
     set_mirrors(composed, hydra.runtime.choices)
-    problems = unasked(composed, request.privileges, lambda _: "config")  # a sweeper may add what nobody typed
+    problems = untyped_privileges(composed, request.privileges, lambda _: "config")
     if problems:
         raise ConfigError(problems)
     config = freeze(composed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -20,11 +19,8 @@ from sftx.config.options import option_keys, options
 from sftx.config.schema import GROUPS, KNOBS, LIST_GROUPS, OVERLAYS, TYPES, TrainConfig
 from sftx.config.trees import get
 from sftx.config.untrusted.allowlist import pattern_problem, refusal, unlisted
-from sftx.config.values import found, show
+from sftx.config.values import Origin, found, show
 from sftx.errors import ConfigError, did_you_mean, nearest
-
-Origin = Callable[[str], str]
-"""Names where a key got its value, for a message."""
 
 MISSING = "???"
 RUNTIME = "${hydra:"

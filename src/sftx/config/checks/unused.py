@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
-from sftx.config.checks.check import Origin, Tree, check_knob
+from sftx.config.checks.check import Tree, check_knob
 from sftx.config.checks.rules import evaluates
 from sftx.config.composition.aliases import MIRRORS
 from sftx.config.options import ALL_GROUPS, component_of
 from sftx.config.schema import KNOBS
 from sftx.config.trees import MISSING, get, nodes, replaced
-from sftx.config.values import show
+from sftx.config.values import Origin, show
 
 Values = dict[str, Any]
 

@@ -6,7 +6,7 @@ that gives the line to write. The composed configuration holds them as mirrors o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 
 from sftx.config.schema import GROUPS, LIST_GROUPS, OVERLAYS
-from sftx.config.values import Deleted, Sweep, each, found, over, show
+from sftx.config.values import Deleted, Origin, Sweep, each, found, over, show
 
 MIRRORS = {"mode": "train_mode", "optimizer": "optim", "scheduler": "lr_scheduler_type"}
 """Group -> the manual's key that names its choice."""
@@ -51,9 +51,6 @@ PRECISIONS = {
     "fp32": {"fp16": False, "bf16": False},
 }
 """Option of `precision` -> the values of the manual's two keys."""
-
-Origin = Callable[[str], str]
-"""Names where a key got its value, for a message."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from sftx.config.composition.yaml_file import interpolation_problem
 from sftx.config.derive import PATHS
 from sftx.config.options import ALL_GROUPS, family_of_type, options, unknown_option, user_folders
 from sftx.config.untrusted.file_keys import TYPED_ONLY, placed_elsewhere
-from sftx.config.untrusted.guard import bad_callbacks, guard
+from sftx.config.untrusted.guard import guard
 from sftx.config.values import Deleted, Sweep, each, over, show
 from sftx.errors import did_you_mean, raise_problems
 from sftx.secrets import scrub_text
@@ -117,7 +117,6 @@ class _Preparation:
                 self.problems += check_space(
                     self.axes, lambda p: base if p == point else self._compose(p), self.origin, self.uses
                 )
-                self.problems += bad_callbacks(self.hydra, self.privileges, self.origin)
         raise_problems(self.problems + self.reading.problems)
         assert base is not None
         name_own_components(base)
@@ -163,50 +162,24 @@ class _Preparation:
 
     def _drop_unknown(self) -> None:
         """Report typed options, groups and Hydra keys that do not exist, and go on without them."""
-        line = self.line
-        gathered = Reading()
-        for key, value in list(line.values.items()):
-            name, origin = bare(key), line.origin(key)
-            reason = interpolation_problem(value)
-            if name in TYPED_ONLY and is_sweep(value):
-                gathered.problems.append(f"{origin}: `{key}`: this is for all trials: it cannot be swept.")
-                del line.values[key]
-            elif placed_elsewhere(key):
-                gathered.problems.append(f"{origin}: {placed_elsewhere(key)}")
-                del line.values[key]
-            elif name == "hydra":
-                gathered.problems.append(f"{origin}: type Hydra's keys one by one, for example hydra.sweep.dir=FOLDER.")
-                del line.values[key]
-            elif reason:
-                gathered.problems.append(f"{origin}: `{key}`: {show(value)} is no interpolation: {reason}.")
-                del line.values[key]
-            elif isinstance(value, Sweep) and not value.values:
-                gathered.problems.append(f"{origin}: `{key}`: a sweep over no values at all.")
-                del line.values[key]
-            elif name in ALL_GROUPS and not isinstance(value, dict):
-                kept = over(value, lambda v: "fp32" if isinstance(v, PrecisionExcept) else v)
-                known = known_values(name, kept, origin, gathered)
-                if known is None:  # nothing is right, or null: no overlay, as when nothing is typed
-                    del line.values[key]
-                elif is_sweep(value):
-                    right = (v for v in each(value) if isinstance(v, PrecisionExcept) or _is_option(name, v))
-                    line.values[key] = Sweep(tuple(right))
-            elif name.startswith("hydra/"):
-                problem = unknown_option(name, value, origin)
-                if problem:
-                    gathered.problems.append(problem)
-                    del line.values[key]
-            elif name.startswith("hydra.") and not isinstance(value, Deleted):
-                problem = check_key(name.removeprefix("hydra."), value, origin)
-                if problem:
-                    gathered.problems.append(problem)
-                    del line.values[key]
-            elif "/" in name:
-                gathered.problems.append(
-                    f"{origin}: there is no config group `{name}`.{did_you_mean(name, ALL_GROUPS)}"
-                )
-                del line.values[key]
+        for key, value in list(self.line.values.items()):
+            problem = _problem_of(key, value, self.line.origin(key))
+            if problem:
+                self.problems.append(problem)
+                del self.line.values[key]
+            elif bare(key) in ALL_GROUPS and not isinstance(value, dict):
+                self._drop_unknown_options(key, value)
+
+    def _drop_unknown_options(self, key: str, value: Any) -> None:
+        group, gathered = bare(key), Reading()
+        kept = over(value, lambda v: "fp32" if isinstance(v, PrecisionExcept) else v)
+        known = known_values(group, kept, self.line.origin(key), gathered)
         self.problems += gathered.problems
+        if known is None:  # no valid option, or null: no overlay, as when nothing is typed
+            del self.line.values[key]
+        elif is_sweep(value):
+            valid = (v for v in each(value) if isinstance(v, PrecisionExcept) or _is_option(group, v))
+            self.line.values[key] = Sweep(tuple(valid))
 
     def _compose(self, point: Point) -> DictConfig | None:
         """Compose at a point of the sweep; a setting that Hydra refuses is reported and left out."""
@@ -333,6 +306,28 @@ class _Preparation:
             return _lenient_key(key, value)
         is_plain = key in ALL_GROUPS or "." not in key or key != bare(key) or key.startswith("hydra")
         return key if is_plain or isinstance(value, Deleted) or self.reading.place_of(key) else f"++{key}"
+
+
+def _problem_of(key: str, value: Any, origin: str) -> str | None:
+    """Return what is wrong with a typed setting that Hydra would refuse, or would not report together with others."""
+    name = bare(key)
+    if name in TYPED_ONLY and is_sweep(value):
+        return f"{origin}: `{key}`: this is for all trials: it cannot be swept."
+    if misplaced := placed_elsewhere(key):
+        return f"{origin}: {misplaced}"
+    if name == "hydra":
+        return f"{origin}: type Hydra's keys one by one, for example hydra.sweep.dir=FOLDER."
+    if reason := interpolation_problem(value):
+        return f"{origin}: `{key}`: {show(value)} is no interpolation: {reason}."
+    if isinstance(value, Sweep) and not value.values:
+        return f"{origin}: `{key}`: a sweep over no values at all."
+    if name.startswith("hydra/"):
+        return unknown_option(name, value, origin)
+    if name.startswith("hydra.") and not isinstance(value, Deleted):
+        return check_key(name.removeprefix("hydra."), value, origin)
+    if "/" in name and name not in ALL_GROUPS:
+        return f"{origin}: there is no config group `{name}`.{did_you_mean(name, ALL_GROUPS)}"
+    return None
 
 
 def _shows_job(flags: list[str]) -> bool:

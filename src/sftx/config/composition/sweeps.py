@@ -10,13 +10,13 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig
 
-from sftx.config.checks.check import Origin, Tree, check_knob, check_resolved
+from sftx.config.checks.check import Tree, check_knob, check_resolved
 from sftx.config.checks.rules import RULES, broken_rules
 from sftx.config.checks.unused import Uses
 from sftx.config.options import ALL_GROUPS
 from sftx.config.schema import KNOBS
 from sftx.config.trees import replaced
-from sftx.config.values import Sweep, show
+from sftx.config.values import Origin, Sweep, show
 
 Axes = dict[str, tuple[Any, ...]]
 Point = dict[str, Any]

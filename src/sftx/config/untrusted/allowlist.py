@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from omegaconf.grammar_parser import parse
 from sftx.config.checks.signature import TargetNotFound, defined_as, find
 from sftx.config.schema import COMPONENTS
 from sftx.config.trees import nodes
-from sftx.config.values import show
+from sftx.config.values import Origin, show
 from sftx.errors import did_you_mean
 
 LAUNCHERS = frozenset({
@@ -49,8 +49,6 @@ SPACES = ("hydra.sweeper.params.", "hydra.sweeper.search_space.")
 """Keys such as `scheduler._target_` in a search space are the job's: each point is checked as the job that it is."""
 JOB_NAME = re.compile(r"\w[\w.-]*")
 PATTERN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*\.\*|[^\W\d]\w*(\.[^\W\d]\w*)+")
-
-Origin = Callable[[str], str]
 
 
 def pattern_problem(pattern: Any) -> str | None:

@@ -6,18 +6,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sftx.config.checks.check import Origin, Tree, check_component
 from sftx.config.untrusted.allowlist import pattern_problem, unlisted_hydra
 from sftx.config.untrusted.file_keys import TYPED_ONLY
-from sftx.config.values import show
+from sftx.config.values import Origin, show
 
 
 def guard(cfg: DictConfig, hydra: DictConfig, privileges: dict[str, Any], origin: Origin) -> list[str]:
     """Return what Hydra's own tree would run and may not, and the privileges that were not typed."""
-    return [*unlisted_hydra(_plain(hydra), _patterns(privileges), origin), *unasked(cfg, privileges, origin)]
+    return [*unlisted_hydra(_plain(hydra), _patterns(privileges), origin), *untyped_privileges(cfg, privileges, origin)]
 
 
-def unasked(cfg: DictConfig, privileges: dict[str, Any], origin: Origin) -> list[str]:
+def untyped_privileges(cfg: DictConfig, privileges: dict[str, Any], origin: Origin) -> list[str]:
     """Return a problem for each key that only a person may set and that has another value than was typed."""
     raw = _plain(cfg)
     return [
@@ -25,17 +24,6 @@ def unasked(cfg: DictConfig, privileges: dict[str, Any], origin: Origin) -> list
         for key, typed in privileges.items()
         if key in raw and raw[key] not in (typed, TYPED_ONLY[key])
     ]
-
-
-def bad_callbacks(hydra: DictConfig, privileges: dict[str, Any], origin: Origin) -> list[str]:
-    """Return what is wrong with the arguments of Hydra's callbacks; which may be made is `guard`'s question."""
-    tree = Tree(OmegaConf.create({"callbacks": _plain(hydra)["callbacks"]}), origin)
-    tree.raw["allow_targets"] = _patterns(privileges)
-    names = [n for n, node in tree.values["callbacks"].items() if isinstance(node, dict)]
-    problems = [
-        p for n in names for p in check_component(f"callbacks.{n}", tree, set(), lambda k: origin(f"hydra.{k}"))
-    ]
-    return [p.replace("`callbacks.", "`hydra.callbacks.") for p in problems]
 
 
 def _patterns(privileges: dict[str, Any]) -> list[str]:

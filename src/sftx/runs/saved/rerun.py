@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sftx.config.checks.check import Origin, check_tree, config_from
+from sftx.config.checks.check import check_tree, config_from
 from sftx.config.composition.grammar import read_override
 from sftx.config.composition.yaml_file import read_yaml
 from sftx.config.derive import PATHS
@@ -21,7 +21,7 @@ from sftx.config.schema import TrainConfig
 from sftx.config.trees import nodes
 from sftx.config.untrusted.allowlist import cure
 from sftx.config.untrusted.file_keys import TYPED_ONLY, file_problems
-from sftx.config.values import Deleted, Sweep, show
+from sftx.config.values import Deleted, Origin, Sweep, show
 from sftx.errors import ConfigError, RunFolderError, did_you_mean
 from sftx.runs.launch import count_ranks
 from sftx.runs.manifest import git_state
