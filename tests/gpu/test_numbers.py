@@ -103,7 +103,7 @@ def test_a_step_that_is_not_finite_is_masked_on_the_device(
 
 
 def test_a_spike_is_not_learned_from_in_fp16(make_config, monkeypatch: pytest.MonkeyPatch, captured) -> None:
-    monkeypatch.setattr(recovery, "STEPS_OF_A_TREND", 2)
+    monkeypatch.setattr(recovery, "EMA_WARMUP_STEPS", 2)
     monkeypatch.setattr(recovery, "LEAST_RISE", 1.0)
     break_step(monkeypatch, captured, lambda f: f._replace(weighted_sum=f.weighted_sum * 50), 4)
     config = make_config(*STEP_BY_STEP, "optim=adamw", "precision=fp16", "on_loss_spike=skip", "max_steps=5")

@@ -10,8 +10,9 @@ import torch
 from tests.gpu.cases import DEVICE, DRY_RUN, NOT_DRY, ON_A_GPU, fallbacks_of, losses, manifest
 
 from sftx.run import run
-from sftx.training import callbacks, loop
+from sftx.training import loop
 from sftx.training.loss import token_losses
+from sftx.training.measure import profile
 
 pytestmark = ON_A_GPU
 
@@ -102,7 +103,7 @@ def test_activations_kept_in_host_memory_are_the_same(make_config) -> None:
 def test_a_profile_counts_each_kernel_once(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time of the counted kernels is that of the GPU's own events."""
     counted: list[float] = []
-    parts_of, on_cpu = callbacks.parts_of, torch.autograd.DeviceType.CPU
+    parts_of, on_cpu = profile.parts_of, torch.autograd.DeviceType.CPU
 
     def watched(events):
         events = [e for e in events if not e.is_user_annotation]
@@ -110,7 +111,7 @@ def test_a_profile_counts_each_kernel_once(make_config, monkeypatch: pytest.Monk
         counted.append(sum(e.self_device_time_total for e in events if e.device_type != on_cpu))
         return parts_of(events)
 
-    monkeypatch.setattr(callbacks, "parts_of", watched)
+    monkeypatch.setattr(profile, "parts_of", watched)
     config = make_config("debug=profile", "max_steps=6")
     run([config])
     folder = Path(config.output_dir) / "profile"

@@ -25,7 +25,7 @@ def bf16() -> None:
 
 def spike() -> None:
     """Let the loss of step 4 stand far out."""
-    recovery.STEPS_OF_A_TREND, recovery.LEAST_RISE = 2, 1.0
+    recovery.EMA_WARMUP_STEPS, recovery.LEAST_RISE = 2, 1.0
     _at_step(4, lambda found, _: found._replace(weighted_sum=found.weighted_sum * 50))
 
 
