@@ -85,7 +85,6 @@ class ChatTemplate:
             self.stop_tokens = [tokenizer.eos_token]
         self._special = SpecialTokens(tokenizer, self.stop_tokens)
         self._renderer = Renderer(tokenizer, source, date)
-        self._tails: dict[str, list[int]] = {}
         self._adopt_end_token()
 
     def _adopt_end_token(self) -> None:
@@ -272,18 +271,8 @@ class ChatTemplate:
         texts: dict[str, list[int]] = {}
         for row in rows:
             for piece in row:
-                texts[piece.head] = texts[piece.joint] = []
-                if piece.tail not in self._tails:
-                    texts[piece.tail] = []
+                texts[piece.head] = texts[piece.tail] = texts[piece.joint] = []
         return dict(zip(texts, self._special.tokenise_all(list(texts)), strict=True))
-
-    def _tail(self, text: str, ids: dict[str, list[int]]) -> list[int]:
-        """Return the tokens of what stands before an answer: mostly the same for all records."""
-        if text not in self._tails:
-            if len(self._tails) >= CHUNK:
-                return ids[text]
-            self._tails[text] = ids[text]
-        return self._tails[text]
 
     def _drafted(self, rows: Pieces, weights: Weights, ids: dict[str, list[int]]) -> list[Draft]:
         """Put tokenised pieces together; a turn whose answer melts into its prompt ends a row."""
@@ -292,7 +281,7 @@ class ChatTemplate:
             before: list[int] = []
             answers: list[Answer] = []
             for piece in row:
-                head, tail, joint = ids[piece.head] if piece.head else [], self._tail(piece.tail, ids), ids[piece.joint]
+                head, tail, joint = ids[piece.head] if piece.head else [], ids[piece.tail], ids[piece.joint]
                 before = before + (head[1:] if piece.continues else head)
                 prompt = before + tail[1:] if piece.cut else before + tail
                 clean = joint[: len(tail)] == tail

@@ -27,8 +27,6 @@ from sftx.data.store.record_store import categories_of, origin_of
 from sftx.data.store.token_store import ROWS, to_batch, token_key, write_rows
 from sftx.errors import DataError
 
-OPEN_BATCHES = 4096
-"""So many record batches of a file are kept unwrapped; each is some twenty small Python objects."""
 KINDS = {
     "length": np.int32,
     "full_length": np.int32,
@@ -173,18 +171,6 @@ class MemoryRows(Rows):
         return []
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """The arrays of one record batch; they lie in the mapped file."""
-
-    ids_N: np.ndarray
-    offsets_R: np.ndarray
-    starts_S: np.ndarray
-    ends_S: np.ndarray
-    weights_S: np.ndarray
-    span_offsets_R: np.ndarray
-
-
 class TokenRows(Rows):
     """The rows in a folder that `write_rows` filled, and the records they were made of."""
 
@@ -198,7 +184,6 @@ class TokenRows(Rows):
             self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
-        self._batches: dict[int, _Batch] = {}
         self._first_rows = np.cumsum([0, *(len(chunk) for chunk in self._table["ids"].chunks)])
         _set_columns(self, {name: self._table[name].chunks for name in KINDS})
         numbers_of_records, self.categories = categories_of(self._corpus)
@@ -214,11 +199,13 @@ class TokenRows(Rows):
     def row(self, index: int) -> Row:
         """Make a row."""
         number = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        batch, at = self._batch(number), index - int(self._first_rows[number])
-        ids_T = batch.ids_N[batch.offsets_R[at] : batch.offsets_R[at + 1]].copy()  # the file cannot be written to
+        at = index - int(self._first_rows[number])
+        ids, spans = (self._table[name].chunk(number)[at].values for name in ("ids", "supervised_spans"))
+        ids_T = numbers(ids, np.int32).copy()  # the file cannot be written to
         weights_T = np.zeros(len(ids_T), dtype=np.float32)
-        for s in range(batch.span_offsets_R[at], batch.span_offsets_R[at + 1]):
-            weights_T[batch.starts_S[s] : batch.ends_S[s]] = batch.weights_S[s]
+        kinds = (np.int32, np.int32, np.float32)
+        for start, end, weight in zip(*(numbers(spans.field(i), kinds[i]) for i in range(3)), strict=True):
+            weights_T[start:end] = weight
         category = self.categories[self.category_numbers[index]]
         return Row(ids_T, weights_T, category, self.origin(index), int(self.full_lengths[index]))
 
@@ -231,24 +218,6 @@ class TokenRows(Rows):
         """The records that gave no row, and why; read anew each time."""
         lines = (self.folder / SKIPPED).read_text(encoding="utf-8").split("\n")[:-1]
         return [Skipped(index, origin_of(self._corpus, index), reason) for index, reason in map(json.loads, lines)]
-
-    def _batch(self, number: int) -> _Batch:
-        batch = self._batches.get(number)
-        if batch is None:
-            if len(self._batches) >= OPEN_BATCHES:
-                self._batches.clear()
-            ids, spans = self._table["ids"].chunk(number), self._table["supervised_spans"].chunk(number)
-            start, end, weight = (spans.values.field(i) for i in range(3))
-            batch = _Batch(
-                ids_N=numbers(ids.values, np.int32),
-                offsets_R=numbers(ids.offsets, np.int32),
-                starts_S=numbers(start, np.int32),
-                ends_S=numbers(end, np.int32),
-                weights_S=numbers(weight, np.float32),
-                span_offsets_R=numbers(spans.offsets, np.int32),
-            )
-            self._batches[number] = batch
-        return batch
 
 
 def open_rows(
