@@ -94,7 +94,7 @@ class LoadedFile:
                     yield f"{origin_text(self.files[file_number]['path'], line, number)}: {reason}"
 
     def facts(self) -> dict[str, object]:
-        """Return what the manifest says of the corpus."""
+        """Return the manifest's entry for the corpus."""
         made: dict[str, object] = {
             "path": str(self.path),
             "sha256": self.sha256,
@@ -247,7 +247,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion came to."""
+    """The result of a conversion."""
 
     rows: int
     schema: Literal["human_assistant", "messages"]

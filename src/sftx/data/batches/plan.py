@@ -68,7 +68,7 @@ class Plan:
         return self._epoch(epoch)[within * self.sequences_per_step : (within + 1) * self.sequences_per_step]
 
     def _epoch(self, epoch: int) -> list[Pack]:
-        """Return the packs of an epoch in their order; the last two asked for are kept."""
+        """Return the packs of an epoch in their order; the last two requested are kept."""
         if epoch not in self._epochs:
             while len(self._epochs) > 1:
                 self._epochs.pop(next(iter(self._epochs)))

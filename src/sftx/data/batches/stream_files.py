@@ -58,7 +58,7 @@ class StreamedFiles:
         return any(not s.hub and _size(s) == size and sha256_file(s.path) == sha256 for s in self.sources)
 
     def facts(self) -> dict[str, object]:
-        """Return what the manifest says of the corpus."""
+        """Return the manifest's entry for the corpus."""
         files = [{"path": str(s.path), "bytes": _size(s)} for s in self.sources]
         return {"path": str(self.path), "streamed": True, "names_and_sizes_sha256": self.sha256, "files": files} | (
             self.detected | {"columns": self.columns}

@@ -126,7 +126,7 @@ def _cut_right(drafts: list[Draft], record: Record, limit: int) -> list[Row] | s
 
 
 def _cut_prompt(draft: Draft, record: Record, limit: int, encode: Encode) -> Row | str:
-    """Cut the beginning of the conversation: its oldest exchanges, then the beginning of what the user said.
+    """Cut the beginning of the conversation: its oldest exchanges, then the beginning of what the user wrote.
 
     The system's turn and the template's structure stay, and so does the last answer, whole. Answers in the
     exchanges that go are not supervised.
@@ -144,8 +144,8 @@ def _cut_prompt(draft: Draft, record: Record, limit: int, encode: Encode) -> Row
     at = next((i for i, m in enumerate(last) if m.role == "user"), len(last) - 1)
 
     def without(characters: int) -> Draft:
-        said = replace(last[at], content=last[at].content[characters:])
-        return _single(encode([*system, *last[:at], said, *last[at + 1 :]])) or draft
+        shorter_question = replace(last[at], content=last[at].content[characters:])
+        return _single(encode([*system, *last[:at], shorter_question, *last[at + 1 :]])) or draft
 
     fits_not, fits = 0, max(0, len(last[at].content) - 1)  # at least a character stays
     shortest = without(fits) if last[at].role == "user" else draft
@@ -182,7 +182,7 @@ def exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Mes
 def _split(record: Record, limit: int, encode: Encode) -> list[Row] | str:
     """Split a conversation before questions of the user, and a long exchange within its answers.
 
-    Each row begins with the system's turn and holds as many exchanges as fit; what was said in the rows
+    Each row begins with the system's turn and holds as many exchanges as fit; what stands in the rows
     before is not shown again. An exchange that is too long alone goes on in further rows.
     """
     system, rest = exchanges(record.messages)

@@ -50,8 +50,8 @@ class EncodePolicy:
     def weights(self, record: Record) -> Weights:
         """Return what a token of each message weighs: 0 is not supervised."""
         if len(record.messages) == 2 and record.weight == 1.0:
-            asked, answered = record.messages
-            if asked.role == "user" and answered.role == "assistant" and answered.weight is None:
+            user, assistant = record.messages
+            if user.role == "user" and assistant.role == "assistant" and assistant.weight is None:
                 return PAIR
         last = max((i for i, m in enumerate(record.messages) if m.role == "assistant"), default=-1)
         out = []

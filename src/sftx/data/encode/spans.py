@@ -40,21 +40,21 @@ class Turn:
 
 
 class Piece(NamedTuple):
-    """A turn as the texts that are tokenised; each but the first begins with the control token before it.
+    """A turn as the texts that are tokenised; each but the first begins with the special token before it.
 
     Control tokens cut a text cleanly: what stands between two is tokenised alike in any surroundings.
     """
 
     head: str
-    """From the end of the turn before up to the last control token before the answer."""
+    """From the end of the turn before up to the last special token before the answer."""
     tail: str
-    """From that control token up to the answer."""
+    """From that special token up to the answer."""
     joint: str
-    """From that control token to the end of the turn."""
+    """From that special token to the end of the turn."""
     cut: bool
-    """True when `tail` and `joint` begin with a control token that `head` ends with."""
+    """True when `tail` and `joint` begin with a special token that `head` ends with."""
     continues: bool
-    """True when `head` begins with the control token that ended the turn before."""
+    """True when `head` begins with the special token that ended the turn before."""
     swallows: bool
     """True when the token before the answer takes white space behind it: an answer's own is not its to take."""
     message: int
@@ -80,14 +80,14 @@ class TurnReader:
     ) -> None:
         self.renderer, self.tools = renderer, tools
         self.stop_tokens = stop_tokens
-        self.control = special.pattern
+        self.special = special.pattern
         self.cuts = special.cuts
 
     def turn(self, messages: list[dict[str, Any]], index: int) -> Turn:
         """Return the turn at `index`: its prompt and its answer.
 
-        A template with a switch for thinking is asked for it when the turn has reasoning, and for none when it
-        has not: then the empty thinking that it writes belongs to the prompt, as at inference without thinking.
+        A template's switch for thinking is on when the turn has reasoning, and off when it has none: then the
+        empty thinking that it writes belongs to the prompt, as at inference without thinking.
 
         Raises:
             ModelError: no text is common to training and inference.
@@ -164,7 +164,7 @@ class TurnReader:
         start = 0
         for cell in ("reasoning_content", "content"):
             start = _end_of_cell(completion, messages[index].get(cell, ""), start) or start
-        end = next((m for m in self.control.finditer(completion, start) if m.group() in self.stop_tokens), None)
+        end = next((m for m in self.special.finditer(completion, start) if m.group() in self.stop_tokens), None)
         if end is not None:
             return completion[: end.end()]
         kept = completion[:start] + completion[start:].rstrip()
@@ -175,7 +175,7 @@ class TurnReader:
     ) -> str:
         """Return what ends a turn that the template does not end: the token of the next speaker, as GLM's.
 
-        Nothing after another control token: then the template does end the turn, at a token that stops nothing.
+        Nothing after another special token: then the template does end the turn, at a token that stops nothing.
         """
         text = "Question"
         calls = messages[index].get("tool_calls")
@@ -188,16 +188,16 @@ class TurnReader:
         except ModelError:
             longer = ""
         before, after = (
-            [t for t in self.control.findall(rendered) if t in self.stop_tokens]
+            [t for t in self.special.findall(rendered) if t in self.stop_tokens]
             for rendered in (prompt, longer.rpartition(text)[0])
         )
         if len(after) > len(before):
             return after[-1]
-        return "" if last_cut(kept, self.control) else self.stop_tokens[0]
+        return "" if last_cut(kept, self.special) else self.stop_tokens[0]
 
     def _end_of(self, answer: str) -> int:
-        """Return where an answer's last control token begins."""
-        return max((m.start() for m in self.control.finditer(answer)), default=len(answer))
+        """Return where an answer's last special token begins."""
+        return max((m.start() for m in self.special.finditer(answer)), default=len(answer))
 
     def rows(self, turns: Sequence[Turn]) -> list[list[Turn]]:
         """Put turns whose texts continue one another into one row."""
@@ -240,7 +240,7 @@ def _within(marks: Marks, start: int, end: int, length: int) -> Marks | None:
 
 
 def pieces(row: Sequence[Turn], special: SpecialTokens) -> list[Piece]:
-    """Cut a row's text at control tokens into what is tokenised."""
+    """Cut a row's text at special tokens into what is tokenised."""
     out: list[Piece] = []
     done, last = "", ""
     for turn in row:
@@ -260,6 +260,6 @@ def pieces(row: Sequence[Turn], special: SpecialTokens) -> list[Piece]:
 
 
 def last_cut(text: str, cuts: re.Pattern[str]) -> str:
-    """Return the control token that a text ends with, or nothing."""
+    """Return the special token that a text ends with, or nothing."""
     found = list(cuts.finditer(text))
     return found[-1].group() if found and found[-1].end() == len(text) else ""

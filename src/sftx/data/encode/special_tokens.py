@@ -67,7 +67,7 @@ class SpecialTokens:
         return [self.escape_all(item) for item in value] if isinstance(value, list | tuple) else value
 
     def tokenise(self, text: str) -> list[int]:
-        """Tokenise rendered text: its control tokens are the template's, since cells are escaped."""
+        """Tokenise rendered text: its special tokens are the template's, since cells are escaped."""
         return self.tokenise_all([text])[0]
 
     def tokenise_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -87,7 +87,7 @@ class SpecialTokens:
         text = self._placeholder_pattern.sub(lambda f: self.names[int(f.group(1))], text)
         if "\ue000" + self._nonce in text:
             raise ModelError(
-                "the chat template takes apart a control token that stands in a cell; choose another template_name."
+                "the chat template takes apart a special token that stands in a cell; choose another template_name."
             )
         return text
 
@@ -131,7 +131,7 @@ class SpecialTokens:
             model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
         renamed = type(self.backend).from_str(json.dumps(tree))
         same = all(renamed.token_to_id(names[t]) == self.backend.token_to_id(t) for t in names)
-        assert same, "control tokens have moved"
+        assert same, "special tokens have moved"
         return renamed
 
 

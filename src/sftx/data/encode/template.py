@@ -1,7 +1,7 @@
 """Records to token ids and to what each token weighs in the loss.
 
 The text is what the chat template renders. It is tokenised as inference would tokenise it: the
-template's control tokens become control tokens, the same text inside a cell stays plain text, and
+template's special tokens become special tokens, the same text inside a cell stays plain text, and
 an answer's first token is a token of its own, because at inference the prompt ends there.
 """
 
@@ -139,7 +139,7 @@ class ChatTemplate:
         """Return the tokens that generation starts from: the same that training put before the answer.
 
         Training asks a template with a switch for thinking for none where an answer has no reasoning:
-        `thinking_of` says what it asked for.
+        `thinking_of` returns the switch that it used.
         """
         text = self.render(
             self._special.escape_all(messages),
@@ -215,7 +215,7 @@ class ChatTemplate:
         """Raise if a supervised turn would not be taught whole, once and with an end.
 
         Raises:
-            ModelError: it would not; the message says what was found.
+            ModelError: it would not; the message names what was found.
         """
 
         def answer_of(other: Record, index: int) -> str:
@@ -310,7 +310,7 @@ class ChatTemplate:
         else:
             offsets = offsets[len(tail) :]
         if len(offsets) != length:
-            raise ModelError("the chat template's `{% generation %}` marks cut a control token; choose another.")
+            raise ModelError("the chat template's `{% generation %}` marks cut a special token; choose another.")
         lies = dict(zip(bounds, ends, strict=True))
         spans = [(lies[a], lies[b]) for a, b in marks]
         return np.array([any(a < end and start < b for a, b in spans) for start, end in offsets], dtype=bool)

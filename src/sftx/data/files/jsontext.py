@@ -23,7 +23,7 @@ NAMED = 5
 _STARTS: dict[str, Callable[[], Any]] = {"start_map": dict, "start_array": list}
 _ENDS = ("end_map", "end_array")
 Event = tuple[int, str, Any]
-"""A line, and what ijson says of it: an event and its value."""
+"""A line, and what ijson reports: an event and its value."""
 # ijson's C backend reads half a surrogate pair as `?`, its Python backend as it stands.
 _HALF_PAIR = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}(?=[\s\S]{6})(?!\\u[dD][c-fC-F])"
@@ -161,7 +161,7 @@ def _pieces(text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _bad_json(error: str) -> str:
-    """Return what ijson says in one line: its C backend shows the place in two more."""
+    """Return ijson's error in one line: its C backend shows the place in two more."""
     what, *shown = error.split("\n")
     if "trailing garbage" in what or "Additional data" in what:
         return "text after the end of the JSON value; delete it, or set data.format=jsonl for one object per line"

@@ -51,7 +51,7 @@ _PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010fffd]")
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a file's text says."""
+    """What one pass over a file's text finds."""
 
     encoding: str
     characters: int
@@ -162,7 +162,7 @@ def _texts(blob: Blob, encoding: str, errors: str = "strict", stop: int | None =
 
 
 def _decoder_name(blob: Blob, encoding: str) -> str:
-    """Return the codec to decode with: a file said to be UTF-16 that has no mark is little-endian."""
+    """Return the codec to decode with: a file declared as UTF-16 that has no mark is little-endian."""
     name = codecs.lookup(encoding).name
     marks = {"utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
     return f"{name}-le" if name in marks and not blob.head(4).startswith(marks[name]) else encoding

@@ -50,7 +50,7 @@ def mapping(columns: Mapping[str, str | None]) -> str:
 
 
 def is_empty(value: object) -> bool:
-    """Return True for a value that says nothing; false and 0 say something."""
+    """Return True for an empty value; false and 0 are not empty."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
@@ -109,7 +109,7 @@ def weight_of(value: object, what: str) -> float | None:
 
 
 def flag_of(value: object) -> bool | None:
-    """Return what a value says that is true or false, also as a number or text; None when it says something else."""
+    """Return a value that is true or false, also as a number or text; None for any other."""
     spelled = str(value).casefold() if isinstance(value, bool | int | str) else ""
     return {"true": True, "1": True, "false": False, "0": False}.get(spelled)
 

@@ -12,7 +12,7 @@ from sftx.errors import DataError, did_you_mean, nearest
 
 SchemaName = Literal["auto", "human_assistant", "alpaca", "sharegpt", "messages", "firefly", "prompt_completion"]
 MARKS = (*WEIGHTS, *FLAGS, "label")
-"""Columns by which a row says whether, and how much, it is trained on."""
+"""Columns by which a row sets whether, and how much, it is trained on."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """Columns that hold what is not text; a row in which one is filled is refused."""
 
@@ -47,7 +47,7 @@ SCHEMAS = (
     Schema("sharegpt", ("conversations",), CHAT),
     Schema("firefly", ("conversation",), CHAT),
     *(Schema("alpaca", ("instruction", answer), ALPACA) for answer in ("output", "response", "answer", "completion")),
-    *(Schema("prompt_completion", (asked, answer), PAIR) for asked, answers in PAIRS.items() for answer in answers),
+    *(Schema("prompt_completion", (prompt, answer), PAIR) for prompt, answers in PAIRS.items() for answer in answers),
 )
 """In the order in which they are recognised: a file with the columns of several has the first one's schema."""
 ALIASES = {
@@ -181,7 +181,7 @@ def preference(names: Names) -> str:
     """Say how to train on the better answers of a file that holds better and worse ones."""
     turns = names.find("conversations") or names.find("messages")
     columns: dict[str, str | None] = {"messages": "chosen"}
-    if any(names.find(asked) for asked in (*PAIRS, "instruction")):
+    if any(names.find(name) for name in (*PAIRS, "instruction")):
         columns = {"completion": "chosen"}
     elif turns:
         columns = {"prompt": turns, "completion": "chosen"}

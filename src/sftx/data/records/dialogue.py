@@ -88,7 +88,7 @@ class _Turn:
         self._left = dict.fromkeys(turn)
 
     def take(self, *names: str) -> tuple[str | None, Any]:
-        """Return the first of some keys that says something, and its value; of several each must say the same."""
+        """Return the first of some keys that holds something, and its value; several must hold the same."""
         wanted = [name.casefold() for name in names]
         found = [(wanted.index(folded), key not in names, key) for folded, key in self._folded if folded in wanted]
         if not found:
@@ -112,7 +112,7 @@ class _Turn:
         return RowError(f"{self.where} has no `{wanted}`.{did_you_mean(wanted, self._turn)} Found {found}")
 
     def weight(self, supervised: bool) -> float | None:
-        """Return what the turn says of its part in the loss."""
+        """Return the turn's own weight in the loss."""
         flags = {name: value for name in (*WEIGHTS, *FLAGS) if (value := self.take(name)[1]) is not None}
         weight = weight_from(flags, f"{self.where}: ")
         if weight and not supervised:

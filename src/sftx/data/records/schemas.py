@@ -53,7 +53,7 @@ class _Plan:
 
     places: dict[str, str]
     marks: dict[str, str]
-    """The columns by which a row says how much it is trained on; they are kept as other columns are."""
+    """The columns by which a row sets how much it is trained on; they are kept as other columns are."""
     media: tuple[str, ...]
     others: tuple[str, ...]
 
@@ -267,13 +267,13 @@ class RecordBuilder:
                     "with `human` and `assistant`"
                 )
             return turns
-        asked, answered = schema.required[-2:]
-        lists = any(isinstance(cells[name], list | dict) for name in (asked, answered))
+        prompt, answer = schema.required[-2:]
+        lists = any(isinstance(cells[name], list | dict) for name in (prompt, answer))
         if schema.name == "prompt_completion" and lists:
-            messages, tools = _sides(cells, asked, answered, self._columns)
+            messages, tools = _sides(cells, prompt, answer, self._columns)
         else:
             more = cells.get("input") if schema.name == "alpaca" else None
-            messages, tools = _question(cells, asked, answered, more), ()
+            messages, tools = _question(cells, prompt, answer, more), ()
         if "history" in cells:
             before, earlier = _optional("history", lambda: rounds_of(cells["history"], "`history`", self._columns))
             messages, tools = [*before, *messages], tools or earlier
@@ -317,17 +317,17 @@ def _texts(cells: Mapping[str, object], names: Iterable[str]) -> list[str]:
     return texts
 
 
-def _question(cells: Mapping[str, object], asked: str, answered: str, more: object) -> list[Message]:
-    question, answer = _texts(cells, (asked, answered))
+def _question(cells: Mapping[str, object], prompt: str, answer: str, more: object) -> list[Message]:
+    asked, answered = _texts(cells, (prompt, answer))
     if more := "" if more is None else _optional("input", lambda: text_of(more, "`input`")):
-        question = f"{question}\n{more}"
-    return [Message("user", question), Message("assistant", answer)]
+        asked = f"{asked}\n{more}"
+    return [Message("user", asked), Message("assistant", answered)]
 
 
-def _sides(cells: Mapping[str, object], asked: str, answered: str, columns: Mapping[str, str | None]) -> Turns:
+def _sides(cells: Mapping[str, object], prompt: str, answer: str, columns: Mapping[str, str | None]) -> Turns:
     """Return the turns of a prompt and a completion, which may be lists; no turn of the prompt is supervised."""
-    before, tools = _side(cells[asked], asked, "user", columns)
-    after, more = _side(cells[answered], answered, "assistant", columns)
+    before, tools = _side(cells[prompt], prompt, "user", columns)
+    after, more = _side(cells[answer], answer, "assistant", columns)
     if after[: len(before)] == before and len(after) > len(before):  # the completion repeats its prompt
         after = after[len(before) :]
     before = [replace(m, weight=0.0) if m.role == "assistant" and m.weight is None else m for m in before]

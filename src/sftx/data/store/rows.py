@@ -1,4 +1,4 @@
-"""Rows on disk and in memory: one Arrow file, mapped; a row is made when it is asked for.
+"""Rows on disk and in memory: one Arrow file, mapped; a row is made when it is requested.
 
 What a plan needs of every row (lengths, weights, categories) is at hand as arrays; of a corpus of any
 size only those, and the pages that are being read, lie in memory.

@@ -50,7 +50,7 @@ def encode_blocks(
     """Yield the corpus's blocks in order; close the iterator to end the processes early.
 
     Raises:
-        SftxError: what the template or the policy says of a record; or a process was ended.
+        SftxError: the template or the policy refuses a record, or a worker ended.
         ConfigError: a negative number was requested.
     """
     chunks = [range(at, min(at + CHUNK, len(records))) for at in range(0, len(records), CHUNK)]
