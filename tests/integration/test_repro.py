@@ -1,4 +1,4 @@
-"""`sftx repro`: a run again from its folder, which may be a stranger's."""
+"""`sftx repro`: a run again from its folder, which may be untrusted."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_a_run_from_another_machine_finds_its_data_here_or_where_it_is_typed(
     assert repro(capsys, past, f"train_file_path={home / 'mine'}", "--check")[0] == 0
 
 
-# A stranger's folder
+# An untrusted folder
 
 TRAP = """from pathlib import Path
 Path({mark!r}).write_text("ran")

@@ -125,12 +125,13 @@ class Unused:
     only_sets: tuple[str, ...] = ()
 
 
-def unused_settings(values: Values, raw: Values, keys: Iterable[str], wrong: set[str]) -> dict[str, Unused]:
-    """Return those of some keys that have no effect; `raw` is the tree with unresolved interpolations.
+def unused_settings(
+    values: Values, readers: Mapping[str, list[str]], keys: Iterable[str], wrong: set[str]
+) -> dict[str, Unused]:
+    """Return those of some keys that have no effect; `readers` are the settings that refer to a key.
 
     What rests on a `wrong` key is left out: that key's own problem is reported.
     """
-    readers = _readers(raw)
     found = {}
     for key in keys:
         reason = _reason(values, key, wrong)
@@ -195,12 +196,12 @@ class Uses:
         """Look at all points that have these options composed."""
         if tree.problems:
             return  # interpolations that cannot be resolved, which may go round in circles
-        keys = {*self.typed(), *self.axes}
+        keys, readers = {*self.typed(), *self.axes}, _readers(tree.raw)
         swept = {k: right for k, v in plain.items() if k in LOOKED_AT and (right := _right(k, v, self.origin))}
         for combination in islice(product(*swept.values()), MOST_POINTS - self.points):
             point = dict(zip(swept, combination, strict=True))
             values = _without_wrong_groups(replaced(tree.values, point))
-            unused = unused_settings(values, tree.raw, keys, tree.wrong)
+            unused = unused_settings(values, readers, keys, tree.wrong)
             self.points += 1
             for key in keys:
                 self.set_at[key] += 1

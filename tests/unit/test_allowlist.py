@@ -1,4 +1,4 @@
-"""A configuration from a stranger cannot hurt: each of these is refused before a marker file could appear."""
+"""An untrusted configuration cannot run code: each of these is refused before a marker file could appear."""
 
 from __future__ import annotations
 
