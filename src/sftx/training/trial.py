@@ -6,7 +6,6 @@ own optimizer, schedule, loss scaler, clipping, data order, metrics and run fold
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -133,7 +132,6 @@ class Trial:
     """Its result, or its failure, is in its folder."""
     upcoming: Generator[Step] | None = None
     """The steps that are still to be made."""
-    started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def active(self, session: Session) -> Iterator[None]:
