@@ -33,7 +33,6 @@ PROBED_STEPS = {"training/saving/preflight.py"}
 """An optimizer of one parameter is tried there, to see how much state it keeps."""
 
 
-
 def sources() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
 
