@@ -91,7 +91,7 @@ def watch_builds(folder: Path, victims: str, after: float) -> None:
 
 
 def first(mark: Path) -> bool:
-    """Tell whether no process has been here before."""
+    """Return True if no process has been here before."""
     try:
         os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
     except FileExistsError:

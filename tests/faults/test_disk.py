@@ -74,7 +74,7 @@ def refused(
 
 
 def costs_nothing(calls: list[tuple[str, str]], number: int, how: str) -> bool:
-    """Tell whether a write may be refused without harm: a folder made that is there, or a removal left to the sweep.
+    """Return True if a write may be refused without harm: a folder made that is there, or a removal left to the sweep.
 
     A full disk refuses neither a new name nor new rights: a later write is the first that fails.
     """

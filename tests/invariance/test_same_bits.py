@@ -1,4 +1,4 @@
-"""The same seed on the same machine comes to the same bits: every metric but speed, and the weights."""
+"""The same seed on the same machine gives the same bits: every metric but speed, and the weights."""
 
 from __future__ import annotations
 

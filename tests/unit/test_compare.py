@@ -1,4 +1,4 @@
-"""`sftx diff`: two run folders, whoever left them and however they ended."""
+"""`sftx diff`: two run folders, of any origin and ending."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def test_a_key_given_twice():
     ],
 )
 def test_hydra_composes_what_was_checked(argv):
-    """`prepare` composes leniently; Hydra, given its overrides, comes to the same configuration strictly."""
+    """`prepare` composes leniently; Hydra, given its overrides, results in the same configuration strictly."""
     request = prepare(argv)
     cfg, hydra = by_hydra.load(request.overrides)
     assert cfg == compose_checked(argv)

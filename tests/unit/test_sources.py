@@ -216,13 +216,13 @@ def test_datasets_itself_saves_what_is_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """A stand-in for `datasets`, and a hub that answers."""
-    stand_in = types.SimpleNamespace(config=types.SimpleNamespace(HF_HUB_OFFLINE=False))
-    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    """A substitute for `datasets`, and a hub that answers."""
+    substitute = types.SimpleNamespace(config=types.SimpleNamespace(HF_HUB_OFFLINE=False))
+    monkeypatch.setitem(sys.modules, "datasets", substitute)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
     monkeypatch.setattr("sftx.data.files.hub.urllib.request.urlopen", lambda *_, **__: nullcontext())
-    return stand_in
+    return substitute
 
 
 def test_a_hub_dataset_is_fetched_when_nothing_local_has_its_name(tmp_path: Path, hub: types.SimpleNamespace) -> None:

@@ -105,7 +105,7 @@ def test_such_rows_are_skipped_when_asked(how: str) -> None:
     assert isinstance(found[0], list)
     assert isinstance(found[1], str)
     assert wanted in found[1]
-    assert "corpus.jsonl" not in found[1]  # whoever lists the reason names the row
+    assert "corpus.jsonl" not in found[1]  # the code that lists the reason names the row
 
 
 def test_bad_rows_are_those_of_the_template_too() -> None:

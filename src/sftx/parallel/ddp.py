@@ -32,7 +32,7 @@ LATER = datetime.timedelta(seconds=60)
 
 
 def refuse_alone(option: str, requested: int | None) -> None:
-    """Raise if a process that nobody started as a rank should be one of several.
+    """Raise if a process that was not started as a rank should be one of several.
 
     Raises:
         ConfigError: it should.

@@ -128,7 +128,7 @@ class RankProcess:
 
 
 def _memory_file(name: str) -> int:
-    """Return a file in memory to which whoever inherits it appends."""
+    """Return a file in memory to which any process that inherits it appends."""
     descriptor = os.memfd_create(f"sftx-{name}", 0)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
     return descriptor

@@ -1,4 +1,4 @@
-"""What a file may not set, whoever wrote the file: the keys by which a configuration would reach past the allowlist.
+"""What no file may set: the keys by which a configuration would reach past the allowlist.
 
 Asked as each file is read (conf/, `--config-dir` folders, experiments, sweeps, JSON): a file's value may be
 hidden at one point of a sweep and come into force at another, and `hydra.searchpath` imports as it is read.
